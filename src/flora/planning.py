@@ -1,0 +1,142 @@
+"""Which way through a layer is cheaper, decided from shapes alone and printable.
+
+Two ways: *rebuild* forms the dense update and runs the layer once with W + dW; its extra cost is that of the gradient of
+a full weight. *factored* adds two skinny products (linear) or 1x1 -> core -> 1x1 (convolution) beside the frozen layer.
+Costs are those of one training step beyond the frozen layer's own forward and backward to its input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flora.ranks import check_rank
+from flora.tucker import count_params
+
+KINDS = ("linear", "conv", "embedding")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one adapted layer costs, by path, and the path that is chosen. ``print(plan)`` explains.
+
+    Attributes:
+        shape, ranks: of the weight and of the core.
+        num_params: trainable parameters of the form.
+        positions: output positions per step (tokens, or batch times output pixels) that the figures hold for.
+        flops: path -> floating point operations per training step beyond the frozen layer's.
+        kept: path -> bytes kept for backward beyond the frozen layer's.
+        path: "rebuild" or "factored".
+    """
+
+    shape: tuple[int, ...]
+    ranks: tuple[int, ...]
+    num_params: int
+    positions: int
+    flops: dict[str, int]
+    kept: dict[str, int]
+    path: str
+
+    def __str__(self) -> str:
+        lines = [
+            f"weight {self.shape}, ranks {self.ranks}: {self.num_params:,} parameters "
+            f"({self.num_params / math.prod(self.shape):.2%} of {math.prod(self.shape):,})",
+            f"per training step at {self.positions:,} output positions, beyond the frozen layer:",
+        ]
+        for path in self.flops:
+            mark = "->" if path == self.path else "  "
+            lines.append(
+                f"{mark} {path:<9} {self.flops[path] / 1e6:>12,.1f} MFLOP {self.kept[path] / 2**20:>10,.2f} MiB kept"
+            )
+        lines.append(f"path: {self.path}, the fewer operations")
+        return "\n".join(lines)
+
+
+def plan(
+    shape: Sequence[int],
+    ranks: Sequence[int],
+    *,
+    kind: str | None = None,
+    positions: int = 4096,
+    stride: int = 1,
+    groups: int = 1,
+    element_size: int = 4,
+) -> Plan:
+    """The cost of each way through a layer whose weight has this shape, and the choice.
+
+    Args:
+        shape: of the weight: (out, in) for a linear, (out, in / groups, *kernel) for a convolution, (vocab, dim) for an
+            embedding.
+        ranks: one per dimension; a rank equal to its size keeps the mode whole.
+        kind: "linear", "conv" or "embedding"; by default linear for 2-D shapes and conv above.
+        positions: output positions per step: tokens, or batch times output pixels.
+        stride: input positions per output position of a convolution (the product of its strides).
+        groups: of a convolution.
+        element_size: bytes per activation.
+
+    Raises:
+        ValueError: ranks and shape do not fit, or the kind is unknown.
+
+    Example:
+        >>> plan((768, 3072), (8, 8)).path
+        'factored'
+        >>> plan((96, 1, 7, 7), (4, 1, 2, 2), groups=96).path
+        'rebuild'
+    """
+    shape, ranks = tuple(shape), tuple(ranks)
+    kind = kind or ("linear" if len(shape) == 2 else "conv")
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind {kind!r}, expected one of {', '.join(KINDS)}")
+    if len(shape) < 2 or len(ranks) != len(shape):
+        raise ValueError(f"ranks {ranks} and shape {shape} do not fit; give one rank per dimension, at least two")
+    for mode, (rank, size) in enumerate(zip(ranks, shape, strict=True)):
+        check_rank(rank, f"ranks[{mode}]")
+        if rank > size:
+            raise ValueError(f"rank {rank} of mode {mode} is above its size {size} in shape {shape}")
+    dense = math.prod(shape)
+    build = 3 * _build_flops(shape, ranks)  # forward, and backward to the core and to the factors
+    factored = _factored_flops(kind, shape, ranks, positions, positions * stride, groups)
+    rebuild = build + (dense if kind == "embedding" else 2 * positions * dense)
+    hidden = _hidden_per_position(kind, shape, ranks, stride, groups)
+    inputs = 0 if kind == "embedding" else positions * stride * shape[1] * groups
+    flops = {"rebuild": rebuild, "factored": factored}
+    kept = {
+        "rebuild": element_size * (inputs + dense),
+        "factored": element_size * (inputs + positions * hidden),
+    }
+    path = min(flops, key=flops.__getitem__)
+    return Plan(shape, ranks, count_params(shape, ranks), positions, flops, kept, path)
+
+
+def _build_flops(shape: Sequence[int], ranks: Sequence[int]) -> int:
+    """Of ``Tucker.to_dense``: a product per mode, the least growing mode first."""
+    total, current = 0, math.prod(ranks)
+    for size, rank in sorted(zip(shape, ranks, strict=True), key=lambda pair: pair[0] / pair[1]):
+        if rank != size:
+            total += 2 * current * size
+            current = current // rank * size
+    return total
+
+
+def _factored_flops(
+    kind: str, shape: Sequence[int], ranks: Sequence[int], positions: int, inputs: int, groups: int
+) -> int:
+    """Forward, backward to the input and to the form, three times the forward's products."""
+    if kind == "embedding":
+        return 3 * 2 * positions * ranks[0] * shape[1]
+    inner = min(ranks)
+    if kind == "linear":
+        return 3 * 2 * positions * (inner * sum(shape) if inner not in shape else math.prod(shape))
+    down = inputs * shape[1] * ranks[1] * groups if ranks[1] != shape[1] else 0
+    core = positions * ranks[0] * ranks[1] * math.prod(shape[2:]) * (groups if ranks[0] != shape[0] else 1)
+    up = positions * ranks[0] * shape[0] if ranks[0] != shape[0] else 0
+    return 3 * 2 * (down + core + up)
+
+
+def _hidden_per_position(kind: str, shape: Sequence[int], ranks: Sequence[int], stride: int, groups: int) -> int:
+    """Activations that the factored path keeps per output position, besides the layer's input."""
+    if kind != "conv":
+        return min(ranks)
+    down = stride * ranks[1] * groups if ranks[1] != shape[1] else 0
+    return down + (ranks[0] * groups if ranks[0] != shape[0] else 0)

@@ -1,0 +1,146 @@
+"""``FloraConfig``: the fields a user sets, in PEFT's words, and their checks. The one place that maps words to the core's."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from peft.config import PeftConfig
+from peft.utils import PeftType
+from peft.utils.other import get_pattern_key
+
+from flora.initialize import INITIALIZERS
+from flora.ranks import check_rank, check_request
+
+PATHS = ("auto", "rebuild", "factored")
+BIASES = ("none", "all", "tucker_only")
+DEFAULT_SCALE = 1.0
+
+
+def one_of(value: object, allowed: Iterable[str], what: str) -> None:
+    """Raises unless ``value`` is one of the allowed words; the message names the nearest."""
+    allowed = list(allowed)
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{what} is {value!r}, expected one of {', '.join(allowed)}{hint}")
+
+
+@dataclass
+class FloraConfig(PeftConfig):
+    """Configuration of FLoRA for ``peft.get_peft_model``.
+
+    Args:
+        r: rank of the channel modes; or a list with one rank per dimension of ``weight.shape``, which every target must
+            then have. A rank equal to the size of its mode keeps the mode whole.
+        kernel_r: rank of each kernel mode of a convolution (lowered to the kernel size); None keeps them whole.
+        scale: the constant s of the paper, 1 by default.
+        alpha: instead of ``scale``: s = alpha / r. Needs an int ``r``.
+        dropout: probability, on the input of the adapter (no effect on embeddings).
+        init: a key of ``flora.INITIALIZERS``.
+        init_weights: False starts from a random update instead of zero, for tests.
+        target_modules: names or suffixes, a regular expression, or "all-linear", "all-conv" or "all" (every weight that
+            can be adapted, the output head of a transformers model excepted).
+        exclude_modules: names, suffixes or a regular expression to leave out.
+        layers_to_transform, layers_pattern: as in PEFT.
+        modules_to_save: modules trained in full and saved with the adapter, such as a new head.
+        bias: "none", "all" or "tucker_only" (the biases of adapted layers).
+        trainable_token_indices: as in PEFT.
+        rank_pattern: regular expression or suffix of a module's name -> rank (int or list), instead of ``r``.
+        scale_pattern: the same for ``scale``.
+        budget: trainable parameters to spend on the adapter, a fraction of the model's below 1, a count from 1; ranks
+            are solved per weight and written into ``rank_pattern``.
+        path: how the forward is computed: "rebuild", "factored" or, by the plan, "auto".
+
+    Raises:
+        ValueError, TypeError: a field is out of range, or ``scale`` and ``alpha`` are both given.
+
+    Example:
+        >>> FloraConfig(r=16, kernel_r=2, target_modules="all-conv").peft_type.value
+        'TUCKER'
+    """
+
+    r: int | list[int] = field(default=8, metadata={"help": "Rank of the channel modes, or one rank per dimension."})
+    kernel_r: int | None = field(default=2, metadata={"help": "Rank of each kernel mode; None keeps them whole."})
+    scale: float | None = field(default=None, metadata={"help": "The constant s of the paper (1 by default)."})
+    alpha: float | None = field(default=None, metadata={"help": "Instead of scale: s = alpha / r."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the adapter's input."})
+    init: str = field(default="orthogonal", metadata={"help": "A key of flora.INITIALIZERS."})
+    init_weights: bool = field(default=True, metadata={"help": "False: a random, non-identity start, for tests."})
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Names, suffixes, a regular expression, 'all-linear', 'all-conv' or 'all'."},
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
+    target_parameters: list[str] | None = field(default=None, metadata={"help": "Raw parameters to adapt."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to adapt."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained in full and saved."})
+    bias: Literal["none", "all", "tucker_only"] = field(default="none", metadata={"help": "Which biases to train."})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Token embeddings to train, as in PEFT."}
+    )
+    rank_pattern: dict[str, int | list[int]] = field(
+        default_factory=dict, metadata={"help": "Regular expression or suffix -> rank (int or list)."}
+    )
+    scale_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "Regular expression or suffix -> scale."}
+    )
+    budget: float | int | None = field(
+        default=None, metadata={"help": "Trainable parameters to spend: a fraction below 1, a count from 1."}
+    )
+    path: Literal["auto", "rebuild", "factored"] = field(
+        default="auto", metadata={"help": "How the forward is computed."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType("TUCKER")
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
+        if isinstance(self.r, tuple):
+            self.r = list(self.r)
+        check_request(self.r)
+        if self.kernel_r is not None:
+            check_rank(self.kernel_r, "kernel_r")
+        for key, rank in self.rank_pattern.items():
+            check_request(rank, f"rank_pattern[{key!r}]")
+        self._check_scale()
+        one_of(self.init, INITIALIZERS, "init")
+        one_of(self.path, PATHS, "path")
+        one_of(self.bias, BIASES, "bias")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern needs layers_to_transform, which says which of the layers to adapt")
+        if self.target_parameters:
+            raise ValueError("target_parameters is not supported yet; name modules in target_modules")
+
+    def _check_scale(self) -> None:
+        if self.scale is not None and self.alpha is not None:
+            raise ValueError(
+                f"scale={self.scale} and alpha={self.alpha} are both given; scale is the constant s itself, alpha sets "
+                "s = alpha / r: give one of them"
+            )
+        if self.budget is not None and not self.budget > 0:
+            raise ValueError(f"budget must be a fraction below 1 or a count from 1, got {self.budget}")
+        listed = isinstance(self.r, list) or any(isinstance(rank, list) for rank in self.rank_pattern.values())
+        if self.alpha is not None and (listed or self.budget is not None):
+            raise ValueError("alpha sets s = alpha / r and needs one int r; with rank lists or a budget, give scale")
+
+    def rank_for(self, name: str) -> int | list[int]:
+        """The rank request for a module (or module.weight), from ``rank_pattern`` or ``r``."""
+        return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), name), self.r)
+
+    def scale_for(self, name: str) -> float:
+        """The scale s for a module, from ``scale_pattern``, ``scale`` or ``alpha / r``."""
+        default = self.scale if self.scale is not None else DEFAULT_SCALE
+        if self.alpha is not None:
+            rank = self.rank_for(name)
+            if isinstance(rank, list):
+                raise ValueError(f"alpha needs an int rank, but {name} has the ranks {rank}; give scale")
+            default = self.alpha / rank
+        return self.scale_pattern.get(get_pattern_key(list(self.scale_pattern), name), default)
