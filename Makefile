@@ -1,0 +1,57 @@
+# The first two targets work alone on a fresh machine with Python 3.10+, git and make.
+#
+#   make run        fine-tune and compare on the embedded data, save, reload, merge, verify
+#   make test       the test-suite without the slow tests
+#   make test-slow  the slow tests, PEFT's own among them
+#   make lint       ruff and mypy
+#   make bench      the benchmarks
+#   make docs       regenerate what is generated, then run every example of the docs
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CONFIG ?= digits
+OUTPUT ?= outputs/$(CONFIG)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install run test test-slow lint bench docs
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+install: $(STAMP)
+
+# Written last, so that an interrupted installation is taken up again; a venv without a working pip is built anew.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[recipes,dev]'
+	@touch $@
+
+run: $(STAMP)
+	$(BIN)/flora compare $(CONFIG) --methods frozen,flora,lora,full --seeds 0,1,2
+	$(BIN)/flora train $(CONFIG) overwrite=true
+	$(BIN)/flora eval $(OUTPUT)
+	$(BIN)/flora merge $(OUTPUT) --out $(OUTPUT)-merged --overwrite
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	@test -f benchmarks/run.py || { echo "benchmarks/run.py does not exist yet: there is nothing to measure" >&2; exit 1; }
+	$(BIN)/python benchmarks/run.py
+
+docs: $(STAMP)
+	$(BIN)/python docs/generate.py
+	$(BIN)/python -m pytest tests/test_docs.py
