@@ -1,0 +1,164 @@
+"""The one in-memory form that every format is read into and written from: ``Adapter``, weight name -> ``Entry``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flora.convert.layout import Layout, fold_groups, from_shape, is_usual
+from flora.tucker import Tucker, mode_product
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """The change of one weight.
+
+    Args:
+        form: the Tucker form, in the folded space if ``layout.fold`` is set.
+        scale: the constant s; the change is ``scale * form``.
+        layout: what the dimensions of the stored weight mean, or None when the files do not say.
+
+    Example:
+        >>> entry = Entry(Tucker(torch.ones(2, 3), (torch.ones(5, 2), None)), scale=0.5)
+        >>> entry.shape, entry.dense()[0, 0].item()
+        ((5, 3), 1.0)
+    """
+
+    form: Tucker
+    scale: float = 1.0
+    layout: Layout | None = None
+
+    @property
+    def groups_of_modes(self) -> tuple[int, ...]:
+        """How many modes of the form make each stored dimension; all ones without a fold."""
+        fold = self.layout.fold if self.layout else None
+        return (1,) * self.form.core.ndim if fold is None else fold_groups(fold)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the stored weight."""
+        sizes = iter(self.form.shape)
+        return tuple(math.prod(next(sizes) for _ in range(count)) for count in self.groups_of_modes)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Of the form, one per mode."""
+        return self.form.ranks
+
+    def dense(self) -> Tensor:
+        """``scale * form`` in the stored layout, shape :attr:`shape`, in the dtype of the form."""
+        return (self.scale * self.form.to_dense()).reshape(self.shape)
+
+    def stored_form(self) -> Tucker:
+        """The form with one mode per stored dimension (scale not applied); exact, by merging the modes of each fold.
+
+        A merged dimension has the product of its modes' ranks, and no factor once that reaches its size.
+        """
+        if all(count == 1 for count in self.groups_of_modes):
+            return self.form
+        core, factors, start = self.form.core, [], 0
+        for count in self.groups_of_modes:
+            modes = range(start, start + count)
+            core, factor = _merge_modes(core, self.form.factors, modes)
+            factors.append(factor)
+            start += count
+        ranks = iter(core.shape)
+        shape = [math.prod(next(ranks) for _ in range(count)) for count in self.groups_of_modes]
+        return Tucker(core.reshape(shape), tuple(factors))
+
+
+def _merge_modes(core: Tensor, factors: tuple[Tensor | None, ...], modes: range) -> tuple[Tensor, Tensor | None]:
+    """One factor for several neighbouring modes (their Kronecker product), or the core with them multiplied in."""
+    sizes = [core.shape[mode] if (factor := factors[mode]) is None else factor.shape[0] for mode in modes]
+    if math.prod(core.shape[mode] for mode in modes) >= math.prod(sizes):
+        for mode in modes:
+            if (factor := factors[mode]) is not None:
+                core = mode_product(core, factor, mode)
+        return core, None
+    merged = torch.ones(1, 1, dtype=core.dtype)
+    for mode in modes:
+        factor = factors[mode]
+        merged = torch.kron(merged, torch.eye(core.shape[mode], dtype=core.dtype) if factor is None else factor)
+    return core, merged
+
+
+@dataclass
+class Adapter:
+    """An adapter of any format.
+
+    Attributes:
+        weights: the full name of a weight in the base model, such as ``encoder.0.conv.weight``, -> its change.
+        extras: whole tensors that replace those of the base model: modules_to_save, biases.
+        config: the adapter's config as its file has it (empty for formats without one).
+    """
+
+    weights: dict[str, Entry] = field(default_factory=dict)
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_params(self) -> int:
+        """Numbers stored in the Tucker forms."""
+        return sum(entry.form.num_params for entry in self.weights.values())
+
+    def layout(self, name: str) -> Layout:
+        """The layout of a weight.
+
+        Raises:
+            ValueError: the adapter does not say, and name and shape do not settle it.
+        """
+        entry = self.weights[name]
+        if entry.layout is not None:
+            return entry.layout
+        guess = from_shape(name, entry.shape)
+        if guess.kind == "other":
+            return guess
+        raise ValueError(
+            f"{name} of shape {entry.shape} could be {_doubt(guess.kind)}: the adapter does not record which; give the "
+            "base model (base=..., on the command line --base FOLDER)"
+        )
+
+    def with_layouts(self, layouts: Mapping[str, Layout]) -> Adapter:
+        """The same adapter with the layouts of its base model; the folds it has are kept.
+
+        Raises:
+            ValueError: a weight of the adapter is not in the base model, or has another number of dimensions there.
+        """
+        weights = {}
+        for name, entry in self.weights.items():
+            layout = layouts.get(name)
+            if layout is None:
+                raise ValueError(
+                    f"the base model has no weight {name!r}; give the base model the adapter was trained on"
+                )
+            if len(layout.axes) != len(entry.shape):
+                raise ValueError(
+                    f"{name} has {len(layout.axes)} dimensions in the base model, {entry.shape} in the adapter; give "
+                    "the base model the adapter was trained on"
+                )
+            fold = entry.layout.fold if entry.layout else None
+            weights[name] = replace(entry, layout=replace(layout, fold=fold))
+        return Adapter(weights, dict(self.extras), dict(self.config))
+
+    def recorded_layouts(self) -> dict[str, dict[str, Any]] | None:
+        """The field ``layout`` for adapter_config.json: what shapes do not tell; None if a layout is not known."""
+        recorded = {}
+        for name, entry in self.weights.items():
+            if entry.layout is None:
+                return None
+            if not is_usual(name, replace(entry.layout, fold=None)):
+                recorded[name] = entry.layout.to_json()
+        return recorded
+
+
+def _doubt(kind: str) -> str:
+    return {
+        "linear": "a Linear, a transposed Conv1D of GPT-2 or an Embedding",
+        "conv": "a convolution with or without groups, or a transposed one",
+        "experts": "a stack of (out, in) or of (in, out) matrices",
+    }[kind]

@@ -1,0 +1,146 @@
+"""Tensor files in and out: reading without pickle and with clear errors, writing beside the target and renaming."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+
+def check_exists(path: Path, what: str) -> Path:
+    """The path, or a FileNotFoundError that says what should be there."""
+    if not path.exists():
+        raise FileNotFoundError(f"{what} not found: {path} does not exist")
+    return path
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file, opened without reading its tensors.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is truncated, corrupt or not a safetensors file.
+    """
+    check_exists(path, "tensor file")
+    try:
+        handle = safe_open(str(path), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is truncated or corrupt: {error}; copy or download it again") from None
+    with handle:
+        yield handle
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every tensor of a safetensors file, and its metadata; raises as :func:`open_tensors`, and on NaN entries."""
+    with open_tensors(path) as handle:
+        tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (not a dict)
+        metadata = handle.metadata() or {}
+    check_finite(tensors, path)
+    return tensors, metadata
+
+
+def read_pickled(path: Path) -> dict[str, Tensor]:
+    """The tensors of a ``.pt`` or ``.bin`` file, read by torch's restricted unpickler (``weights_only``).
+
+    Raises:
+        ValueError: it is corrupt, or holds more than tensors.
+    """
+    check_exists(path, "tensor file")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{path} is truncated, corrupt or holds code besides tensors: {reason}; save its state_dict as safetensors"
+        ) from None
+    while isinstance(loaded, Mapping) and not any(isinstance(value, Tensor) for value in loaded.values()):
+        inner = next((loaded[key] for key in ("state_dict", "model", "module") if key in loaded), None)
+        if inner is None:
+            raise ValueError(f"{path} has no tensors; its keys are {', '.join(map(repr, list(loaded)[:5]))}")
+        loaded = inner
+    if not isinstance(loaded, Mapping):
+        raise ValueError(f"{path} holds a {type(loaded).__name__}, expected a dict of tensors; save the state_dict")
+    tensors = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
+    check_finite(tensors, path)
+    return tensors
+
+
+def check_finite(tensors: Mapping[str, Tensor], source: Path | str) -> None:
+    """Raises a ValueError that names the first tensor with NaN or infinite entries."""
+    for key, value in tensors.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise ValueError(f"{source}: {key} has NaN or infinite entries; the training that wrote it diverged")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a JSON object.
+    """
+    check_exists(path, "config file")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}; copy or download it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Indented, with sorted keys, as PEFT writes its configs."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file; raises an OSError with the path if it cannot be written (no space left)."""
+    try:
+        save_file(
+            {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
+            str(path),
+            metadata={"format": "pt", **(metadata or {})},
+        )
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path.name}: {error}") from None
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Raises a FileExistsError if the output is there and may not be replaced."""
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists; choose another output or ask to overwrite it (--overwrite)")
+
+
+@contextmanager
+def staged(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A path beside ``target`` to write to, renamed to ``target`` when the block ends without an error.
+
+    Whatever happens before, ``target`` is not there or is what it was. The block makes a file or a folder of the path.
+
+    Raises:
+        FileExistsError: ``target`` exists and ``overwrite`` is not set.
+    """
+    check_target(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+    try:
+        yield work / target.name
+        if target.exists():
+            target.rename(work / "replaced")
+        (work / target.name).rename(target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

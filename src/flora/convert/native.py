@@ -1,0 +1,179 @@
+"""Our own folder: adapter_config.json and adapter_model.safetensors, as PEFT saves a FLoRA adapter."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from flora.convert.adapter import Adapter, Entry
+from flora.convert.files import CONFIG, WEIGHTS, read_json, read_tensors, write_json, write_tensors
+from flora.convert.layout import Layout, from_shape, layout_from_json
+from flora.convert.names import PREFIX, check_prefix, exact_pattern, match_pattern, module_of
+from flora.tucker import Tucker, mode_product
+
+_KEY = re.compile(r"(?:(?P<module>.*)\.)?tucker_(?P<weight>[^.]+)\.(?P<part>core|factor_(?P<mode>\d+))")
+_ATTENTION_OUT = "out_proj_weight"  # the one adapted weight of a layer that is not the layer's own: out_proj.weight
+
+
+def detect(path: Path) -> bool:
+    """Whether the path is a folder with a FLoRA adapter."""
+    return (path / CONFIG).is_file() and read_json(path / CONFIG).get("peft_type") == "TUCKER"
+
+
+def read(path: Path) -> Adapter:
+    """Reads a folder that ``save_pretrained`` wrote.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is truncated or corrupt, has foreign keys or NaN, or its factors do not fit their core.
+    """
+    config = read_json(path / CONFIG)
+    if config.get("peft_type") != "TUCKER":
+        raise ValueError(f"{path / CONFIG} has peft_type {config.get('peft_type')!r}, expected 'TUCKER'")
+    tensors, _ = read_tensors(path / WEIGHTS)
+    check_prefix(tensors, path / WEIGHTS)
+    parts: dict[str, dict[str, Tensor]] = {}
+    extras: dict[str, Tensor] = {}
+    inner: set[str] = set()
+    for key, value in tensors.items():
+        found = _KEY.fullmatch(key.removeprefix(PREFIX))
+        if found is None:
+            if ".original_module." not in key:  # bias="all" also saves the frozen twin of a module in modules_to_save
+                extras[module_of(key)] = value
+            continue
+        leaf = "out_proj.weight" if found["weight"] == _ATTENTION_OUT else found["weight"]
+        name = module_of(f"{found['module']}.{leaf}" if found["module"] else leaf)
+        inner.update({name} if leaf != found["weight"] else ())
+        parts.setdefault(name, {})[found["part"]] = value
+    if not parts:
+        raise ValueError(
+            f"{path / WEIGHTS} has no Tucker tensors (keys with '.tucker_<weight>.core'); it is empty or not ours"
+        )
+    weights = {name: _entry(name, tensors, config) for name, tensors in sorted(parts.items())}
+    for name in inner:
+        weights[name] = replace(weights[name], layout=Layout("attention", ("out", "in")))
+    return Adapter(weights, extras, config)
+
+
+def _entry(name: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> Entry:
+    if "core" not in parts:
+        raise ValueError(f"{name} has factors but no core in {WEIGHTS}; the file is incomplete, copy it again")
+    core = parts["core"]
+    modes = {int(part.removeprefix("factor_")): value for part, value in parts.items() if part != "core"}
+    if modes and max(modes) >= core.ndim:
+        raise ValueError(f"{name} has factor_{max(modes)} but a core of {core.ndim} dimensions {tuple(core.shape)}")
+    try:
+        form = Tucker(core, tuple(modes.get(mode) for mode in range(core.ndim)))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return Entry(form, scale_for(config, name), _layout(name, form, config))
+
+
+def _layout(name: str, form: Tucker, config: Mapping[str, Any]) -> Layout | None:
+    """What the config says: its field ``layout`` (which leaves out the usual ones) and its folds."""
+    fold = _lookup(config.get("fold") or {}, name)
+    recorded = config.get("layout")
+    if recorded is None and fold is None:
+        return None
+    if recorded is not None and name in recorded:
+        return layout_from_json(name, recorded[name])
+    return replace(from_shape(name, Entry(form, layout=Layout("", (), fold=fold)).shape), fold=fold)
+
+
+def _lookup(patterns: Mapping[str, Any], name: str) -> Any:
+    """The value of the pattern that holds for a weight, by its full name or by its module's."""
+    key = match_pattern(patterns, name) or match_pattern(patterns, name.rpartition(".")[0])
+    return None if key is None else patterns[key]
+
+
+def scale_for(config: Mapping[str, Any], name: str) -> float:
+    """The scale of one weight, from ``scale_pattern``, ``scale`` or ``alpha / r``."""
+    listed = _lookup(config.get("scale_pattern") or {}, name)
+    if listed is not None:
+        return float(listed)
+    if config.get("alpha") is None:
+        return 1.0 if config.get("scale") is None else float(config["scale"])
+    rank = _lookup(config.get("rank_pattern") or {}, name) or config.get("r", 8)
+    if not isinstance(rank, int):
+        raise ValueError(f"alpha in {CONFIG} needs an int rank, but {name} has the ranks {rank}")
+    return float(config["alpha"]) / rank
+
+
+def whole_modes(form: Tucker) -> Tucker:
+    """The same tensor with every factor that is not smaller than its mode multiplied into the core."""
+    core, factors = form.core, list(form.factors)
+    for mode, factor in enumerate(form.factors):
+        if factor is not None and factor.shape[1] >= factor.shape[0]:
+            core, factors[mode] = mode_product(core, factor, mode), None
+    return Tucker(core.contiguous(), tuple(factors))
+
+
+def write(adapter: Adapter, folder: Path) -> None:
+    """Writes the folder (which must not exist); the config states the ranks and the scale of every weight.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    tensors: dict[str, Tensor] = {PREFIX + name: value for name, value in adapter.extras.items()}
+    forms = {name: whole_modes(entry.form) for name, entry in adapter.weights.items()}
+    for name, form in forms.items():
+        stem = PREFIX + _stem(name, adapter.weights[name].layout)
+        tensors[f"{stem}.core"] = form.core
+        tensors.update({f"{stem}.factor_{mode}": f for mode, f in enumerate(form.factors) if f is not None})
+    folder.mkdir()
+    write_tensors(folder / WEIGHTS, tensors)
+    write_json(folder / CONFIG, _config(adapter, forms))
+
+
+def _stem(name: str, layout: Layout | None) -> str:
+    module, _, leaf = name.rpartition(".")
+    if layout is not None and layout.kind == "attention" and leaf == "weight":
+        module, leaf = module.removesuffix("out_proj").rstrip("."), _ATTENTION_OUT
+    return f"{module}{'.' if module else ''}tucker_{leaf}"
+
+
+def _config(adapter: Adapter, forms: Mapping[str, Tucker]) -> dict[str, Any]:
+    kept = adapter.config if adapter.config.get("peft_type") == "TUCKER" else {}
+    scales = {name: entry.scale for name, entry in adapter.weights.items()}
+    common = Counter(scales.values()).most_common(1)[0][0] if scales else 1.0
+    modules = sorted({name.rpartition(".")[0] for name in forms if name.endswith(".weight")})
+    parameters = sorted(name for name in forms if not name.endswith(".weight"))
+    folds = {exact_pattern(name): e.layout.fold for name, e in adapter.weights.items() if e.layout and e.layout.fold}
+    layouts = adapter.recorded_layouts()
+    return {
+        "task_type": adapter.config.get("task_type"),
+        "base_model_name_or_path": adapter.config.get("base_model_name_or_path"),
+        "modules_to_save": saved_modules(adapter) or None,
+        "bias": "none",
+        "r": 8,
+        "kernel_r": None,
+        "target_modules": modules or None,
+        "target_parameters": parameters or None,
+        **{key: value for key, value in kept.items() if key not in ("alpha", "budget")},
+        "peft_type": "TUCKER",
+        "inference_mode": True,
+        "scale": common,
+        "scale_pattern": {_owner(name): scale for name, scale in scales.items() if scale != common},
+        "rank_pattern": {_owner(name): list(form.ranks) for name, form in forms.items()},
+        **({"fold": folds} if folds else {}),
+        **({} if layouts is None else {"layout": layouts}),
+    }
+
+
+def _owner(name: str) -> str:
+    """The pattern for a weight: its module's name when it is the module's ``weight``, else its own."""
+    return exact_pattern(name.removesuffix(".weight"))
+
+
+def saved_modules(adapter: Adapter) -> list[str]:
+    """The modules whose whole tensors are in ``extras``; those of a bias belong to ``bias``, as PEFT has it."""
+    listed = adapter.config.get("modules_to_save")
+    if listed:
+        return list(listed)
+    return sorted({name.rpartition(".")[0] for name in adapter.extras})
