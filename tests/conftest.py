@@ -1,4 +1,4 @@
-"""What every test starts from: a fixed seed, one thread per worker, property tests that draw the same cases each run."""
+"""What every test starts from: a fixed seed, one thread per worker, property tests that draw the same cases."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flora import Tucker
-from flora.tucker import count_params, mode_product
+from flora.tucker import concatenate, count_params, mode_product
 
 
 @st.composite
@@ -153,3 +153,28 @@ def test_factors_that_do_not_fit_are_refused(core: tuple[int, ...], factors: lis
 def test_counting_refuses_ranks_of_another_length() -> None:
     with pytest.raises(ValueError, match="shorter"):
         count_params((5, 3), (2,))
+
+
+# ---- sums ----------------------------------------------------------------------------------------------------------
+
+
+@given(forms(), st.lists(st.floats(-3, 3), min_size=1, max_size=3), st.data())
+def test_the_weighted_sum_of_forms_is_exact(
+    drawn: tuple[tuple[int, ...], tuple[int, ...], int], weights: list[float], data: st.DataObject
+) -> None:
+    shape, _, seed = drawn
+    summands = [
+        make(shape, tuple(data.draw(st.integers(1, size)) for size in shape), seed + number)
+        for number in range(len(weights))
+    ]
+    total = concatenate(summands, weights)
+    expected = sum(weight * oracle(form) for weight, form in zip(weights, summands, strict=True))
+    torch.testing.assert_close(total.to_dense(), expected, rtol=1e-11, atol=1e-11)
+    for mode, size in enumerate(shape):
+        assert total.ranks[mode] <= min(size, sum(form.ranks[mode] for form in summands)) or total.ranks[mode] == size
+
+
+def test_forms_of_different_shapes_are_not_added() -> None:
+    with pytest.raises(ValueError) as caught:
+        concatenate([make((5, 3), (2, 2)), make((3, 5), (2, 2))], [1.0, 1.0])
+    assert str(caught.value) == "cannot add Tucker forms of the shapes [(5, 3), (3, 5)]; they have to be equal"

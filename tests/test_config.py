@@ -1,0 +1,165 @@
+"""``FloraConfig``: what it keeps through files, pickles and copies, what its fields mean, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import PeftConfig
+from peft.utils import PeftType
+
+from flora import FloraConfig
+
+# INTERFACE: the fields that users rely on, beside what PeftConfig has.
+FIELDS = {
+    "r", "kernel_r", "scale", "alpha", "dropout", "init", "init_weights", "target_modules", "exclude_modules",
+    "target_parameters", "layers_to_transform", "layers_pattern", "modules_to_save", "bias", "trainable_token_indices",
+    "rank_pattern", "scale_pattern", "fold", "budget", "path",
+}  # fmt: skip
+
+KEPT: list[dict[str, Any]] = [
+    {},
+    {"r": 16, "kernel_r": None, "scale": 4.0, "target_modules": "all"},
+    {"r": [4, 3, 2, 2], "target_modules": ["conv2", "conv1"], "exclude_modules": ["head"]},
+    {"r": (4, 3), "target_modules": r".*\.(q|v)_proj"},
+    {"r": 8, "alpha": 16, "dropout": 0.1, "init": "paper_llm", "path": "rebuild", "bias": "tucker_only"},
+    {"target_modules": ["a"], "rank_pattern": {"a.b": 3, "c": [2, 5]}, "scale_pattern": {"a.b": 0.5}},
+    {"target_modules": ["a"], "layers_to_transform": [0, 2], "layers_pattern": "h", "modules_to_save": ["head"]},
+    {"target_modules": "all-linear", "budget": 0.01, "init_weights": False, "task_type": "SEQ_CLS"},
+    {"target_modules": ["a"], "trainable_token_indices": [3, 5], "revision": "main"},
+]
+
+
+def test_the_fields_are_those_that_users_rely_on() -> None:
+    own = {field.name for field in fields(FloraConfig)} - {field.name for field in fields(PeftConfig)}
+    assert own == FIELDS
+    assert all(field.metadata.get("help") for field in fields(FloraConfig) if field.name in FIELDS)
+
+
+@pytest.mark.parametrize("given", KEPT)
+def test_saved_and_loaded_it_is_equal(given: dict[str, Any], tmp_path: Path) -> None:
+    config = FloraConfig(**given)
+    config.save_pretrained(str(tmp_path))
+    assert FloraConfig.from_pretrained(str(tmp_path)) == config
+    through_peft = PeftConfig.from_pretrained(str(tmp_path))
+    assert type(through_peft) is FloraConfig
+    assert through_peft.target_modules == config.target_modules
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["peft_type"] == "TUCKER"
+
+
+@pytest.mark.parametrize("given", KEPT)
+def test_pickled_and_copied_it_is_equal(given: dict[str, Any]) -> None:
+    config = FloraConfig(**given)
+    for twin in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config)):
+        assert twin == config
+        assert twin.peft_type is config.peft_type is PeftType("TUCKER")
+    listed = {key: sorted(value) if isinstance(value, set) else value for key, value in asdict(config).items()}
+    assert FloraConfig(**{**listed, "peft_type": None}) == config
+
+
+def test_the_table_of_configs_is_whole() -> None:
+    assert len(KEPT) == 9
+
+
+def test_lists_of_names_become_sets() -> None:
+    config = FloraConfig(target_modules=["b", "a"], exclude_modules=("c",))
+    assert (config.target_modules, config.exclude_modules) == ({"a", "b"}, {"c"})
+
+
+def test_a_tuple_of_ranks_is_a_list() -> None:
+    assert FloraConfig(r=(4, 3)).r == [4, 3]
+
+
+# ---- patterns and scale --------------------------------------------------------------------------------------------
+
+
+def test_rank_pattern_wins_over_r() -> None:
+    config = FloraConfig(r=8, rank_pattern={"layer.1.conv": [4, 3, 2, 2], r"head\.\d": 2})
+    assert config.rank_for("model.layer.1.conv") == [4, 3, 2, 2]
+    assert config.rank_for("layer.1.conv") == [4, 3, 2, 2]
+    assert config.rank_for("layer.11.conv") == 8
+    assert config.rank_for("model.head.3") == 2
+
+
+def test_scale_pattern_wins_over_scale() -> None:
+    config = FloraConfig(scale=4.0, scale_pattern={"conv": 0.5})
+    assert (config.scale_for("a.conv"), config.scale_for("a.lin")) == (0.5, 4.0)
+
+
+def test_scale_is_one_unless_given() -> None:
+    assert FloraConfig().scale_for("lin") == 1.0
+    assert FloraConfig(scale=0.0).scale_for("lin") == 0.0
+
+
+def test_alpha_is_divided_by_the_rank_of_each_layer() -> None:
+    config = FloraConfig(r=8, alpha=16, rank_pattern={"wide": 32})
+    assert config.scale_for("a.narrow") == 2.0
+    assert config.scale_for("a.wide") == 0.5
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------
+
+REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"r": 0}, ValueError, "r must be at least 1, got 0"),
+    ({"r": -4}, ValueError, "r must be at least 1, got -4"),
+    ({"r": 4.5}, TypeError, "r must be an int, got 4.5 of type float"),
+    ({"r": "8"}, TypeError, "r must be an int, got '8' of type str"),
+    ({"r": True}, TypeError, "r must be an int, got True of type bool"),
+    ({"r": []}, ValueError, "r is an empty list; give one rank per dimension or a single int"),
+    ({"r": [4, -1]}, ValueError, "r[1] must be at least 1, got -1"),
+    ({"r": [4, False]}, TypeError, "r[1] must be an int, got False of type bool"),
+    ({"kernel_r": 0}, ValueError, "kernel_r must be at least 1, got 0"),
+    ({"kernel_r": 1.5}, TypeError, "kernel_r must be an int, got 1.5 of type float"),
+    ({"rank_pattern": {"conv": 0}}, ValueError, "rank_pattern['conv'] must be at least 1, got 0"),
+    ({"rank_pattern": {"conv": [2, "3"]}}, TypeError, "rank_pattern['conv'][1] must be an int, got '3' of type str"),
+    (
+        {"scale": 2.0, "alpha": 16},
+        ValueError,
+        "scale=2.0 and alpha=16 are both given; scale is the constant s itself, alpha sets s = alpha / r: give one of",
+    ),
+    (
+        {"alpha": 16, "r": [4, 4]},
+        ValueError,
+        "alpha sets s = alpha / r and needs one int r; with rank lists or a budget",
+    ),
+    ({"alpha": 16, "budget": 0.1}, ValueError, "alpha sets s = alpha / r and needs one int r; with rank lists or a"),
+    ({"dropout": 1.0}, ValueError, "dropout must be at least 0 and below 1, got 1.0"),
+    ({"dropout": -0.1}, ValueError, "dropout must be at least 0 and below 1, got -0.1"),
+    (
+        {"init": "paper_cnn"},
+        ValueError,
+        "init is 'paper_cnn', expected one of orthogonal, paper_conv, paper_nlu, paper_llm; did you mean 'paper_conv'?",
+    ),
+    ({"init": "zzz"}, ValueError, "init is 'zzz', expected one of orthogonal, paper_conv, paper_nlu, paper_llm"),
+    (
+        {"path": "factor"},
+        ValueError,
+        "path is 'factor', expected one of auto, rebuild, factored; did you mean 'factored'?",
+    ),
+    ({"bias": "lora_only"}, ValueError, "bias is 'lora_only', expected one of none, all, tucker_only; did you mean"),
+    ({"budget": 0}, ValueError, "budget must be a fraction below 1 or a count from 1, got 0"),
+    ({"budget": -5}, ValueError, "budget must be a fraction below 1 or a count from 1, got -5"),
+    ({"layers_pattern": "h"}, ValueError, "layers_pattern needs layers_to_transform, which says which of the layers"),
+]
+
+
+@pytest.mark.parametrize(("given", "error", "text"), REFUSED)
+def test_a_field_out_of_range_is_refused_by_name(given: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error) as caught:
+        FloraConfig(**given)
+    assert str(caught.value).startswith(text)
+
+
+def test_the_table_of_refusals_is_whole() -> None:
+    assert len(REFUSED) == 24
+
+
+def test_a_field_that_does_not_exist_raises() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'rank'"):
+        FloraConfig(rank=8)  # type: ignore[call-arg]
