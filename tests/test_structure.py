@@ -1,0 +1,163 @@
+"""The house: every file has a room, imports point down, no drawer for odds and ends."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import flora
+
+SRC = Path(flora.__file__).parents[1]
+PACKAGE = "flora"
+
+# A room is a file or a folder of src/flora; `flora` is its __init__, `flora_cli` the file beside it. A room may import
+# from the levels above its own in this list, and from nothing beside or below it. A new file gets a room here.
+LEVELS: list[set[str]] = [
+    {"tucker", "folders"},
+    {"ranks", "fold"},
+    {"planning", "decomposition", "initialize"},
+    {"delta", "kernels", "experts"},
+    {"layers"},
+    {"tuner", "convert"},
+    {"flora"},
+    {"recipes", "report"},
+    {"settings"},
+    {"methods", "reloading"},
+    {"training", "merging"},
+    {"compare"},
+    {"flora_cli"},
+]
+# What a room of the core may import besides the standard library, torch and our own; the rooms of the command are free.
+FOREIGN: dict[str, set[str]] = {
+    "tucker": set(),
+    "folders": set(),
+    "ranks": set(),
+    "fold": {"einops"},
+    "planning": set(),
+    "decomposition": {"tensorly"},
+    "initialize": set(),
+    "delta": set(),
+    "kernels": set(),
+    "experts": set(),
+    "layers": {"transformers"},
+    "tuner": {"peft", "transformers"},
+    "convert": {"diffusers", "safetensors", "transformers"},  # never peft: a format is key names and shapes
+    "flora": set(),
+}
+ODDS_AND_ENDS = {"utils", "util", "common", "helpers", "misc", "tools"}
+LONGEST = 350  # lines; a file that outgrows it is split by noun
+
+
+def name_of(path: Path) -> str:
+    """``src/flora/tuner/config.py`` -> ``flora.tuner.config``."""
+    parts = path.relative_to(SRC).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {name_of(path): path for path in [*sorted((SRC / PACKAGE).rglob("*.py")), SRC / "flora_cli.py"]}
+LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}
+
+
+def room_of(module: str) -> str:
+    """``flora.tuner.config`` -> ``tuner``; ``flora`` and ``flora_cli`` are rooms of their own."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == PACKAGE and len(parts) > 1 else parts[0]
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Every module that the tree imports, inside functions too; ``from a import b`` gives a.b if that is a file."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            module = node.module or ""
+            for alias in node.names:
+                inner = f"{module}.{alias.name}"
+                yield inner if inner in FILES else module
+
+
+def imports_of(module: str) -> set[str]:
+    return set(imported(ast.parse(FILES[module].read_text(encoding="utf-8"))))
+
+
+IMPORTS = {module: imports_of(module) for module in FILES}
+
+
+def ours(module: str) -> bool:
+    return module.partition(".")[0] in {PACKAGE, "flora_cli"}
+
+
+def test_every_file_is_checked() -> None:
+    on_disk = [path for path in SRC.rglob("*.py") if ".egg-info" not in str(path)]
+    assert len(FILES) == len(on_disk)
+    assert len(FILES) > 10
+
+
+def test_every_file_has_a_room() -> None:
+    homeless = {module for module in FILES if room_of(module) not in LEVEL}
+    assert not homeless, f"give these a level in {Path(__file__).name}: {sorted(homeless)}"
+
+
+def test_imports_point_down() -> None:
+    arrows = [
+        (module, target)
+        for module, targets in IMPORTS.items()
+        for target in targets
+        if ours(target) and room_of(module) != room_of(target)
+    ]
+    assert len(arrows) > 20
+    unknown = [arrow for arrow in arrows if arrow[1] not in FILES]
+    assert not unknown
+    upward = [arrow for arrow in arrows if LEVEL[room_of(arrow[1])] >= LEVEL[room_of(arrow[0])]]
+    assert not upward
+
+
+def test_no_file_imports_itself_by_a_detour() -> None:
+    graph = {module: {target for target in targets if target in FILES} for module, targets in IMPORTS.items()}
+    order = list(TopologicalSorter(graph).static_order())  # raises CycleError with the cycle
+    assert set(order) == set(FILES)
+
+
+def test_the_core_stays_light() -> None:
+    allowed = set(sys.stdlib_module_names) | {"torch", PACKAGE}
+    foreign = {
+        (module, target)
+        for module, targets in IMPORTS.items()
+        for target in targets
+        if room_of(module) in FOREIGN and target.partition(".")[0] not in allowed | FOREIGN[room_of(module)]
+    }
+    assert not foreign
+    assert set(FOREIGN) == {room for rooms in LEVELS[: LEVEL["flora"] + 1] for room in rooms}
+
+
+def test_the_command_imports_nothing_before_it_knows_the_verb() -> None:
+    """``import flora`` imports PEFT, which takes seconds; ``flora --help`` must not wait for that."""
+    tree = ast.parse(FILES["flora_cli"].read_text(encoding="utf-8"))
+    at_the_top = ast.Module([node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))], [])
+    assert {module.partition(".")[0] for module in imported(at_the_top)} <= set(sys.stdlib_module_names)
+
+
+def test_no_file_for_odds_and_ends() -> None:
+    assert not [module for module in FILES if module.rpartition(".")[2] in ODDS_AND_ENDS]
+
+
+def test_no_file_bears_the_name_of_a_public_function() -> None:
+    """``flora.plan`` is the function; a file plan.py would take its place once imported."""
+    public = {*flora.__all__, "plan", "decompose", "load", "save", "extract"}
+    files = {module.partition(".")[2] for module in FILES}
+    assert not public & files
+    assert len(public) >= 11
+
+
+def test_no_file_outgrows_its_noun() -> None:
+    lines = {module: len(path.read_text(encoding="utf-8").splitlines()) for module, path in FILES.items()}
+    assert not {module: count for module, count in lines.items() if count > LONGEST}
+
+
+def test_every_file_says_what_it_is() -> None:
+    silent = [m for m, path in FILES.items() if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))]
+    assert not silent
