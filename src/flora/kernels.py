@@ -1,8 +1,9 @@
 """The factored way through a layer: the change of its output, without ever forming the dense update.
 
-Each function takes the layer, its input, the Tucker form of its weight (in the order of ``weight.shape``) and the scale,
-and returns ``op(x, scale * form)`` where ``op`` is what the layer does with a weight. The small matrices are folded in
-the dtype of the adapter and cast to the dtype of the input, so the input itself is never copied to another dtype.
+Each function takes the layer, the Tucker form of its weight (in the order of ``weight.shape``), the scale and the arguments
+of the layer's forward, and returns ``op(x, scale * form)`` where ``op`` is what the layer does with a weight. The small
+matrices are folded in the dtype of the adapter and cast to the dtype of the input, so the input is never copied to another
+dtype.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from flora.tucker import Tucker, mode_product
 
 CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}  # by number of kernel dims
+CONV_TRANSPOSE: dict[int, Callable[..., Tensor]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 def fold_matrix(form: Tucker, scale: float) -> tuple[Tensor | None, Tensor]:
@@ -34,51 +36,123 @@ def fold_matrix(form: Tucker, scale: float) -> tuple[Tensor | None, Tensor]:
     return (core if left is None else left @ core), right.T
 
 
-def linear(base: nn.Module, x: Tensor, form: Tucker, scale: float) -> Tensor:
-    """``x @ W.T`` for W of (out, in): two skinny products. x: (..., in) -> (..., out)."""
+def linear(base: nn.Module, form: Tucker, scale: float, input: Tensor) -> Tensor:
+    """``x @ W.T`` for W of (out, in): two skinny products. input: (..., in) -> (..., out)."""
     up, down = fold_matrix(form, scale)
-    hidden = F.linear(x, down.to(x.dtype))
-    return hidden if up is None else F.linear(hidden, up.to(x.dtype))
+    hidden = F.linear(input, down.to(input.dtype))
+    return hidden if up is None else F.linear(hidden, up.to(input.dtype))
 
 
-def linear_transposed(base: nn.Module, x: Tensor, form: Tucker, scale: float) -> Tensor:
+def linear_transposed(base: nn.Module, form: Tucker, scale: float, x: Tensor) -> Tensor:
     """The same for a weight stored as (in, out), as in GPT-2's Conv1D."""
     first, second = form.factors
-    return linear(base, x, Tucker(form.core.T, (second, first)), scale)
+    return linear(base, Tucker(form.core.T, (second, first)), scale, x)
 
 
-def conv(base: Any, x: Tensor, form: Tucker, scale: float) -> Tensor:
+def conv(base: Any, form: Tucker, scale: float, input: Tensor) -> Tensor:
     """1x1 down to r_in channels, the small core with the layer's own stride and padding, 1x1 up to the output channels.
 
-    x: (batch, in, *spatial) or unbatched; the form is (out, in / groups, *kernel). Every group shares the factors.
+    input: (batch, in, *spatial) or unbatched; the form is (out, in / groups, *kernel). Every group shares the factors.
     """
-    conv_nd = CONV[form.core.ndim - 2]
-    pointwise = (1,) * (form.core.ndim - 2)
-    groups = base.groups
+    conv_nd, groups = CONV[form.core.ndim - 2], base.groups
     out, inner = form.factors[:2]
+    core = _spatial_core(form, scale)
+    x = input
+    if inner is not None:
+        x = conv_nd(x, _per_group(_pointwise(inner.T, core), groups).to(x.dtype), groups=groups)
+    x = base._conv_forward(x, (core if out is None else _per_group(core, groups)).to(x.dtype), None)
+    return x if out is None else conv_nd(x, _pointwise(out, core).to(x.dtype), groups=groups)
+
+
+def conv_transpose(
+    base: Any, form: Tucker, scale: float, input: Tensor, output_size: list[int] | None = None
+) -> Tensor:
+    """The same for a transposed convolution, whose form is (in, out / groups, *kernel)."""
+    conv_nd, groups = CONV[form.core.ndim - 2], base.groups
+    inner, out = form.factors[:2]
+    core = _spatial_core(form, scale)
+    padding = output_padding(base, input, output_size)
+    x = input
+    if inner is not None:
+        size, rank = inner.shape
+        down = inner.reshape(groups, size // groups, rank).transpose(1, 2).reshape(groups * rank, size // groups)
+        x = conv_nd(x, _pointwise(down, core).to(x.dtype), groups=groups)
+        core = _per_group(core, groups)
+    run = CONV_TRANSPOSE[core.ndim - 2]
+    x = run(x, core.to(x.dtype), None, base.stride, base.padding, padding, groups, base.dilation)
+    return x if out is None else conv_nd(x, _per_group(_pointwise(out, core), groups).to(x.dtype), groups=groups)
+
+
+def output_padding(base: Any, input: Tensor, output_size: list[int] | None) -> list[int]:
+    """The output padding of a transposed convolution for the output size that was asked for."""
+    dims = len(base.kernel_size)
+    return base._output_padding(  # type: ignore[no-any-return]
+        input, output_size, base.stride, base.padding, base.kernel_size, dims, base.dilation
+    )
+
+
+def _spatial_core(form: Tucker, scale: float) -> Tensor:
+    """The scaled core with the kernel factors applied: (J1, J2, *kernel)."""
     core = scale * form.core
     for mode, factor in enumerate(form.factors[2:], start=2):
-        if factor is not None:
-            core = mode_product(core, factor, mode)
-    if inner is not None:
-        down = inner.T.reshape(inner.shape[1], inner.shape[0], *pointwise)
-        x = conv_nd(x, _per_group(down, groups).to(x.dtype), groups=groups)
-    x = base._conv_forward(x, (core if out is None else _per_group(core, groups)).to(x.dtype), None)
-    if out is not None:
-        x = conv_nd(x, out.reshape(*out.shape, *pointwise).to(x.dtype), groups=groups)
-    return x
+        core = core if factor is None else mode_product(core, factor, mode)
+    return core
+
+
+def _pointwise(matrix: Tensor, core: Tensor) -> Tensor:
+    """A matrix as the weight of a convolution with kernel size 1."""
+    return matrix.reshape(*matrix.shape, *(1,) * (core.ndim - 2))
 
 
 def _per_group(weight: Tensor, groups: int) -> Tensor:
-    """The same small weight for every group, stacked along the output channels."""
+    """The same small weight for every group, stacked along the first dimension."""
     return weight if groups == 1 else weight.repeat(groups, *(1,) * (weight.ndim - 1))
 
 
-def embedding(base: nn.Module, ids: Tensor, form: Tucker, scale: float) -> Tensor:
-    """Only the rows that are looked up. ids: any shape -> (*ids.shape, dim)."""
+def embedding(base: Any, form: Tucker, scale: float, input: Tensor) -> Tensor:
+    """Only the rows that are looked up; the padding row gets no gradient. input: ids of any shape -> (*ids.shape, dim)."""
+    rows, small = _rows(form, scale)
+    if rows is None:
+        return F.embedding(input, small, base.padding_idx)
+    out = torch.matmul(F.embedding(input, rows), small)
+    if base.padding_idx is None or not torch.is_grad_enabled():
+        return out
+    return torch.where((input == base.padding_idx).unsqueeze(-1), out.detach(), out)
+
+
+def embedding_bag(
+    base: Any,
+    form: Tucker,
+    scale: float,
+    input: Tensor,
+    offsets: Tensor | None = None,
+    per_sample_weights: Tensor | None = None,
+) -> Tensor:
+    """The same for bags that are summed or averaged: the bag is taken in the small space. -> (bags, dim)."""
+    rows, small = _rows(form, scale)
+    bag = F.embedding_bag(
+        input,
+        small if rows is None else rows,
+        offsets,
+        mode=base.mode,
+        per_sample_weights=None if per_sample_weights is None else per_sample_weights.to(small.dtype),
+        include_last_offset=base.include_last_offset,
+        padding_idx=base.padding_idx,
+    )
+    return bag if rows is None else bag @ small
+
+
+def _rows(form: Tucker, scale: float) -> tuple[Tensor | None, Tensor]:
+    """The factor of the vocabulary (None: whole) and the small matrix (J_vocab, dim) that follows it."""
     rows, columns = form.factors
     core = scale * form.core
-    small = core if columns is None else core @ columns.T  # (J_vocab, dim)
-    if rows is None:
-        return F.embedding(ids, small)
-    return torch.matmul(F.embedding(ids, rows), small)
+    return rows, core if columns is None else core @ columns.T
+
+
+def bilinear(base: nn.Module, form: Tucker, scale: float, input1: Tensor, input2: Tensor) -> Tensor:
+    """Both inputs into the small space, the core there, then up. (..., in1), (..., in2) -> (..., out)."""
+    out, first, second = form.factors
+    x = input1 if first is None else input1 @ first.to(input1.dtype)
+    y = input2 if second is None else input2 @ second.to(input2.dtype)
+    hidden = F.bilinear(x, y, (scale * form.core).to(x.dtype))
+    return hidden if out is None else F.linear(hidden, out.to(hidden.dtype))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from flora.tucker import count_params
 
 Ranks = int | list[int] | tuple[int, ...]
+KERNEL_AXES = frozenset({"kd", "kh", "kw"})
 
 
 def describe(name: str, shape: Sequence[int], axes: Sequence[str]) -> str:
@@ -47,7 +48,7 @@ def resolve(
     """The ranks ``(J1, ..., JN)`` of the Tucker form of one weight.
 
     A list gives every rank and is taken as it is. An int asks for rank ``r`` on the channel modes and ``kernel_r`` on
-    the kernel modes (axes whose name begins with "k"); it is lowered to the size of a mode, and to the product of the
+    the kernel modes (the axes kd, kh, kw); it is lowered to the size of a mode, and to the product of the
     other ranks, because a rank above that product adds parameters and no expressiveness. A rank equal to its size
     means that the mode is kept whole (no factor).
 
@@ -89,7 +90,7 @@ def resolve(
         return tuple(shape)
     ranks = []
     for size, axis in zip(shape, axes, strict=True):
-        wanted = (kernel_r if kernel_r is not None else size) if axis.startswith("k") else r
+        wanted = (kernel_r if kernel_r is not None else size) if axis in KERNEL_AXES else r
         ranks.append(min(wanted, size))
     return _lower_to_reach(ranks, axes)
 
@@ -101,7 +102,7 @@ def _lower_to_reach(ranks: list[int], axes: Sequence[str]) -> tuple[int, ...]:
         changed = False
         for mode, axis in enumerate(axes):
             others = math.prod(ranks) // ranks[mode]
-            if not axis.startswith("k") and ranks[mode] > others:
+            if axis not in KERNEL_AXES and ranks[mode] > others:
                 ranks[mode], changed = others, True
     return tuple(ranks)
 

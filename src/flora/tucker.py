@@ -95,3 +95,46 @@ class Tucker:
             if factor is not None:
                 dense = mode_product(dense, factor, mode)
         return dense.contiguous()
+
+
+def concatenate(forms: Sequence[Tucker], weights: Sequence[float]) -> Tucker:
+    """The weighted sum of Tucker forms as one Tucker form, exact: factors side by side, cores along a block diagonal.
+
+    A mode that is whole in any of them, or whose ranks would add up to its size or more, is kept whole.
+
+    Args:
+        forms: of one shape.
+        weights: a number for each.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    shape = forms[0].shape
+    if any(form.shape != shape for form in forms):
+        raise ValueError(
+            f"cannot add Tucker forms of the shapes {[form.shape for form in forms]}; they have to be equal"
+        )
+    ranks = [sum(form.ranks[mode] for form in forms) for mode in range(len(shape))]
+    whole = [
+        ranks[mode] >= size or any(form.factors[mode] is None for form in forms) for mode, size in enumerate(shape)
+    ]
+    size = [shape[mode] if whole[mode] else ranks[mode] for mode in range(len(shape))]
+    core = forms[0].core.new_zeros(size)
+    start = [0] * len(shape)
+    for form, weight in zip(forms, weights, strict=True):
+        part = form.core
+        for mode, factor in enumerate(form.factors):
+            if whole[mode] and factor is not None:
+                part = mode_product(part, factor, mode)
+        block = tuple(slice(at, at + length) for at, length in zip(start, part.shape, strict=True))
+        core[block] += weight * part
+        start = [0 if whole[mode] else at + part.shape[mode] for mode, at in enumerate(start)]
+    factors = [
+        None if whole[mode] else torch.cat([_factor(form, mode) for form in forms], dim=1) for mode in range(len(shape))
+    ]
+    return Tucker(core, tuple(factors))
+
+
+def _factor(form: Tucker, mode: int) -> Tensor:
+    factor = form.factors[mode]
+    return factor if factor is not None else torch.eye(form.ranks[mode], dtype=form.core.dtype, device=form.core.device)

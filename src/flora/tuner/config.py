@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
@@ -14,6 +14,7 @@ from peft.utils.other import get_pattern_key
 from flora.initialize import INITIALIZERS
 from flora.ranks import check_rank, check_request
 
+Value = TypeVar("Value")
 PATHS = ("auto", "rebuild", "factored")
 BIASES = ("none", "all", "tucker_only")
 DEFAULT_SCALE = 1.0
@@ -44,12 +45,16 @@ class FloraConfig(PeftConfig):
         target_modules: names or suffixes, a regular expression, or "all-linear", "all-conv" or "all" (every weight that
             can be adapted, the output head of a transformers model excepted).
         exclude_modules: names, suffixes or a regular expression to leave out.
+        target_parameters: names or suffixes of raw parameters of any number of dimensions, such as fused experts
+            (``mlp.experts.gate_up_proj``).
         layers_to_transform, layers_pattern: as in PEFT.
         modules_to_save: modules trained in full and saved with the adapter, such as a new head.
         bias: "none", "all" or "tucker_only" (the biases of adapted layers).
         trainable_token_indices: as in PEFT.
         rank_pattern: regular expression or suffix of a module's name -> rank (int or list), instead of ``r``.
         scale_pattern: the same for ``scale``.
+        fold: regular expression or suffix of a weight's (or module's) name -> how it is seen as an N-d tensor, in einops'
+            notation: ``{"qkv": "(three heads dim) in, three=3 heads=12"}``; ranks are then those of that space.
         budget: trainable parameters to spend on the adapter, a fraction of the model's below 1, a count from 1; ranks
             are solved per weight and written into ``rank_pattern``.
         path: how the forward is computed: "rebuild", "factored" or, by the plan, "auto".
@@ -88,6 +93,9 @@ class FloraConfig(PeftConfig):
     scale_pattern: dict[str, float] = field(
         default_factory=dict, metadata={"help": "Regular expression or suffix -> scale."}
     )
+    fold: dict[str, str] = field(
+        default_factory=dict, metadata={"help": "Regular expression or suffix -> einops pattern of the N-d view."}
+    )
     budget: float | int | None = field(
         default=None, metadata={"help": "Trainable parameters to spend: a fraction below 1, a count from 1."}
     )
@@ -96,7 +104,7 @@ class FloraConfig(PeftConfig):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PeftType("TUCKER")
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
@@ -116,8 +124,6 @@ class FloraConfig(PeftConfig):
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform, which says which of the layers to adapt")
-        if self.target_parameters:
-            raise ValueError("target_parameters is not supported yet; name modules in target_modules")
 
     def _check_scale(self) -> None:
         if self.scale is not None and self.alpha is not None:
@@ -131,16 +137,29 @@ class FloraConfig(PeftConfig):
         if self.alpha is not None and (listed or self.budget is not None):
             raise ValueError("alpha sets s = alpha / r and needs one int r; with rank lists or a budget, give scale")
 
-    def rank_for(self, name: str) -> int | list[int]:
-        """The rank request for a module (or module.weight), from ``rank_pattern`` or ``r``."""
-        return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), name), self.r)
+    def rank_for(self, module: str, weight: str = "weight") -> int | list[int]:
+        """The rank request for a weight of a module, from ``rank_pattern`` or ``r``."""
+        return _match(self.rank_pattern, module, weight, self.r)
 
-    def scale_for(self, name: str) -> float:
-        """The scale s for a module, from ``scale_pattern``, ``scale`` or ``alpha / r``."""
+    def scale_for(self, module: str, weight: str = "weight") -> float:
+        """The scale s for a weight of a module, from ``scale_pattern``, ``scale`` or ``alpha / r``."""
         default = self.scale if self.scale is not None else DEFAULT_SCALE
         if self.alpha is not None:
-            rank = self.rank_for(name)
+            rank = self.rank_for(module, weight)
             if isinstance(rank, list):
-                raise ValueError(f"alpha needs an int rank, but {name} has the ranks {rank}; give scale")
+                raise ValueError(f"alpha needs an int rank, but {module} has the ranks {rank}; give scale")
             default = self.alpha / rank
-        return self.scale_pattern.get(get_pattern_key(list(self.scale_pattern), name), default)
+        return _match(self.scale_pattern, module, weight, default)
+
+    def fold_for(self, module: str, weight: str = "weight") -> str | None:
+        """How a weight of a module is seen as an N-d tensor, as far as the config says."""
+        return _match(self.fold, module, weight, "") or None
+
+
+def _match(patterns: dict[str, Value], module: str, weight: str, default: Value) -> Value:
+    """The value of the first pattern that matches ``module.weight`` or else ``module``, as PEFT matches them."""
+    for name in (f"{module}.{weight}", module):
+        key = get_pattern_key(list(patterns), name)
+        if key in patterns:
+            return patterns[key]
+    return default

@@ -1,27 +1,26 @@
-"""``FloraModel``: which layers get an adapter, with which ranks. All is resolved and checked before anything changes."""
+"""``FloraModel``: puts the adapters into a model, and works on whole adapters (load, combine, swap)."""
 
 from __future__ import annotations
 
-import difflib
-import math
+import copy
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, NoMatchingPeftModuleError
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
+from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from flora.layers import find_layer, refusal, weight_shape
-from flora.ranks import Weight, resolve, solve_budget
-from flora.tucker import count_params
+from flora.tucker import Tucker, concatenate
+from flora.tuner import targets as find
 from flora.tuner.config import FloraConfig
-from flora.tuner.layer import FloraLayer
-
-SHORTHANDS = {"all": ("linear", "conv", "embedding"), "all-linear": ("linear",), "all-conv": ("conv",)}
+from flora.tuner.layer import BASE, FloraLayer
+from flora.tuner.parameter import ParamWrapper
 
 
 class FloraModel(BaseTuner):
@@ -29,69 +28,30 @@ class FloraModel(BaseTuner):
 
     prefix = "tucker_"
     tuner_layer_cls = FloraLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
+
+    # ---- injection -------------------------------------------------------------------------------------------------
 
     def _prepare_adapter_config(self, peft_config: FloraConfig, model_config: dict[str, Any]) -> FloraConfig:
         """Fills in the targets: the model type's own, or every layer of the kinds a shorthand stands for."""
-        shorthand = peft_config.target_modules
-        if not isinstance(shorthand, str) or shorthand.lower() not in SHORTHANDS:
-            return super()._prepare_adapter_config(peft_config, model_config)
-        kinds = SHORTHANDS[shorthand.lower()]
-        head = _output_head(self.model)
-        names = [
-            name
-            for name, module in _layers(self.model)
-            if (found := find_layer(module)) and found[1].kind in kinds and refusal(module) is None
-            if name and not any(name == key or name.startswith(f"{key}.") for key in head)
-        ]
-        if not names:
-            raise NoMatchingPeftModuleError(
-                f"target_modules={shorthand!r} matches nothing: {type(self.model).__name__} has no layer of kind "
-                f"{' or '.join(kinds)} outside its head"
-            )
-        peft_config.target_modules = set(names)
-        return peft_config
+        wanted = peft_config.target_modules
+        if isinstance(wanted, str) and wanted.lower() in find.SHORTHANDS:
+            peft_config.target_modules = find.expand(wanted.lower(), self.model)  # type: ignore[assignment]
+            return peft_config
+        if wanted is None and peft_config.target_parameters:
+            return peft_config
+        return cast(FloraConfig, super()._prepare_adapter_config(peft_config, model_config))
 
     def _prepare_model(self, peft_config: FloraConfig, model: nn.Module) -> None:
         """Resolves every target and its ranks, so that a bad request raises here, with the model untouched."""
-        matched = {
-            name: module for name, module in _layers(model) if name and self._check_target_module_exists(peft_config, name)
-        }
-        if not matched:
-            self._explain_no_match(peft_config, model)
+        sites = find.find_sites(peft_config, model, self._check_target_module_exists)
+        if not sites:
+            find.explain_no_match(peft_config, model)
             return
-        weights = {name: _weight(name, module) for name, module in matched.items()}
-        if peft_config.budget is not None:
-            peft_config.rank_pattern = _spend(peft_config, weights, model)
-            peft_config.budget = None
-        larger = []
-        for name, weight in weights.items():
-            ranks = _ranks(peft_config, name, weight)
-            peft_config.scale_for(name)
-            if count_params(weight.shape, ranks) > math.prod(weight.shape):
-                larger.append(name)
-        if larger:
-            warnings.warn(
-                f"the adapter has more parameters than the weight itself in {len(larger)} of {len(weights)} layers "
-                f"(first: {larger[0]}); lower r or exclude them",
-                stacklevel=2,
-            )
-
-    def _explain_no_match(self, config: FloraConfig, model: nn.Module) -> None:
-        """Raises with the nearest names when the targets are plainly misspelt; otherwise PEFT's own error follows."""
-        if not isinstance(config.target_modules, set) or config.exclude_modules or config.layers_to_transform is not None:
-            return
-        names = [name for name, module in _layers(model) if find_layer(module)]
-        suffixes = {name.rpartition(".")[2] for name in names} | set(names)
-        near = {
-            target: difflib.get_close_matches(target, sorted(suffixes), n=3) for target in sorted(config.target_modules)
-        }
-        hints = "; ".join(f"instead of {target!r} try {', '.join(map(repr, found))}" for target, found in near.items() if found)
-        raise NoMatchingPeftModuleError(
-            f"Target modules {sorted(config.target_modules)} not found in the base model "
-            f"{type(model).__name__}{': ' + hints if hints else ''}. Please check the target modules; "
-            "print(model) lists the names, and 'all' takes every layer that can be adapted"
-        )
+        find.record_folds(peft_config, sites)
+        find.spend_budget(peft_config, sites, model)
+        find.warn_if_larger(peft_config, sites)
+        find.warn_unmatched(peft_config, model)
 
     def _create_and_replace(
         self,
@@ -104,26 +64,150 @@ class FloraModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         base = target.get_base_layer() if isinstance(target, FloraLayer) else target
-        ranks = _ranks(peft_config, current_key, _weight(current_key, base))
-        layer = target if isinstance(target, FloraLayer) else FloraLayer(base)
-        layer.update_layer(adapter_name, peft_config, ranks, peft_config.scale_for(current_key))
+        if parameter_name is not None:
+            site = find.raw_parameter(current_key.rpartition(".")[0], base, parameter_name)
+            same = isinstance(target, ParamWrapper) and target.parameter_name == parameter_name
+            layer = target if same else ParamWrapper(target, parameter_name)
+        else:
+            quantization = get_quantization_kwargs(self.model)
+            layer = target if isinstance(target, FloraLayer) else FloraLayer(target, quantization=quantization)
+            site = find.Site(current_key, base, layer.row)
+        cast(FloraLayer, layer).update_layer(adapter_name, peft_config, find.targets_of(peft_config, site))
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
+            self._turn_off_fast_paths(current_key)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Puts one module in the place of another; device and dtype are settled in ``FloraLayer.update_layer``."""
         setattr(parent, child_name, new_module)
 
+    def _turn_off_fast_paths(self, key: str) -> None:
+        """torch's transformer encoder reads its layers' weights in eval without calling them, unless one has a hook."""
+        parts = key.split(".")
+        for end in range(len(parts)):
+            outer = self.model.get_submodule(".".join(parts[:end]))
+            if isinstance(outer, nn.TransformerEncoder):
+                outer.use_nested_tensor = False
+            if isinstance(outer, nn.TransformerEncoderLayer):
+                self.model.get_submodule(".".join(parts[: end + 1])).register_forward_pre_hook(_called)
+
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """PEFT's injection; then the first training step is watched for layers that are never called."""
+        super().inject_adapter(model, *args, **kwargs)
+        if warn_if_uncalled not in model._forward_hooks.values():
+            model.register_forward_hook(warn_if_uncalled)
+
+    # ---- an adapter per sample ---------------------------------------------------------------------------------------
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                "adapter_names (a different adapter for each sample of a batch) is not supported by FLoRA yet; "
-                "run one batch per adapter, with set_adapter"
+        """Hands ``adapter_names=[...]``, an adapter for each sample of the batch, to every layer for one forward."""
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names (an adapter for each sample) works in inference only; call model.eval()")
+        unknown = sorted(set(names) - {BASE, *self.peft_config})
+        if unknown:
+            raise ValueError(f"adapter_names has unknown adapters {unknown}; there are {sorted(self.peft_config)}")
+        beams = kwargs.get("num_beams") or 1
+        repeated = [name for name in names for _ in range(beams)]
+        encoder = getattr(self.model, "get_encoder", lambda: None)() if beams > 1 else None
+        own = set(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not self.model else set()
+        handles = [
+            module.register_forward_pre_hook(
+                partial(_pass_names, list(names) if module in own else repeated), with_kwargs=True
             )
-        yield
+            for module in self.modules()
+            if isinstance(module, (FloraLayer, AuxiliaryTrainingWrapper))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    # ---- whole adapters ------------------------------------------------------------------------------------------------
+
+    def _layers_with(self, adapter: str) -> dict[str, FloraLayer]:
+        return {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, FloraLayer) and adapter in module.settings
+        }
+
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        """Adds an adapter that is the weighted sum of others, exactly: Tucker forms concatenate, so their ranks add up.
+
+        Args:
+            adapters: names of existing adapters.
+            weights: a number for each.
+            adapter_name: of the new adapter; it is not made active.
+
+        Raises:
+            ValueError: an adapter does not exist, the new name is taken, or they do not adapt the same weights.
+        """
+        if adapter_name in self.peft_config:
+            raise ValueError(f"adapter {adapter_name!r} exists already; delete it first or choose another name")
+        if len(adapters) != len(weights) or not adapters:
+            raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights; give one weight for each adapter")
+        unknown = sorted(set(adapters) - set(self.peft_config))
+        if unknown:
+            raise ValueError(f"adapters {unknown} do not exist; there are {sorted(self.peft_config)}")
+        places = [set(self._layers_with(adapter)) for adapter in adapters]
+        if any(place != places[0] for place in places):
+            raise ValueError(f"the adapters {list(adapters)} do not adapt the same layers, so they have no common sum")
+        forms: dict[tuple[str, str], Tucker] = {}
+        for name, layer in self._layers_with(adapters[0]).items():
+            for weight in layer.attributes:
+                deltas = [layer.delta(adapter, weight) for adapter in adapters]
+                scales = [factor * delta.scale for factor, delta in zip(weights, deltas, strict=True)]
+                with torch.no_grad():
+                    forms[name, weight] = concatenate([delta.form for delta in deltas], scales)
+        config = cast(FloraConfig, copy.deepcopy(self.peft_config[adapters[0]]))
+        config.r, config.alpha, config.scale, config.scale_pattern, config.init_weights = 8, None, 1.0, {}, True
+        config.rank_pattern = {
+            re.escape(f"{name.replace('.base_layer', '')}.{weight}"): list(form.ranks)
+            for (name, weight), form in forms.items()
+        }
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        layers = self._layers_with(adapter_name)
+        for (name, weight), form in forms.items():
+            _copy_form(layers[name].delta(adapter_name, weight).form, form)
+
+    def swap_adapter(self, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
+        """Copies the tensors of a saved adapter into a live one, in place: nothing is rebuilt or recompiled.
+
+        PEFT's own hotswap is closed to methods outside PEFT. The scale stays that of the live adapter.
+
+        Args:
+            adapter_name: of the live adapter.
+            state_dict: the tensors of ``adapter_model.safetensors``, of the same ranks.
+
+        Raises:
+            ValueError: names or shapes differ; nothing is changed then.
+        """
+        own = {
+            f"base_model.model.{name}.{attribute}.{tensor}": value
+            for name, layer in self._layers_with(adapter_name).items()
+            for attribute in layer.adapter_layer_names
+            for tensor, value in getattr(layer, attribute)[adapter_name].named_parameters()
+        }
+        given = {key: value for key, value in state_dict.items() if f".{self.prefix}" in key}
+        for key in sorted(own.keys() | given.keys()):
+            shapes = [tuple(side[key].shape) if key in side else None for side in (own, given)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"cannot swap {adapter_name!r}: {key} has the shape {shapes[0]} here and {shapes[1]} in the new adapter "
+                    "(None: absent); load it as a new adapter instead"
+                )
+        with torch.no_grad():
+            for key, value in own.items():
+                value.copy_(given[key])
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -150,52 +234,35 @@ class FloraModel(BaseTuner):
         return remapped
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module that could be a target, by name, with what is inside tuner layers left out and the layers unwrapped."""
-    inside: list[str] = []
-    for name, module in model.named_modules():
-        if any(name.startswith(prefix) for prefix in inside):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            inside.append(f"{name}.")
-            module = module.get_base_layer()
-        yield name, module
+def _copy_form(live: Tucker, form: Tucker) -> None:
+    with torch.no_grad():
+        live.core.copy_(form.core)
+        for own, new in zip(live.factors, form.factors, strict=True):
+            if own is not None and new is not None:
+                own.copy_(new)
 
 
-def _output_head(model: nn.Module) -> list[str]:
-    """The names of the modules that make a transformers model's output: its LM head, or what lies outside its backbone."""
-    if not isinstance(model, PreTrainedModel):
-        return []
-    output = model.get_output_embeddings()
-    backbone = model.base_model
-    if output is not None:
-        return [name for name, module in model.named_modules() if module is output]
-    return [] if backbone is model else [name for name, module in model.named_children() if module is not backbone]
+def _pass_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": names}
 
 
-def _weight(name: str, module: nn.Module) -> Weight:
-    """The shape and the axes of a targeted module's weight.
-
-    Raises:
-        ValueError: the module cannot be adapted; names it and says why.
-    """
-    found, reason = find_layer(module), refusal(module)
-    if found is None or reason is not None:
-        raise ValueError(f"Target module {name} ({type(module).__name__}) is not supported: {reason}")
-    return Weight(weight_shape(module, found[1].weight), found[1].axes)
+def _called(module: nn.Module, args: Any) -> None:
+    """A hook that does nothing: that a module has one keeps torch's fast paths from going round it."""
 
 
-def _ranks(config: FloraConfig, name: str, weight: Weight) -> tuple[int, ...]:
-    return resolve(weight.shape, config.rank_for(name), config.kernel_r, axes=weight.axes, name=f"{name}.weight")
-
-
-def _spend(config: FloraConfig, weights: dict[str, Weight], model: nn.Module) -> dict[str, int | list[int]]:
-    """The budget as ranks: the user's own ``rank_pattern`` entries are kept and paid for first."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    budget = config.budget or 0
-    count = int(budget * total) if budget < 1 else int(budget)
-    fixed = {name: weight for name, weight in weights.items() if config.rank_for(name) is not config.r}
-    paid = sum(count_params(weight.shape, _ranks(config, name, weight)) for name, weight in fixed.items())
-    free = {name: weight for name, weight in weights.items() if name not in fixed}
-    solved = solve_budget(free, count - paid, config.kernel_r) if free else {}
-    return {**config.rank_pattern, **{re.escape(name): list(ranks) for name, ranks in solved.items()}}
+def warn_if_uncalled(model: nn.Module, args: Any, output: Any) -> None:
+    """A forward hook on the base model: after its first training forward, names adapted layers that were not called."""
+    if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
+        return
+    for key, hook in list(model._forward_hooks.items()):
+        if hook is warn_if_uncalled:
+            del model._forward_hooks[key]
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, FloraLayer)}
+    silent = [name for name, layer in layers.items() if not layer.called]
+    if silent:
+        shown = ", ".join(silent[:5]) + (f" and {len(silent) - 5} more" if len(silent) > 5 else "")
+        warnings.warn(
+            f"{len(silent)} of {len(layers)} adapted layers were not called in the first training step and so do not train: "
+            f"{shown}. Their parent may read the weight without calling the layer, or this input did not reach them",
+            stacklevel=2,
+        )

@@ -1,0 +1,165 @@
+"""A stack of expert matrices W + dW that is never formed: ``ExpertStack`` stands in for the (E, m, n) parameter.
+
+The expert layers of transformers do few things with such a parameter: take one expert's matrix or a batch of them,
+transpose, multiply. Those are done on W and on the low-rank update side by side; anything else gets the dense sum, so any
+forward stays exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flora.tucker import Tucker, mode_product
+
+
+@dataclass(frozen=True)
+class Term:
+    """One update ``left @ middle @ right.T``; left (m, p) and right (n, q) are None where they are the identity."""
+
+    left: Tensor | None
+    middle: Tensor  # (..., p, q)
+    right: Tensor | None
+
+    @property
+    def mT(self) -> Term:
+        """The transposed update."""
+        return Term(self.right, self.middle.mT, self.left)
+
+    def dense(self) -> Tensor:
+        """(..., m, n)."""
+        out = self.middle if self.left is None else self.left @ self.middle
+        return out if self.right is None else out @ self.right.T
+
+    def after(self, x: Tensor, product: Callable[[Tensor, Tensor], Tensor] = torch.matmul) -> Tensor:
+        """``x @ update`` with the middle product as given: x (..., m) -> (..., n)."""
+        hidden = product(x if self.left is None else x @ self.left.to(x.dtype), self.middle.to(x.dtype))
+        return hidden if self.right is None else hidden @ self.right.T.to(x.dtype)
+
+
+class ExpertStack:
+    """W plus low-rank updates, for W of (E, m, n), one matrix (m, n) of it, or a batch of them.
+
+    Args:
+        weight: (..., m, n).
+        terms: the updates.
+    """
+
+    def __init__(self, weight: Tensor, terms: Sequence[Term]) -> None:
+        self.weight = weight
+        self.terms = tuple(terms)
+
+    @classmethod
+    def of(cls, weight: Tensor, forms: Sequence[tuple[Tucker, float]]) -> ExpertStack:
+        """From a parameter (E, m, n) and the forms and scales of its adapters."""
+        terms = []
+        for form, scale in forms:
+            experts, left, right = form.factors
+            middle = scale * form.core
+            terms.append(Term(left, middle if experts is None else mode_product(middle, experts, 0), right))
+        return cls(weight, terms)
+
+    @property
+    def mT(self) -> ExpertStack:
+        return ExpertStack(self.weight.mT, [term.mT for term in self.terms])
+
+    def transpose(self, first: int, second: int) -> Any:
+        dims = self.weight.ndim
+        if {first % dims, second % dims} == {dims - 1, dims - 2}:
+            return self.mT
+        return self.dense().transpose(first, second)
+
+    def __getitem__(self, index: Any) -> Any:
+        whole = isinstance(index, int) or (
+            isinstance(index, Tensor) and not index.is_floating_point() and index.ndim < 2
+        )
+        if self.weight.ndim != 3 or not whole or (isinstance(index, Tensor) and index.dtype == torch.bool):
+            return self.dense()[index]
+        terms = [Term(term.left, term.middle[index], term.right) for term in self.terms]
+        return ExpertStack(self.weight[index], terms)
+
+    def dense(self) -> Tensor:
+        """W + dW, formed after all."""
+        total = self.weight
+        for term in self.terms:
+            total = total + term.dense().to(total.dtype)
+        return total
+
+    def after(self, x: Tensor) -> Tensor:
+        """``x @ (W + dW)``."""
+        out = x @ self.weight
+        for term in self.terms:
+            out = out + term.after(x)
+        return out
+
+    def grouped(self, x: Tensor, offs: Tensor, run: Callable[..., Tensor], **options: Any) -> Tensor:
+        """A grouped product: rows of x (S, m), sorted by expert, up to ``offs[e]`` belong to expert e."""
+        out = run(x, self.weight, offs=offs, **options)
+        rows = torch.arange(x.shape[0], device=x.device)
+        expert = torch.searchsorted(offs.to(rows.dtype), rows, right=True).clamp(max=self.weight.shape[0] - 1)
+        for term in self.terms:
+            out = out + term.after(x, lambda hidden, middle: torch.bmm(hidden.unsqueeze(1), middle[expert]).squeeze(1))
+        return out
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        handler = HANDLERS.get(func)
+        if handler is not None:
+            result = handler(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        dense = [arg.dense() if isinstance(arg, ExpertStack) else arg for arg in args]
+        options = {key: value.dense() if isinstance(value, ExpertStack) else value for key, value in kwargs.items()}
+        return func(*dense, **options)
+
+    def __rmatmul__(self, x: Tensor) -> Tensor:
+        return self.after(x)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("shape", "ndim", "dtype", "device", "size", "dim", "data_ptr", "requires_grad", "is_cuda"):
+            return getattr(self.weight, name)
+        return getattr(self.dense(), name)
+
+
+def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Any:
+    if not isinstance(weight, ExpertStack) or isinstance(x, ExpertStack) or weight.weight.ndim != 2:
+        return NotImplemented
+    out = weight.mT.after(x)
+    return out if bias is None else out + bias
+
+
+def _matmul(x: Any, weight: Any) -> Any:
+    if isinstance(x, ExpertStack) and isinstance(weight, Tensor) and weight.ndim >= 2:
+        return x.mT.after(weight.mT).mT
+    return weight.after(x) if isinstance(weight, ExpertStack) and isinstance(x, Tensor) else NotImplemented
+
+
+def _grouped_by(run: Callable[..., Tensor]) -> Callable[..., Any]:
+    def grouped(x: Any, weight: Any, *, offs: Tensor | None = None, **options: Any) -> Any:
+        if not isinstance(weight, ExpertStack) or isinstance(x, ExpertStack) or offs is None or x.ndim != 2:
+            return NotImplemented
+        return weight.grouped(x, offs, run, **options)
+
+    return grouped
+
+
+HANDLERS: dict[Any, Callable[..., Any]] = {
+    F.linear: _linear,
+    torch.matmul: _matmul,
+    torch.bmm: _matmul,
+    Tensor.matmul: _matmul,
+    Tensor.__matmul__: _matmul,
+    **{
+        run: _grouped_by(run)
+        for run in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None))
+        if run is not None
+    },
+}

@@ -1,0 +1,76 @@
+"""``ParamWrapper``: FLoRA adapters on a raw parameter of any number of dimensions, such as a stack of fused experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flora.experts import ExpertStack
+from flora.layers import Layer, call_with, parameter
+from flora.tuner.layer import FloraLayer, Target
+
+
+def _only(name: str, module: nn.Module) -> dict[str, tuple[str, ...]]:
+    return {name: ()}
+
+
+class ParamWrapper(FloraLayer):
+    """A module of any type with FLoRA adapters on one of its own parameters, of any number of dimensions.
+
+    PEFT finds it by this class name. Several parameters of one module are wrapped one in the other.
+
+    Args:
+        base_layer: the module that holds the parameter, or a ``ParamWrapper`` of it.
+        parameter_name: of the parameter, in the module itself.
+    """
+
+    def __init__(self, base_layer: nn.Module, parameter_name: str) -> None:
+        super().__init__(base_layer, row=Layer("parameter", partial(_only, parameter_name)))
+        self.parameter_name = parameter_name
+
+    def _choose_path(self, name: str, path: str, targets: Mapping[str, Target]) -> str:
+        stack = len(targets[self.parameter_name].shape) == 3 and path != "rebuild"
+        return "factored" if stack else "rebuild"
+
+    def _adapted(self, active: list[str], *args: Any, **kwargs: Any) -> Any:
+        """Stacks of experts run with an ``ExpertStack`` in place of the parameter, other parameters with W + dW."""
+        base, name = self.get_base_layer(), self.parameter_name
+        if torch.compiler.is_compiling() or any(self.settings[adapter].path == "rebuild" for adapter in active):
+            nested = len([part for part in self.modules() if isinstance(part, ParamWrapper)]) - 1
+            weight = parameter(base, name)
+            stand_in = (weight + self._dense(active, name)).to(weight.dtype)
+            return call_with(self.base_layer, {"base_layer." * nested + name: stand_in}, *args, **kwargs)
+        deltas = [self.delta(adapter, name) for adapter in active]
+        forms = [(delta.stored_form, delta.scale) for delta in deltas]
+        shadowed = base.__dict__.get(name)
+        base.__dict__[name] = ExpertStack.of(parameter(base, name), forms)
+        try:
+            return self.base_layer(*args, **kwargs)
+        finally:
+            if shadowed is None:
+                del base.__dict__[name]
+            else:
+                base.__dict__[name] = shadowed
+
+    def _mixed(self, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        if not any(name in self.settings for name in names):
+            return self.base_layer(*args, **kwargs)  # type: ignore[no-any-return]
+        raise ValueError(
+            "adapter_names (an adapter for each sample) is not possible with target_parameters; "
+            "run one batch per adapter, with set_adapter"
+        )
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The module itself, with the updates of this and of the wrappers inside merged if asked."""
+        layer: nn.Module = self
+        while isinstance(layer, ParamWrapper):
+            if merge:
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            layer = layer.base_layer
+        return layer
