@@ -87,8 +87,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"target_modules": ["conv3", "hed"]},
         ValueError,
-        "Target modules ['conv3', 'hed'] not found in the base model Sequential: "
-        "instead of 'conv3' try 'conv2', 'conv1'; instead of 'hed' try 'head'. Please check the target modules; print(model) lists the names",
+        "Target modules ['conv3', 'hed'] not found in the base model Sequential: instead of 'conv3' try 'conv2', "
+        "'conv1'; instead of 'hed' try 'head'. Please check the target modules; print(model) lists the names",
     ),
     (
         {"target_modules": ["zzz"]},
