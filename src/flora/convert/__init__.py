@@ -1,32 +1,156 @@
 """Every format to and from one in-memory :class:`Adapter`. Key names and shapes only: nothing here needs PEFT.
 
->>> sorted(FORMATS)
-['flora']
+>>> list(FORMATS)
+['flora', 'lora', 'kohya', 'dense', 'official']
 """
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Literal
 
-from flora.convert import native
+from torch import nn
+
+from flora.convert import dense, kohya, lora, native, official
 from flora.convert.adapter import Adapter, Entry
-from flora.convert.files import check_exists
+from flora.convert.base import Base, open_base
+from flora.convert.files import CONFIG, check_exists, read_json, staged
 from flora.convert.layout import Layout
+from flora.convert.report import Report, compare, size_of
 
-FORMATS = {"flora": native}
+FORMATS: dict[str, ModuleType] = {"flora": native, "lora": lora, "kohya": kohya, "dense": dense, "official": official}
+Target = Literal["flora", "lora", "kohya", "dense"]
+FOLDERS = ("flora", "lora")
 
-__all__ = ["FORMATS", "Adapter", "Entry", "Layout", "load"]
+__all__ = ["FORMATS", "Adapter", "Base", "Entry", "Layout", "Report", "convert", "detect", "load", "open_base", "save"]
 
 
-def load(path: str | Path) -> Adapter:
+def detect(path: str | Path) -> str:
+    """Which of :data:`FORMATS` a path is.
+
+    Raises:
+        FileNotFoundError: it does not exist, or is a folder without adapter_config.json.
+        ValueError: it is none of them; says what it looks like.
+    """
+    path = check_exists(Path(path), "adapter")
+    # Dense files are told by their metadata, so they come before the formats that are told by key names.
+    for name in ("flora", "lora", "dense", "official", "kohya"):
+        if FORMATS[name].detect(path):
+            return name
+    if path.is_file():
+        raise ValueError(f"{path} is not an adapter that can be read: none of its keys belongs to {', '.join(FORMATS)}")
+    kind = read_json(path / CONFIG).get("peft_type")
+    raise ValueError(
+        f"{path / CONFIG} has peft_type {kind!r}; only TUCKER (ours) and LORA can be read, merge others with PEFT"
+    )
+
+
+def load(path: str | Path, *, base: nn.Module | str | Path | None = None, scale: float | None = None) -> Adapter:
     """Reads an adapter of any format; which one it is is seen from the files.
 
     Args:
-        path: a folder that PEFT saved, or a tensor file.
+        path: a folder that PEFT saved, or a tensor file (Kohya, dense, the authors' checkpoints).
+        base: the base model (a module, or a folder with its config), for formats that do not record what kind of layer
+            a weight belongs to. By default the folder that the adapter's config names, where it exists.
+        scale: of the authors' checkpoints, which do not store it.
+
+    Returns:
+        The adapter, exactly as stored.
 
     Raises:
         FileNotFoundError: the path, or a file of the folder, does not exist.
         ValueError: no format matches, or the file is truncated, corrupt, foreign, has NaN or does not fit together.
     """
-    path = check_exists(Path(path), "adapter")
-    return native.read(path)
+    path, kind = Path(path), detect(path)
+    if scale is not None and kind != "official":
+        raise ValueError(f"{path} is of format {kind!r}, which stores its own scale; leave scale out")
+    layouts = None if base is None else open_base(base).layouts
+    if kind == "official":
+        return official.read(path, layouts, scale=scale)
+    if kind != "flora":
+        return FORMATS[kind].read(path, layouts)  # type: ignore[no-any-return]
+    adapter = native.read(path)
+    named = adapter.config.get("base_model_name_or_path")
+    if layouts is None and named and adapter.recorded_layouts() is None and (Path(named) / "config.json").is_file():
+        layouts = open_base(named).layouts
+    return adapter if layouts is None else adapter.with_layouts(layouts)
+
+
+def save(
+    adapter: Adapter,
+    path: str | Path,
+    *,
+    format: Target = "flora",
+    prefix: str | None = None,
+    mid: bool = True,
+    drop_extras: bool = False,
+    overwrite: bool = False,
+) -> Report:
+    """Writes an adapter, reads it back and compares; the output appears only once that has passed.
+
+    Args:
+        adapter: what to write.
+        path: a folder for "flora" and "lora", a ``.safetensors`` file for "kohya" and "dense".
+        format: "flora" (ours), "lora" (PEFT's, read by the LLM servers), "kohya" (LyCORIS, ComfyUI) or "dense".
+        prefix: of Kohya keys; "lycoris" by default.
+        mid: False writes Kohya files without ``lora_mid``, for sd-scripts and diffusers.
+        drop_extras: leaves out biases and modules_to_save, for formats that cannot hold them.
+        overwrite: replaces what is at ``path``.
+
+    Raises:
+        FileExistsError: ``path`` exists and ``overwrite`` is not set.
+        ValueError: the format cannot hold the adapter; names the weight, the reason and the remedy.
+        OSError: it cannot be written; nothing is left behind.
+    """
+    path = Path(path)
+    _check_options(adapter, path, format, prefix, mid)
+    if drop_extras:
+        adapter = Adapter(adapter.weights, {}, {**adapter.config, "modules_to_save": None})
+    with staged(path, overwrite=overwrite) as work:
+        if format == "kohya":
+            remarks = kohya.write(adapter, work, prefix=prefix or "lycoris", mid=mid)
+        else:
+            remarks = FORMATS[format].write(adapter, work)
+        layouts = {name: entry.layout for name, entry in adapter.weights.items() if entry.layout is not None}
+        written = native.read(work) if format == "flora" else FORMATS[format].read(work, layouts or None)
+        largest, relative, worst = compare(adapter, written)
+        count = size_of(work)
+    return Report(path, format, len(adapter.weights), largest, relative, worst, count, None, tuple(remarks or ()))
+
+
+def _check_options(adapter: Adapter, path: Path, format: str, prefix: str | None, mid: bool) -> None:
+    if format not in FORMATS or format == "official":
+        raise ValueError(f"format is {format!r}, expected one of flora, lora, kohya, dense")
+    if format != "kohya" and (prefix is not None or not mid):
+        raise ValueError(f"prefix and mid belong to the format 'kohya'; leave them out for {format!r}")
+    if format not in FOLDERS and path.suffix != ".safetensors":
+        raise ValueError(f"{format!r} is one file; give a path that ends in .safetensors, got {path}")
+    if format in FOLDERS and path.suffix == ".safetensors":
+        raise ValueError(f"{format!r} is a folder with {CONFIG}; give a path without .safetensors, got {path}")
+    if not adapter.weights:
+        raise ValueError("the adapter changes no weight; there is nothing to write")
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    to: Target,
+    base: nn.Module | str | Path | None = None,
+    scale: float | None = None,
+    prefix: str | None = None,
+    mid: bool = True,
+    drop_extras: bool = False,
+    overwrite: bool = False,
+) -> Report:
+    """Reads ``source`` with :func:`load` and writes it with :func:`save`; raises what they raise.
+
+    Returns:
+        The report, with both sizes.
+    """
+    adapter = load(source, base=base, scale=scale)
+    report = save(adapter, target, format=to, prefix=prefix, mid=mid, drop_extras=drop_extras, overwrite=overwrite)
+    return replace(report, source_bytes=size_of(Path(os.fspath(source))))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flora.convert.layout import Layout, fold_groups, from_shape, is_usual
+from flora.convert.layout import GIVE_BASE, Layout, fold_groups, from_shape, is_usual
 from flora.tucker import Tucker, mode_product
 
 
@@ -119,8 +119,8 @@ class Adapter:
         if guess.kind == "other":
             return guess
         raise ValueError(
-            f"{name} of shape {entry.shape} could be {_doubt(guess.kind)}: the adapter does not record which; give the "
-            "base model (base=..., on the command line --base FOLDER)"
+            f"{name} of shape {entry.shape} could be {_doubt(guess.kind)}: the adapter does not record which; "
+            f"{GIVE_BASE}"
         )
 
     def with_layouts(self, layouts: Mapping[str, Layout]) -> Adapter:
@@ -136,13 +136,14 @@ class Adapter:
                 raise ValueError(
                     f"the base model has no weight {name!r}; give the base model the adapter was trained on"
                 )
-            if len(layout.axes) != len(entry.shape):
+            if len(layout.axes) != len(entry.shape) and not layout.fold:
                 raise ValueError(
                     f"{name} has {len(layout.axes)} dimensions in the base model, {entry.shape} in the adapter; give "
                     "the base model the adapter was trained on"
                 )
-            fold = entry.layout.fold if entry.layout else None
-            weights[name] = replace(entry, layout=replace(layout, fold=fold))
+            given = entry.layout.fold if entry.layout else None
+            default = layout.fold if entry.form.core.ndim != len(layout.axes) else None
+            weights[name] = replace(entry, layout=replace(layout, fold=given or default))
         return Adapter(weights, dict(self.extras), dict(self.config))
 
     def recorded_layouts(self) -> dict[str, dict[str, Any]] | None:
@@ -151,7 +152,7 @@ class Adapter:
         for name, entry in self.weights.items():
             if entry.layout is None:
                 return None
-            if not is_usual(name, replace(entry.layout, fold=None)):
+            if not is_usual(name, entry.layout):
                 recorded[name] = entry.layout.to_json()
         return recorded
 

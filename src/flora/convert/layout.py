@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from flora.layers import find_layer
 
+GIVE_BASE = "give the base model (base=..., on the command line --base FOLDER)"
 KERNEL_AXES = {1: ("kw",), 2: ("kh", "kw"), 3: ("kd", "kh", "kw")}
 
 
@@ -29,12 +30,14 @@ class Layout:
         axes: a name per stored dimension: "out", "in", "vocab", "dim", "expert", kernel axes beginning with "k".
         groups: of a convolution.
         fold: an einops pattern by which the stored weight is seen as the N-d tensor that the Tucker form lives in.
+        place: of a raw parameter, its place among those of its module: PEFT nests its wrappers in that order.
     """
 
     kind: str
     axes: tuple[str, ...]
     groups: int = 1
     fold: str | None = None
+    place: int = 0
 
     @property
     def is_plain_conv(self) -> bool:
@@ -48,6 +51,7 @@ class Layout:
             **entry,
             **({"groups": self.groups} if self.groups != 1 else {}),
             **({"fold": self.fold} if self.fold else {}),
+            **({"place": self.place} if self.place else {}),
         }
 
 
@@ -58,7 +62,8 @@ def layout_from_json(name: str, entry: object) -> Layout:
         ValueError: the entry is not what ``to_json`` writes; names the weight.
     """
     if isinstance(entry, Mapping) and isinstance(entry.get("kind"), str) and isinstance(entry.get("axes"), list):
-        return Layout(entry["kind"], tuple(map(str, entry["axes"])), int(entry.get("groups", 1)), entry.get("fold"))
+        axes, groups, place = tuple(map(str, entry["axes"])), int(entry.get("groups", 1)), int(entry.get("place", 0))
+        return Layout(entry["kind"], axes, groups, entry.get("fold"), place)
     raise ValueError(
         f"layout[{name!r}] in adapter_config.json is {entry!r}, expected a kind and a list of axes; "
         "delete the field 'layout' and give the base model instead"
@@ -95,8 +100,10 @@ def of_module(model: nn.Module) -> dict[str, Layout]:
             for leaf, axes in found[1].weights(module).items():
                 kind, groups = _kind(module, found[1].kind), int(getattr(module, "groups", 1))
                 layouts[stem + leaf] = Layout(kind, axes, groups, folds.get(leaf))
-        for leaf, parameter in module.named_parameters(recurse=False):
-            layouts.setdefault(stem + leaf, _of_parameter(stem + leaf, module, tuple(parameter.shape)))
+        for place, (leaf, parameter) in enumerate(module.named_parameters(recurse=False)):
+            name = stem + leaf
+            known = layouts.get(name) or _of_parameter(name, module, tuple(parameter.shape))
+            layouts[name] = known if leaf == "weight" else replace(known, place=place)
     return layouts
 
 
