@@ -49,8 +49,9 @@ def resolve(
 
     A list gives every rank and is taken as it is. An int asks for rank ``r`` on the channel modes and ``kernel_r`` on
     the kernel modes (the axes kd, kh, kw); it is lowered to the size of a mode, and to the product of the
-    other ranks, because a rank above that product adds parameters and no expressiveness. A rank equal to its size
-    means that the mode is kept whole (no factor).
+    other ranks, because a rank above that product adds parameters and no expressiveness; where the form can then be any
+    tensor of that shape, all modes are kept whole if that is cheaper. A rank equal to its size means that the mode is
+    kept whole (no factor).
 
     Args:
         shape: ``(I1, ..., IN)`` of the weight.
@@ -92,7 +93,10 @@ def resolve(
     for size, axis in zip(shape, axes, strict=True):
         wanted = (kernel_r if kernel_r is not None else size) if axis in KERNEL_AXES else r
         ranks.append(min(wanted, size))
-    return _lower_to_reach(ranks, axes)
+    lowered = _lower_to_reach(ranks, axes)
+    reach = tuple(min(size, math.prod(shape) // size) for size in shape)
+    full = lowered == reach  # the form is no restriction, so the weight itself is the cheaper parametrisation
+    return tuple(shape) if full and math.prod(shape) <= count_params(shape, lowered) else lowered
 
 
 def _lower_to_reach(ranks: list[int], axes: Sequence[str]) -> tuple[int, ...]:

@@ -52,6 +52,7 @@ class FloraModel(BaseTuner):
         find.spend_budget(peft_config, sites, model)
         find.warn_if_larger(peft_config, sites)
         find.warn_unmatched(peft_config, model)
+        find.warn_unmatched_patterns(peft_config, sites)
 
     def _create_and_replace(
         self,
@@ -95,7 +96,11 @@ class FloraModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         """PEFT's injection; then the first training step is watched for layers that are never called."""
-        super().inject_adapter(model, *args, **kwargs)
+        with (
+            warnings.catch_warnings()
+        ):  # PEFT does not know keys that name a weight; ours are checked in _prepare_model
+            warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
+            super().inject_adapter(model, *args, **kwargs)
         if warn_if_uncalled not in model._forward_hooks.values():
             model.register_forward_hook(warn_if_uncalled)
 
@@ -170,7 +175,7 @@ class FloraModel(BaseTuner):
         config = cast(FloraConfig, copy.deepcopy(self.peft_config[adapters[0]]))
         config.r, config.alpha, config.scale, config.scale_pattern, config.init_weights = 8, None, 1.0, {}, True
         config.rank_pattern = {
-            re.escape(f"{name.replace('.base_layer', '')}.{weight}"): list(form.ranks)
+            find.exact_pattern(f"{name.replace('.base_layer', '')}.{weight}"): list(form.ranks)
             for (name, weight), form in forms.items()
         }
         self.peft_config[adapter_name] = config

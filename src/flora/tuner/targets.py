@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from peft.tuners.tuners_utils import BaseTunerLayer, NoMatchingPeftModuleError
+from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -42,10 +44,9 @@ def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if any(name.startswith(prefix) for prefix in inside):
             continue
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             inside.append(f"{name}.")
-            module = module.get_base_layer()
-        yield name, module
+        yield name, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def expand(shorthand: str, model: nn.Module) -> set[str]:
@@ -143,7 +144,12 @@ def record_folds(config: FloraConfig, sites: list[Site]) -> None:
     for site in sites:
         for weight, pattern in site.row.folds(site.module).items():
             if config.fold_for(site.name, weight) is None:
-                config.fold[re.escape(f"{site.name}.{weight}")] = pattern
+                config.fold[exact_pattern(f"{site.name}.{weight}")] = pattern
+
+
+def exact_pattern(name: str) -> str:
+    """A pattern for one weight and no other whose name ends like it (``conv.weight`` is also a suffix of others)."""
+    return f"^{re.escape(name)}"
 
 
 def spend_budget(config: FloraConfig, sites: list[Site], model: nn.Module) -> None:
@@ -158,13 +164,13 @@ def spend_budget(config: FloraConfig, sites: list[Site], model: nn.Module) -> No
             target = targets_of(config, site)[weight]
             sizes, names = (target.fold.shape, target.fold.axes) if target.fold else (target.shape, axes)
             if config.rank_for(site.name, weight) is config.r:
-                free[f"{site.name}.{weight}"] = Weight(sizes, names)
+                free[exact_pattern(f"{site.name}.{weight}")] = Weight(sizes, names)
             else:
                 budget -= count_params(sizes, target.ranks)
     solved = solve_budget(free, budget, config.kernel_r) if free else {}
     config.rank_pattern = {
         **config.rank_pattern,
-        **{re.escape(name): list(ranks) for name, ranks in solved.items()},
+        **{pattern: list(ranks) for pattern, ranks in solved.items()},
     }
     config.budget = None
 
@@ -205,6 +211,17 @@ def warn_unmatched(config: FloraConfig, model: nn.Module) -> None:
     unmatched = sorted(config.target_modules - leaves)
     if unmatched:
         warnings.warn(f"target_modules {unmatched} match nothing{near_names(unmatched, model)}", stacklevel=2)
+
+
+def warn_unmatched_patterns(config: FloraConfig, sites: list[Site]) -> None:
+    """Warns about keys of the pattern fields that match no adapted weight, by its module's name or its own."""
+    names = [name for site in sites for w in site.row.weights(site.module) for name in (site.name, f"{site.name}.{w}")]
+    for field in ("rank_pattern", "scale_pattern", "fold"):
+        unmatched = [
+            key for key in getattr(config, field) if not any(get_pattern_key([key], name) == key for name in names)
+        ]
+        if unmatched:
+            warnings.warn(f"{field} keys {unmatched} match no adapted weight and are ignored", stacklevel=2)
 
 
 def near_names(unmatched: list[str], model: nn.Module) -> str:

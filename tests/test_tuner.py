@@ -1,0 +1,465 @@
+"""The PEFT lifecycle on small whole models: what a user does with an adapter from first to last."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_model_status, get_peft_model, inject_adapter_in_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+import flora
+from flora.tuner.layer import FloraLayer
+
+
+class Net(nn.Module):
+    """A small vision net: convolutions of three kinds, a norm with buffers, a linear layer and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 11, 3, stride=2, padding=1, padding_mode="reflect")
+        self.norm = nn.BatchNorm2d(11)
+        self.depthwise = nn.Conv2d(11, 11, 5, groups=11, padding="same")
+        self.up = nn.ConvTranspose2d(11, 7, 2, stride=2)
+        self.mix = nn.Linear(7, 13)
+        self.head = nn.Linear(13, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(self.depthwise(self.norm(self.stem(x))).relu())
+        return self.head(self.mix(x.mean((-1, -2))).relu())  # type: ignore[no-any-return]
+
+
+def net(seed: int = 0) -> Net:
+    torch.manual_seed(seed)
+    return Net().eval()
+
+
+def images(seed: int = 1, count: int = 5) -> Tensor:
+    torch.manual_seed(seed)
+    return torch.randn(count, 3, 9, 7)
+
+
+def config(**fields: Any) -> flora.FloraConfig:
+    return flora.FloraConfig(
+        **{"r": 3, "target_modules": "all", "modules_to_save": ["head"], "init_weights": False, **fields}
+    )
+
+
+def adapted(seed: int = 2, **fields: Any) -> PeftModel:
+    base = net()
+    torch.manual_seed(seed)
+    return get_peft_model(base, config(**fields)).eval()
+
+
+def layers(model: nn.Module) -> dict[str, FloraLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, FloraLayer)}
+
+
+def llama(**fields: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    small = {"hidden_size": 22, "intermediate_size": 34, "num_hidden_layers": 2, "vocab_size": 31}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 6, "tie_word_embeddings": False}
+    return LlamaForCausalLM(LlamaConfig(**{**small, **heads, **fields})).eval()
+
+
+def tokens() -> Tensor:
+    torch.manual_seed(1)
+    return torch.randint(0, 31, (3, 5))
+
+
+def test_training_moves_only_the_adapter_and_lowers_the_loss() -> None:
+    model = adapted(init_weights=True).train()
+    frozen = {key: value.clone() for key, value in model.state_dict().items() if "tucker_" not in key}
+    optimiser = torch.optim.Adam([value for value in model.parameters() if value.requires_grad], lr=0.02)
+    target = torch.arange(5)
+    losses = []
+    for _ in range(30):
+        loss = nn.functional.cross_entropy(model(images()), target)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+    moved = {key for key, value in frozen.items() if not torch.equal(model.state_dict()[key], value)}
+    assert moved
+    assert all("modules_to_save" in key or "norm" in key for key in moved)
+    assert all(value.grad is not None for key, value in model.named_parameters() if "factor_" in key)
+
+
+def test_first_step_has_a_gradient_on_the_core_only() -> None:
+    model = adapted(init_weights=True)
+    model(images()).sum().backward()
+    for layer in layers(model).values():
+        delta = layer.delta("default")
+        assert delta.core.grad.abs().max() > 0
+        assert all(value.grad.abs().max() == 0 for name, value in delta.named_parameters() if name != "core")
+
+
+def test_reloaded_in_another_process_under_another_name(tmp_path: Path) -> None:
+    model = adapted()
+    model.save_pretrained(tmp_path / "adapter")
+    torch.save(net(), tmp_path / "base.pt")
+    torch.save(images(), tmp_path / "x.pt")
+    script = (
+        "import sys, torch, flora; from peft import PeftModel; sys.path.insert(0, sys.argv[1]); import test_tuner\n"
+        "base = torch.load(sys.argv[2] + '/base.pt', weights_only=False)\n"
+        "model = PeftModel.from_pretrained(base, sys.argv[2] + '/adapter', adapter_name='elsewhere').eval()\n"
+        "torch.save(model(torch.load(sys.argv[2] + '/x.pt')), sys.argv[2] + '/y.pt')\n"
+    )
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, str(Path(__file__).parent), str(tmp_path)], check=True
+    )
+    assert torch.equal(torch.load(tmp_path / "y.pt"), model(images()))
+
+
+def test_parameter_names_in_the_model_and_in_the_file(tmp_path: Path) -> None:
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    from safetensors.torch import load_file
+
+    live = {key for key, value in model.named_parameters() if value.requires_grad and ".stem." in key}
+    names = [
+        f"base_model.model.stem.tucker_weight.default.{leaf}" for leaf in ("core", "factor_0", "factor_2", "factor_3")
+    ]
+    assert live == set(names)  # three input channels at rank 3 are kept whole: no factor_1
+    saved = {key for key in load_file(tmp_path / "adapter_model.safetensors") if ".stem." in key}
+    assert saved == {name.replace(".default", "") for name in names}
+    assert not any("base_layer" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+
+
+def test_merge_and_unload_gives_the_plain_model_back() -> None:
+    model = adapted()
+    out = model(images())
+    merged = model.merge_and_unload(safe_merge=True)
+    assert type(merged) is Net
+    assert not layers(merged)
+    assert torch.allclose(merged(images()), out, atol=1e-5)
+    assert merged.state_dict().keys() == net().state_dict().keys()
+
+
+def test_unload_gives_the_base_back_bit_for_bit() -> None:
+    plain = adapted(modules_to_save=None).unload()
+    assert all(torch.equal(value, net().state_dict()[key]) for key, value in plain.state_dict().items())
+
+
+def test_safe_merge_refuses_nan_and_leaves_the_weights() -> None:
+    model = adapted()
+    with torch.no_grad():
+        layers(model)["base_model.model.stem"].delta("default").core.fill_(float("nan"))
+    before = model.base_model.model.stem.base_layer.weight.clone()
+    with pytest.raises(ValueError, match="NaN or infinite entries; the base weight was left as it is"):
+        model.merge_adapter(safe_merge=True)
+    assert torch.equal(model.base_model.model.stem.base_layer.weight, before)
+
+
+@pytest.mark.filterwarnings("ignore:the adapter has more parameters than the weight")
+def test_a_weighted_sum_of_adapters_is_exact() -> None:
+    model = adapted()
+    torch.manual_seed(5)
+    model.add_adapter("second", config(r=2, modules_to_save=None, exclude_modules=["head"]))
+    model.base_model.add_weighted_adapter(["default", "second"], [0.75, -2.0], "sum")
+    for name, layer in layers(model).items():
+        expected = 0.75 * layer.get_delta_weight("default") - 2.0 * layer.get_delta_weight("second")
+        assert torch.allclose(layer.get_delta_weight("sum"), expected, atol=1e-6), name
+    assert len(layers(model)) == 5
+    with pytest.raises(ValueError, match="exists already"):
+        model.base_model.add_weighted_adapter(["default"], [1.0], "sum")
+    with pytest.raises(ValueError, match="do not exist"):
+        model.base_model.add_weighted_adapter(["nobody"], [1.0], "other")
+
+
+@pytest.mark.filterwarnings("ignore:the adapter has more parameters than the weight")  # the sum of tiny layers
+def test_a_weighted_sum_saves_and_loads(tmp_path: Path) -> None:
+    model = adapted(modules_to_save=None)
+    model.base_model.add_weighted_adapter(["default", "default"], [0.5, 0.25], "sum")
+    model.base_model.set_adapter("sum")
+    out = model.eval()(images())
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    again = PeftModel.from_pretrained(net(), tmp_path / "sum").eval()
+    assert torch.allclose(again(images()), out, atol=1e-6)
+
+
+def test_tensors_are_swapped_in_place() -> None:
+    model, other = adapted(), adapted(seed=7)
+    addresses = {key: value.data_ptr() for key, value in model.named_parameters()}
+    model.base_model.swap_adapter("default", get_peft_model_state_dict(other))
+    swapped = {name: layer.get_delta_weight("default") for name, layer in layers(model).items()}
+    assert all(torch.equal(value, layers(other)[name].get_delta_weight("default")) for name, value in swapped.items())
+    assert {key: value.data_ptr() for key, value in model.named_parameters()} == addresses
+    state = get_peft_model_state_dict(adapted(r=2))
+    with pytest.raises(ValueError, match="cannot swap 'default'"):
+        model.base_model.swap_adapter("default", state)
+
+
+def test_an_adapter_per_sample() -> None:
+    model = adapted(modules_to_save=None)
+    torch.manual_seed(5)
+    model.add_adapter("second", config(modules_to_save=None))
+    model.eval()
+    names = ["second", "__base__", "default", "second", "default"]
+    with torch.no_grad():
+        mixed = model(images(), adapter_names=names)
+        for row, name in enumerate(names):
+            if name == "__base__":
+                with model.disable_adapter():
+                    alone = model(images())
+            else:
+                model.set_adapter(name)
+                alone = model(images())
+            assert torch.allclose(mixed[row], alone[row], atol=1e-6)
+        with pytest.raises(ValueError, match="unknown adapters \\['nobody'\\]"):
+            model(images(), adapter_names=["nobody"] * 5)
+        with pytest.raises(ValueError, match="3 entries for a batch of 5"):
+            model(images(), adapter_names=["default"] * 3)
+    with pytest.raises(ValueError, match="inference only"):
+        model.train()(images(), adapter_names=names)
+
+
+def test_an_adapter_per_sample_is_refused_where_it_cannot_be() -> None:
+    base = nn.Sequential(nn.LSTM(7, 5))
+    model = get_peft_model(base, flora.FloraConfig(r=2, target_modules=["0"])).eval()
+    with pytest.raises(ValueError, match="not possible on LSTM"):
+        model(torch.randn(3, 2, 7), adapter_names=["default"] * 3)
+
+
+def test_patterns_of_rank_and_scale_and_exclusion() -> None:
+    model = adapted(
+        r=3, rank_pattern={"mix": [2, 5], "st.m": 2}, scale_pattern={"mix": 0.5}, scale=4.0, exclude_modules=["up"]
+    )
+    found = {name.removeprefix("base_model.model."): layer.delta("default") for name, layer in layers(model).items()}
+    assert set(found) == {"stem", "depthwise", "mix"}
+    assert found["mix"].form.ranks == (2, 5)
+    assert found["mix"].scale == 0.5
+    assert found["stem"].form.ranks == (2, 2, 2, 2)
+    assert found["stem"].scale == 4.0
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("all", {"stem", "depthwise", "up", "mix"}),
+        ("all-conv", {"stem", "depthwise", "up"}),
+        ("all-linear", {"mix"}),
+        (".*(stem|mix)", {"stem", "mix"}),
+        (["up", "mix"], {"up", "mix"}),
+    ],
+)
+def test_shorthands_regex_and_lists(targets: Any, expected: set[str]) -> None:
+    found = {name.removeprefix("base_model.model.") for name in layers(adapted(target_modules=targets))}
+    assert found == expected
+
+
+def test_layers_to_transform() -> None:
+    model = get_peft_model(llama(), flora.FloraConfig(target_modules=["q_proj"], layers_to_transform=[1], r=2))
+    assert list(layers(model)) == ["base_model.model.model.layers.1.self_attn.q_proj"]
+
+
+def test_all_leaves_out_the_head_of_a_transformers_model() -> None:
+    names = set(layers(get_peft_model(llama(), flora.FloraConfig(target_modules="all", r=2))))
+    assert len(names) == 2 * 7 + 1
+    assert not any("lm_head" in name for name in names)
+    bert = BertForSequenceClassification(
+        BertConfig(hidden_size=14, num_attention_heads=2, intermediate_size=22, num_hidden_layers=1, vocab_size=29)
+    )
+    names = set(layers(get_peft_model(bert, flora.FloraConfig(target_modules="all", r=2))))
+    assert names
+    assert not any("classifier" in name for name in names)
+
+
+def test_a_budget_is_spent_and_recorded() -> None:
+    model = adapted(budget=350, modules_to_save=None)
+    spent = sum(layer.delta("default").form.num_params for layer in layers(model).values())
+    assert 300 < spent <= 350
+    cfg = model.peft_config["default"]
+    assert cfg.budget is None
+    assert len(cfg.rank_pattern) == 5
+    with pytest.raises(ValueError, match="budget of 20 parameters is below"):
+        adapted(budget=20)
+
+
+def test_tied_weights_are_refused_or_left_out() -> None:
+    base = llama(tie_word_embeddings=True)
+    before = set(base.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's own warning about tied layers
+        with pytest.raises(ValueError, match="tied weight .*lm_head.weight.*tie_word_embeddings=False"):
+            get_peft_model(base, flora.FloraConfig(target_modules=["embed_tokens"]))
+    assert set(base.state_dict()) == before
+    with pytest.warns(UserWarning, match="leaves out model.embed_tokens: the weight is tied"):
+        model = get_peft_model(base, flora.FloraConfig(target_modules="all", r=2))
+    assert len(layers(model)) == 14
+
+
+def test_a_layer_that_is_never_called_is_named() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used = nn.Linear(5, 5)
+            self.read = nn.Linear(5, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x) @ self.read.weight
+
+    model = get_peft_model(Reads(), flora.FloraConfig(r=2, target_modules=["used", "read"])).train()
+    with pytest.warns(UserWarning, match="1 of 2 adapted layers were not called .*: read"):
+        model(torch.randn(3, 5))
+    model(torch.randn(3, 5))  # once only: warnings are errors here
+
+
+def test_unmatched_targets_are_named() -> None:
+    with pytest.warns(UserWarning, match=r"target_modules \['mxi'\] match nothing: instead of 'mxi' try 'mix'"):
+        adapted(target_modules=["stem", "mxi"])
+
+
+def test_low_memory_loading_injection_and_direct_state_dicts(tmp_path: Path) -> None:
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(net(), tmp_path, low_cpu_mem_usage=True).eval()
+    assert torch.equal(again(images()), model(images()))
+    bare = adapted(modules_to_save=None)
+    injected = inject_adapter_in_model(config(modules_to_save=None), net())
+    set_peft_model_state_dict(injected, get_peft_model_state_dict(bare))
+    assert torch.equal(injected.eval()(images()), bare(images()))
+
+
+def test_scales_of_layers_as_diffusers_sets_them() -> None:
+    layer = layers(adapted(scale=2.0))["base_model.model.mix"]
+    whole = layer.get_delta_weight("default")
+    layer.set_scale("default", 0.5)
+    assert layer.delta("default").scale == 1.0
+    layer.scale_layer(3.0)
+    assert torch.allclose(layer.get_delta_weight("default"), 1.5 * whole)
+    layer.unscale_layer(3.0)
+    assert layer.delta("default").scale == 1.0
+    layer.unscale_layer()
+    assert torch.equal(layer.get_delta_weight("default"), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("upcast", [True, False])
+def test_half_precision_bases(dtype: torch.dtype, upcast: bool) -> None:
+    torch.manual_seed(2)
+    model = get_peft_model(net().to(dtype), config(), autocast_adapter_dtype=upcast)
+    assert {value.dtype for key, value in model.named_parameters() if "tucker_" in key} == {
+        torch.float32 if upcast else dtype
+    }
+    out = model(images().to(dtype))
+    assert out.dtype == dtype
+    out.float().square().mean().backward()
+    assert all(torch.isfinite(value.grad).all() for key, value in model.named_parameters() if "tucker_" in key)
+
+
+def test_a_small_update_is_not_rounded_away_in_bfloat16() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8, bias=False)).to(torch.bfloat16)
+    base[0].weight.data.fill_(1.0)
+    model = get_peft_model(base, flora.FloraConfig(r=8, target_modules=["0"], path="rebuild", scale=1e-3))
+    with torch.no_grad():
+        layers(model)["base_model.model.0"].delta("default").core.fill_(0.1)
+    x = torch.zeros(1, 8, 3, 3, dtype=torch.bfloat16)
+    x[..., 1, 1] = 1e-2
+    change = layers(model)["base_model.model.0"]._change("default", x)
+    assert change.abs().max() > 0
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool) -> None:
+    model = adapted(dropout=0.0)
+    x = images().requires_grad_(True)
+    model(x).square().sum().backward()
+    plain = {key: value.grad.clone() for key, value in model.named_parameters() if value.grad is not None}
+    model.zero_grad()
+    checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
+    for key, value in model.named_parameters():
+        if value.requires_grad:
+            assert torch.allclose(value.grad, plain[key], atol=1e-6), key
+
+
+def test_dropout_is_on_the_adapter_only_and_off_in_eval() -> None:
+    model = adapted(dropout=0.5, modules_to_save=None)
+    assert torch.equal(model(images()), adapted(modules_to_save=None)(images()))
+    model.train()
+    model.base_model.model.norm.eval()
+    x = images()
+    first, second = model(x), model(x)
+    assert not torch.equal(first, second)
+
+
+def test_batch_norm_buffers_stay_with_the_base() -> None:
+    model = adapted(init_weights=True).train()
+    before = model.base_model.model.norm.running_mean.clone()
+    model(images())
+    assert not torch.equal(model.base_model.model.norm.running_mean, before)
+    merged = model.merge_and_unload()
+    assert not torch.equal(merged.norm.running_mean, before)
+
+
+def test_pickles_copies_and_status() -> None:
+    model = adapted()
+    cfg = model.peft_config["default"]
+    assert pickle.loads(pickle.dumps(cfg)) == cfg
+    assert json.loads(json.dumps(cfg.to_dict(), default=sorted))["peft_type"] == "TUCKER"
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(images()), model(images()))
+    assert torch.equal(copy.deepcopy(model)(images()), model(images()))
+    status = get_model_status(model)
+    assert status.adapter_model_type == "FloraModel"
+    assert status.num_adapter_layers == 5  # four layers and the head that is saved whole
+
+
+def test_torch_encoders_do_not_go_round_the_adapters() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(14, 2, 22, batch_first=True)
+    base = nn.TransformerEncoder(layer, 2).eval()
+    wrapped = get_peft_model(
+        nn.Sequential(base), flora.FloraConfig(r=3, target_modules="all", init_weights=False)
+    ).eval()
+    x, mask = torch.randn(3, 5, 14), torch.arange(5).expand(3, 5) >= torch.tensor([[5], [4], [2]])
+    encoder = wrapped.base_model.model[0]
+    with torch.no_grad():
+        fast = encoder(x, src_key_padding_mask=mask)
+        plain = copy.deepcopy(wrapped).merge_and_unload()[0](x, src_key_padding_mask=mask)
+    slow = encoder(x, src_key_padding_mask=mask)
+    keep = ~mask
+    assert len(layers(wrapped)) == 2 * 3
+    assert torch.allclose(fast[keep], slow[keep], atol=1e-5)
+    assert torch.allclose(fast[keep], plain[keep], atol=1e-5)
+
+
+def test_transformers_add_load_and_delete_an_adapter(tmp_path: Path) -> None:
+    model = llama()
+    plain = model(tokens()).logits
+    model.add_adapter(flora.FloraConfig(r=2, target_modules=["q_proj", "down_proj"], init_weights=False), "mine")
+    out = model(tokens()).logits
+    assert not torch.allclose(out, plain)
+    model.save_pretrained(tmp_path)
+    other = llama()
+    other.load_adapter(str(tmp_path), adapter_name="theirs")
+    assert torch.allclose(other(tokens()).logits, out, atol=1e-6)
+    model.disable_adapters()
+    assert torch.allclose(model(tokens()).logits, plain, atol=1e-6)
+    other.delete_adapter("theirs")
+    assert torch.allclose(other(tokens()).logits, plain, atol=1e-6)
+
+
+def test_generation_and_trainable_tokens() -> None:
+    model = get_peft_model(
+        llama(),
+        flora.FloraConfig(
+            r=2, target_modules=["v_proj"], trainable_token_indices={"embed_tokens": [3, 5]}, init_weights=False
+        ),
+    ).eval()
+    out = model.generate(input_ids=tokens(), max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert out.shape == (3, 8)
+    assert any("trainable_tokens" in key for key, value in model.named_parameters() if value.requires_grad)
