@@ -172,7 +172,7 @@ def test_a_weighted_sum_of_adapters_is_exact() -> None:
     for name, layer in layers(model).items():
         expected = 0.75 * layer.get_delta_weight("default") - 2.0 * layer.get_delta_weight("second")
         assert torch.allclose(layer.get_delta_weight("sum"), expected, atol=1e-6), name
-    assert len(layers(model)) == 5
+    assert len(layers(model)) == 4
     with pytest.raises(ValueError, match="exists already"):
         model.base_model.add_weighted_adapter(["default"], [1.0], "sum")
     with pytest.raises(ValueError, match="do not exist"):

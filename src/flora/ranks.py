@@ -122,8 +122,8 @@ class Weight:
 def solve_budget(weights: Mapping[str, Weight], budget: int, kernel_r: int | None = 2) -> dict[str, tuple[int, ...]]:
     """Ranks per weight that spend at most ``budget`` trainable parameters, and as many of them as ranks allow.
 
-    One rank is raised for all weights together while it fits; what is left is spent by raising single weights by one,
-    the dearest step first.
+    One rank is raised for all weights together while it fits; what is left is spent by raising single weights, the lowest
+    rank first and of those the dearest step, until no step is affordable.
 
     Args:
         weights: name -> shape and axes.
@@ -133,28 +133,61 @@ def solve_budget(weights: Mapping[str, Weight], budget: int, kernel_r: int | Non
     Raises:
         ValueError: the budget is below what rank 1 everywhere costs.
     """
-
-    def ranks_at(name: str, r: int) -> tuple[int, ...]:
-        return resolve(weights[name].shape, r, kernel_r, axes=weights[name].axes, name=name)
-
-    def cost(name: str, r: int) -> int:
-        return count_params(weights[name].shape, ranks_at(name, r))
-
-    least = sum(cost(name, 1) for name in weights)
+    ladders = {weight: _Ladder(weight, kernel_r) for weight in set(weights.values())}
+    of = {name: ladders[weight] for name, weight in weights.items()}
+    least = sum(ladder.cost(ladder.best(1)) for ladder in of.values())
     if budget < least:
         raise ValueError(
             f"budget of {budget} parameters is below {least}, the cost of rank 1 on the {len(weights)} targeted "
             f"weights; raise the budget, lower kernel_r or target fewer modules"
         )
-    low, high = 1, max(max(weight.shape) for weight in weights.values())
+
+    def total(r: int) -> int:
+        return sum(ladder.cost(ladder.best(r)) for ladder in of.values())
+
+    low, high = 1, max(ladder.top for ladder in of.values())
     while low < high:  # the largest uniform rank that fits
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if sum(cost(name, middle) for name in weights) <= budget else (low, middle - 1)
-    level = dict.fromkeys(weights, low)
-    left = budget - sum(cost(name, low) for name in weights)
-    steps = {name: cost(name, low + 1) - cost(name, low) for name in weights}
-    for name in sorted(weights, key=lambda key: -steps[key]):
-        if 0 < steps[name] <= left:
-            level[name] += 1
-            left -= steps[name]
-    return {name: ranks_at(name, r) for name, r in level.items()}
+        low, high = (middle, high) if total(middle) <= budget else (low, middle - 1)
+    level = {name: ladder.best(low) for name, ladder in of.items()}
+    left = budget - total(low)
+    while steps := [
+        (level[name], -price, name) for name, ladder in of.items() if (price := ladder.price(level[name])) <= left
+    ]:
+        _, price, name = min(steps)
+        level[name], left = of[name].best(level[name] + 1), left + price
+    return {name: ladder.ranks(level[name]) for name, ladder in of.items()}
+
+
+class _Ladder:
+    """The rank requests that make sense for one weight, and what each costs.
+
+    The cost falls where a rank reaches the size of its mode, because the mode is whole then and needs no factor; requests
+    just below that are passed over.
+    """
+
+    def __init__(self, weight: Weight, kernel_r: int | None) -> None:
+        self.weight, self.kernel_r = weight, kernel_r
+        total = math.prod(weight.shape)
+        channels = [size for size, axis in zip(weight.shape, weight.axes, strict=True) if axis not in KERNEL_AXES]
+        self.top = max([min(size, total // size) for size in channels], default=1)
+        self.sizes = sorted({size for size in channels if size <= self.top}, reverse=True)
+        self._costs: dict[int, int] = {}
+
+    def ranks(self, r: int) -> tuple[int, ...]:
+        return resolve(self.weight.shape, r, self.kernel_r, axes=self.weight.axes)
+
+    def cost(self, r: int) -> int:
+        if r not in self._costs:
+            self._costs[r] = count_params(self.weight.shape, self.ranks(r))
+        return self._costs[r]
+
+    def best(self, r: int) -> int:
+        """The highest request of at least r that costs no more than r."""
+        r = min(r, self.top)
+        larger = (size for size in [self.top, *self.sizes] if size > r and self.cost(size) <= self.cost(r))
+        return next(larger, r)
+
+    def price(self, r: int) -> float:
+        """What the next request above r costs more; infinite at the top."""
+        return math.inf if r >= self.top else self.cost(self.best(r + 1)) - self.cost(r)
