@@ -23,6 +23,7 @@ LEVELS: list[set[str]] = [
     {"layers"},
     {"tuner", "convert"},
     {"flora"},
+    {"progress"},
     {"recipes", "report"},
     {"settings"},
     {"methods", "reloading"},
@@ -44,11 +45,11 @@ FOREIGN: dict[str, set[str]] = {
     "experts": set(),
     "layers": {"transformers"},
     "tuner": {"peft", "transformers"},
-    "convert": {"diffusers", "safetensors", "transformers"},  # never peft: a format is key names and shapes
+    "convert": {"diffusers", "safetensors", "tqdm", "transformers"},  # never peft: a format is key names and shapes
     "flora": set(),
 }
 ODDS_AND_ENDS = {"utils", "util", "common", "helpers", "misc", "tools"}
-LONGEST = 350  # lines; a file that outgrows it is split by noun
+LONGEST = 400  # lines; the aim is 100 to 350, and a file that outgrows it is split by noun
 
 
 def name_of(path: Path) -> str:
