@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from flora.convert.layout import GIVE_BASE, Layout, fold_groups, from_shape, is_usual
-from flora.tucker import Tucker, mode_product
+from flora.fold import Fold
+from flora.tucker import Tucker
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +24,7 @@ class Entry:
         layout: what the dimensions of the stored weight mean, or None when the files do not say.
 
     Example:
+        >>> import torch
         >>> entry = Entry(Tucker(torch.ones(2, 3), (torch.ones(5, 2), None)), scale=0.5)
         >>> entry.shape, entry.dense()[0, 0].item()
         ((5, 3), 1.0)
@@ -61,30 +62,10 @@ class Entry:
         """
         if all(count == 1 for count in self.groups_of_modes):
             return self.form
-        core, factors, start = self.form.core, [], 0
-        for count in self.groups_of_modes:
-            modes = range(start, start + count)
-            core, factor = _merge_modes(core, self.form.factors, modes)
-            factors.append(factor)
-            start += count
-        ranks = iter(core.shape)
-        shape = [math.prod(next(ranks) for _ in range(count)) for count in self.groups_of_modes]
-        return Tucker(core.reshape(shape), tuple(factors))
-
-
-def _merge_modes(core: Tensor, factors: tuple[Tensor | None, ...], modes: range) -> tuple[Tensor, Tensor | None]:
-    """One factor for several neighbouring modes (their Kronecker product), or the core with them multiplied in."""
-    sizes = [core.shape[mode] if (factor := factors[mode]) is None else factor.shape[0] for mode in modes]
-    if math.prod(core.shape[mode] for mode in modes) >= math.prod(sizes):
-        for mode in modes:
-            if (factor := factors[mode]) is not None:
-                core = mode_product(core, factor, mode)
-        return core, None
-    merged = torch.ones(1, 1, dtype=core.dtype)
-    for mode in modes:
-        factor = factors[mode]
-        merged = torch.kron(merged, torch.eye(core.shape[mode], dtype=core.dtype) if factor is None else factor)
-    return core, merged
+        modes = iter(range(self.form.core.ndim))
+        groups = tuple(tuple(next(modes) for _ in range(count)) for count in self.groups_of_modes)
+        axes = tuple(f"d{mode}" for mode in range(self.form.core.ndim))
+        return Fold(axes, self.form.shape, groups).stored_form(self.form)
 
 
 @dataclass

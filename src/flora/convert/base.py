@@ -21,10 +21,12 @@ class Base:
     Attributes:
         shapes: the full name of a parameter -> its shape.
         layouts: the same -> what its dimensions mean.
+        model: the model itself, on the meta device unless it was given.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     layouts: Mapping[str, Layout]
+    model: nn.Module
 
 
 def open_base(base: nn.Module | str | Path) -> Base:
@@ -39,7 +41,7 @@ def open_base(base: nn.Module | str | Path) -> Base:
     """
     model = base if isinstance(base, nn.Module) else _build(check_exists(Path(base), "base model"))
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
-    return Base(shapes, of_module(model))
+    return Base(shapes, of_module(model), model)
 
 
 def _build(path: Path) -> nn.Module:

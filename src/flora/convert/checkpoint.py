@@ -37,11 +37,13 @@ class Checkpoint:
         self.shards: dict[str, list[str]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._files: dict[str, str] = {}
+        self._dtypes: dict[str, str] = {}
         for file in files:
             with open_tensors(file) as handle:
                 self.shards[file.name] = list(handle.keys())
                 for name in self.shards[file.name]:
-                    self._shapes[name] = tuple(handle.get_slice(name).get_shape())
+                    view = handle.get_slice(name)
+                    self._shapes[name], self._dtypes[name] = tuple(view.get_shape()), view.get_dtype()
                     self._files[name] = file.name
         self._check_index()
 
@@ -88,6 +90,10 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor, without reading it."""
         return self._shapes[name]
+
+    def dtype(self, name: str) -> str:
+        """Of a tensor, as safetensors calls it: "F32", "BF16"."""
+        return self._dtypes[name]
 
     def metadata(self, file: str) -> dict[str, str]:
         """Of one of the files."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,13 @@ from torch import Tensor
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 8),
+}
 
 
 def check_exists(path: Path, what: str) -> Path:
@@ -117,6 +125,36 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         )
     except SafetensorError as error:
         raise OSError(f"cannot write {path.name}: {error}") from None
+
+
+def stream_tensors(
+    path: Path,
+    layout: Sequence[tuple[str, str, tuple[int, ...]]],
+    get: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """A safetensors file written one tensor at a time, so that it need not fit into memory.
+
+    Args:
+        path: of the file.
+        layout: name, dtype as safetensors calls it, and shape of each tensor, in the order in which they are written.
+        get: a tensor by its name.
+        metadata: of the file.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, dtype, shape in layout:
+        start, end = end, end + math.prod(shape) * _BITS[dtype] // 8
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8 bytes
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name, dtype, shape in layout:
+            tensor = get(name)
+            if tuple(tensor.shape) != shape or tensor.element_size() * 8 != _BITS[dtype]:
+                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}")
+            stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def check_target(target: Path, overwrite: bool) -> None:

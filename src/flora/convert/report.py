@@ -43,7 +43,8 @@ class Report:
         source = "" if self.source_bytes is None else f", source {_size(self.source_bytes)}"
         lines = [
             f"{self.target}: {self.format}, {self.weights} weights, {_size(self.target_bytes)}{source}",
-            f"exact (no SVD): largest error {self.largest_error:.1e}, relative {self.relative_error:.1e} ({self.worst})",
+            f"exact (no SVD): largest error {self.largest_error:.1e}, "
+            f"relative {self.relative_error:.1e} ({self.worst})",
         ]
         return "\n".join([*lines, *(f"note: {remark}" for remark in self.remarks)])
 
