@@ -1,7 +1,7 @@
 """A stack of expert matrices W + dW that is never formed: ``ExpertStack`` stands in for the (E, m, n) parameter.
 
-The expert layers of transformers do few things with such a parameter: take one expert's matrix or a batch of them,
-transpose, multiply. Those are done on W and on the low-rank update side by side; anything else gets the dense sum, so any
+The expert layers of transformers do few things with such a parameter: take one expert's matrix or a batch of
+them, transpose, multiply. Those are done on W and on the low-rank update side by side; anything else gets the dense sum, so any
 forward stays exact.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 
 from flora.tucker import Tucker, mode_product
 
@@ -27,8 +28,8 @@ class Term:
     right: Tensor | None
 
     @property
-    def mT(self) -> Term:
-        """The transposed update."""
+    def transposed(self) -> Term:
+        """The update of the transposed matrix."""
         return Term(self.right, self.middle.mT, self.left)
 
     def dense(self) -> Tensor:
@@ -65,13 +66,15 @@ class ExpertStack:
         return cls(weight, terms)
 
     @property
-    def mT(self) -> ExpertStack:
-        return ExpertStack(self.weight.mT, [term.mT for term in self.terms])
+    def transposed(self) -> ExpertStack:
+        """The stack of the transposed matrices."""
+        return ExpertStack(self.weight.mT, [term.transposed for term in self.terms])
 
     def transpose(self, first: int, second: int) -> Any:
+        """As of a tensor; lazy for the two dimensions of the matrices."""
         dims = self.weight.ndim
         if {first % dims, second % dims} == {dims - 1, dims - 2}:
-            return self.mT
+            return self.transposed
         return self.dense().transpose(first, second)
 
     def __getitem__(self, index: Any) -> Any:
@@ -116,14 +119,15 @@ class ExpertStack:
             result = handler(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        dense = [arg.dense() if isinstance(arg, ExpertStack) else arg for arg in args]
-        options = {key: value.dense() if isinstance(value, ExpertStack) else value for key, value in kwargs.items()}
-        return func(*dense, **options)
+        args, kwargs = tree_map_only(ExpertStack, ExpertStack.dense, (args, kwargs))
+        return func(*args, **kwargs)
 
     def __rmatmul__(self, x: Tensor) -> Tensor:
         return self.after(x)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "mT":
+            return self.transposed
         if name in ("shape", "ndim", "dtype", "device", "size", "dim", "data_ptr", "requires_grad", "is_cuda"):
             return getattr(self.weight, name)
         return getattr(self.dense(), name)
@@ -132,13 +136,13 @@ class ExpertStack:
 def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Any:
     if not isinstance(weight, ExpertStack) or isinstance(x, ExpertStack) or weight.weight.ndim != 2:
         return NotImplemented
-    out = weight.mT.after(x)
+    out = weight.transposed.after(x)
     return out if bias is None else out + bias
 
 
 def _matmul(x: Any, weight: Any) -> Any:
     if isinstance(x, ExpertStack) and isinstance(weight, Tensor) and weight.ndim >= 2:
-        return x.mT.after(weight.mT).mT
+        return x.transposed.after(weight.mT).mT
     return weight.after(x) if isinstance(weight, ExpertStack) and isinstance(x, Tensor) else NotImplemented
 
 

@@ -36,7 +36,7 @@ def fold_matrix(form: Tucker, scale: float) -> tuple[Tensor | None, Tensor]:
     return (core if left is None else left @ core), right.T
 
 
-def linear(base: nn.Module, form: Tucker, scale: float, input: Tensor) -> Tensor:
+def linear(base: nn.Module | None, form: Tucker, scale: float, input: Tensor) -> Tensor:
     """``x @ W.T`` for W of (out, in): two skinny products. input: (..., in) -> (..., out)."""
     up, down = fold_matrix(form, scale)
     hidden = F.linear(input, down.to(input.dtype))
@@ -56,7 +56,7 @@ def conv(base: Any, form: Tucker, scale: float, input: Tensor) -> Tensor:
     """
     conv_nd, groups = CONV[form.core.ndim - 2], base.groups
     out, inner = form.factors[:2]
-    core = _spatial_core(form, scale)
+    core = spatial_core(form, scale)
     x = input
     if inner is not None:
         x = conv_nd(x, _per_group(_pointwise(inner.T, core), groups).to(x.dtype), groups=groups)
@@ -70,7 +70,7 @@ def conv_transpose(
     """The same for a transposed convolution, whose form is (in, out / groups, *kernel)."""
     conv_nd, groups = CONV[form.core.ndim - 2], base.groups
     inner, out = form.factors[:2]
-    core = _spatial_core(form, scale)
+    core = spatial_core(form, scale)
     padding = output_padding(base, input, output_size)
     x = input
     if inner is not None:
@@ -91,7 +91,7 @@ def output_padding(base: Any, input: Tensor, output_size: list[int] | None) -> l
     )
 
 
-def _spatial_core(form: Tucker, scale: float) -> Tensor:
+def spatial_core(form: Tucker, scale: float) -> Tensor:
     """The scaled core with the kernel factors applied: (J1, J2, *kernel)."""
     core = scale * form.core
     for mode, factor in enumerate(form.factors[2:], start=2):

@@ -7,6 +7,7 @@ add a kind, add a row here and a case in ``tests/cases.py``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
-from flora import kernels
+from flora import fused, kernels
+from flora.tucker import Tucker
 
 Axes = tuple[str, ...]
 KERNEL = {1: ("kw",), 2: ("kh", "kw"), 3: ("kd", "kh", "kw")}
@@ -42,6 +44,8 @@ class Layer:
             ``weight``, with the arguments of its forward. None where there is no such form; the layer is then run through
             ``torch.func.functional_call`` with W + dW.
         factored: ``(module, form, scale, *args, **kwargs) -> change of the output``, without forming the dense update.
+        fused: ``(module, form, scale, *args, **kwargs) -> output`` of the layer and its change in one autograd function, or
+            None for arguments that it does not take.
         folds: ``module -> {parameter name: fold}``, how the stored weight is seen as an N-d tensor by default.
     """
 
@@ -49,6 +53,7 @@ class Layer:
     weights: Callable[[Any], dict[str, Axes]]
     apply: Callable[..., Tensor] | None = None
     factored: Callable[..., Tensor] | None = None
+    fused: Callable[..., Tensor | None] | None = None
     folds: Callable[[Any], dict[str, str]] = no_folds
 
 
@@ -89,6 +94,26 @@ def _bilinear(module: Any, weight: Tensor, bias: Tensor | None, input1: Tensor, 
     return F.bilinear(input1, input2, weight, bias)
 
 
+def _fused_linear(module: Any, form: Tucker, scale: float, input: Tensor) -> Tensor | None:
+    if not fused.can_fuse(input, module.weight):
+        return None
+    return fused.linear(module.weight, module.bias, form, scale, input)
+
+
+def _fused_conv(module: Any, form: Tucker, scale: float, input: Tensor) -> Tensor | None:
+    if module.groups > 1 or input.ndim != module.weight.ndim or not fused.can_fuse(input, module.weight):
+        return None
+    return fused.conv(module, module.weight, module.bias, form, scale, input)
+
+
+def _fused_conv_transpose(
+    module: Any, form: Tucker, scale: float, input: Tensor, output_size: list[int] | None = None
+) -> Tensor | None:
+    if module.groups > 1 or input.ndim != module.weight.ndim or not fused.can_fuse(input, module.weight):
+        return None
+    return fused.conv_transpose(module, module.weight, module.bias, form, scale, input, output_size)
+
+
 def _attention_weights(module: nn.MultiheadAttention) -> dict[str, Axes]:
     if module._qkv_same_embed_dim:
         return {"in_proj_weight": ("out", "in"), "out_proj.weight": ("out", "in")}
@@ -123,17 +148,20 @@ def _conv_rows() -> dict[type[nn.Module], Layer]:
     straight = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
     transposed = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
     rows: dict[type[nn.Module], Layer] = {
-        cls: Layer("conv", _one("out", "in", *KERNEL[dims]), _conv, kernels.conv) for dims, cls in straight.items()
+        cls: Layer("conv", _one("out", "in", *KERNEL[dims]), _conv, kernels.conv, _fused_conv)
+        for dims, cls in straight.items()
     }
     for dims, cls in transposed.items():
-        rows[cls] = Layer("conv", _one("in", "out", *KERNEL[dims]), _conv_transpose, kernels.conv_transpose)
+        rows[cls] = Layer(
+            "conv", _one("in", "out", *KERNEL[dims]), _conv_transpose, kernels.conv_transpose, _fused_conv_transpose
+        )
     return rows
 
 
 _NORM = Layer("norm", _one("channels"))
 
 LAYERS: dict[type[nn.Module], Layer] = {
-    nn.Linear: Layer("linear", _one("out", "in"), _linear, kernels.linear),
+    nn.Linear: Layer("linear", _one("out", "in"), _linear, kernels.linear, _fused_linear),
     Conv1D: Layer("linear", _one("in", "out"), _linear_transposed, kernels.linear_transposed),
     **_conv_rows(),
     nn.Embedding: Layer("embedding", _one("vocab", "dim"), _embedding, kernels.embedding),
@@ -196,7 +224,9 @@ def weight_shape(module: nn.Module, name: str) -> tuple[int, ...]:
     if hasattr(weight, "ds_shape"):
         return tuple(weight.ds_shape)
     if name == "weight" and hasattr(module, "out_features") and hasattr(module, "in_features"):
-        return (module.out_features, module.in_features)
+        stated: tuple[int, int] = (module.out_features, module.in_features)  # type: ignore[assignment]
+        if weight.numel() != math.prod(stated):
+            return stated
     return tuple(weight.shape)
 
 
@@ -213,8 +243,20 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def call_with(module: nn.Module, weights: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-    """Runs the module with these tensors in place of its parameters (functional_call)."""
-    out = torch.func.functional_call(module, dict(weights), args, kwargs)
+    """Runs the module with these tensors in place of its parameters (functional_call).
+
+    FSDP1 puts a plain tensor of the same name in front of each parameter while a layer runs; functional_call does not
+    see it, and the stand-in would be ignored without a word. So what stands in front is replaced as well.
+    """
+    fronts = [(vars(module.get_submodule(name.rpartition(".")[0])), name.rpartition(".")[2], name) for name in weights]
+    shadowed = [(front, leaf, name, front[leaf]) for front, leaf, name in fronts if leaf in front]
+    try:
+        for front, leaf, name, _ in shadowed:
+            front[leaf] = weights[name]
+        out = torch.func.functional_call(module, dict(weights), args, kwargs)
+    finally:
+        for front, leaf, _, old in shadowed:
+            front[leaf] = old
     if isinstance(module, nn.RNNBase):
         module._update_flat_weights()  # it has cached the stand-ins; they would keep the graph alive
     return out

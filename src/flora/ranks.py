@@ -152,10 +152,12 @@ def solve_budget(weights: Mapping[str, Weight], budget: int, kernel_r: int | Non
     level = {name: ladder.best(low) for name, ladder in of.items()}
     left = budget - total(low)
     while steps := [
-        (level[name], -price, name) for name, ladder in of.items() if (price := ladder.price(level[name])) <= left
+        (level[name], -price, name)
+        for name, ladder in of.items()
+        if (price := ladder.price(level[name])) is not None and price <= left
     ]:
-        _, price, name = min(steps)
-        level[name], left = of[name].best(level[name] + 1), left + price
+        _, earned, name = min(steps)
+        level[name], left = of[name].best(level[name] + 1), left + earned
     return {name: ladder.ranks(level[name]) for name, ladder in of.items()}
 
 
@@ -188,6 +190,6 @@ class _Ladder:
         larger = (size for size in [self.top, *self.sizes] if size > r and self.cost(size) <= self.cost(r))
         return next(larger, r)
 
-    def price(self, r: int) -> float:
-        """What the next request above r costs more; infinite at the top."""
-        return math.inf if r >= self.top else self.cost(self.best(r + 1)) - self.cost(r)
+    def price(self, r: int) -> int | None:
+        """What the next request above r costs more; None at the top."""
+        return None if r >= self.top else self.cost(self.best(r + 1)) - self.cost(r)

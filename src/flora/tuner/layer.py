@@ -180,12 +180,23 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         if self.row.apply is not None and rebuilt == active and self._reads_weight():
             weight = parameter(base, "weight") + self._dense(active)
             return self.row.apply(base, weight, getattr(base, "bias", None), *args, **kwargs)
-        out = base(*args, **kwargs)
+        out, beside = self._fused(active, *args, **kwargs), active[1:]
+        if out is None:
+            out, beside = base(*args, **kwargs), active
         if self.quantization_backend is not None:
             out = self.quantization_backend.maybe_clone_base_result(out)
-        for name in active:
+        for name in beside:
             out = out + self._change(name, *args, **kwargs).to(out.dtype)
         return out
+
+    def _fused(self, active: list[str], *args: Any, **kwargs: Any) -> Tensor | None:
+        """The base layer's output and the change by the first adapter in one function, where that is possible."""
+        settings = self.settings[active[0]]
+        dropping = bool(settings.dropout) and self.training
+        if self.row.fused is None or settings.path != "factored" or dropping or not self._is_in_place():
+            return None
+        delta = self.delta(active[0])
+        return self.row.fused(self.base_layer, delta.stored_form, delta.scale, *args, **kwargs)
 
     def _change(self, name: str, *args: Any, **kwargs: Any) -> Tensor:
         """The change of the output by one adapter, beside the base layer's own output."""
@@ -235,16 +246,19 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         return settings.path == "rebuild" and not dropping and self.quantization_backend is None
 
     def _reads_weight(self) -> bool:
-        """Whether ``W + dW`` may be formed here: the weight is an ordinary float32 (or 64) tensor in its place.
+        """Whether ``W + dW`` may be formed here; in half precision a small dW would be rounded away in the sum."""
+        return self._is_in_place() and self.base_layer.weight.dtype in (torch.float32, torch.float64)
 
-        In half precision a small dW would be rounded away in the sum, and a hooked, offloaded or sharded base layer has
-        to be called as a module. Then the update is applied beside the base layer's own output.
+    def _is_in_place(self) -> bool:
+        """Whether the weight is an ordinary tensor in its place and may be read.
+
+        A hooked, offloaded, sharded or quantised base layer has to be called as a module.
         """
         base = self.base_layer
         hooked = base._forward_hooks or base._forward_pre_hooks or hasattr(base, "_hf_hook")
         weight = base.weight
         plain = type(weight) in (Tensor, nn.Parameter) and not hasattr(weight, "ds_shape")
-        return plain and not hooked and weight.dtype in (torch.float32, torch.float64)
+        return plain and not hooked and self.quantization_backend is None
 
     def _dense(self, names: list[str], weight: str | None = None) -> Tensor:
         """The sum of the dense updates of these adapters, in their own dtype."""
@@ -315,7 +329,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
 
     def _weight(self, name: str) -> Tensor:
         if self.quantization_backend is not None:
-            return self.get_base_weight()  # type: ignore[no-any-return]
+            return self.get_base_weight()
         return parameter(self.get_base_layer(), name).detach()
 
     def _set_weight(self, name: str, value: Tensor) -> None:

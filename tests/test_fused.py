@@ -1,0 +1,194 @@
+"""The fused functions: first and second derivatives, layouts, what they keep, and when they give way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flora import fused
+from flora.layers import find_layer
+from flora.tucker import Tucker
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(5, 7), (3, 5), (2, 3)),
+    "linear, core into the way up": (lambda: nn.Linear(5, 7), (3, 5), (4, 2)),
+    "linear, out whole": (lambda: nn.Linear(5, 3, bias=False), (2, 4, 5), (3, 4)),
+    "linear, in whole": (lambda: nn.Linear(3, 7), (5, 3), (2, 3)),
+    "linear, both whole": (lambda: nn.Linear(3, 5), (2, 3), (5, 3)),
+    "linear, wide inner rank, out whole": (lambda: nn.Linear(7, 5), (2, 7), (5, 2)),
+    "conv1d": (lambda: nn.Conv1d(3, 5, 3, stride=2, padding=1, dilation=2), (2, 3, 11), (2, 2, 2)),
+    "conv2d": (lambda: nn.Conv2d(3, 5, (3, 2), padding=(1, 0)), (2, 3, 4, 5), (3, 2, 2, 2)),
+    "conv2d, reflect": (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), (2, 3, 4, 5), (2, 2, 2, 2)),
+    "conv2d, same": (lambda: nn.Conv2d(3, 4, (2, 3), padding="same", bias=False), (2, 3, 4, 5), (2, 2, 2, 2)),
+    "conv2d, 1x1": (lambda: nn.Conv2d(3, 4, 1, stride=2), (2, 3, 4, 5), (2, 2, 1, 1)),
+    "conv2d, out whole": (lambda: nn.Conv2d(3, 2, 3), (1, 3, 4, 5), (2, 2, 2, 2)),
+    "conv2d, in whole": (lambda: nn.Conv2d(2, 5, 3), (1, 2, 4, 5), (2, 2, 2, 2)),
+    "conv3d": (lambda: nn.Conv3d(3, 4, (1, 2, 2)), (1, 3, 2, 3, 3), (2, 2, 1, 2, 1)),
+    "transposed conv1d": (lambda: nn.ConvTranspose1d(3, 4, 3, stride=2, output_padding=1), (2, 3, 4), (2, 3, 2)),
+    "transposed conv2d": (lambda: nn.ConvTranspose2d(3, 4, (2, 3), stride=2, padding=1), (2, 3, 3, 2), (2, 2, 2, 2)),
+}
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # of torch, on the reference
+each_layer = pytest.mark.parametrize("name", LAYERS)
+
+
+def make(name: str, dtype: torch.dtype = torch.float64) -> tuple[Any, Tensor, Tucker]:
+    torch.manual_seed(0)
+    build, size, ranks = LAYERS[name]
+    layer = build().to(dtype).requires_grad_(False)
+    shape = layer.weight.shape
+    factors = tuple(
+        None if rank == length else torch.randn(length, rank, dtype=dtype).requires_grad_(True)
+        for length, rank in zip(shape, ranks, strict=True)
+    )
+    form = Tucker(torch.randn(ranks, dtype=dtype).requires_grad_(True), factors)
+    return layer, torch.randn(size, dtype=dtype).requires_grad_(True), form
+
+
+def row(layer: nn.Module) -> Any:
+    found = find_layer(layer)
+    assert found is not None
+    return found[1]
+
+
+def through(layer: nn.Module, x: Tensor, form: Tucker, scale: float = 0.7) -> Tensor:
+    out = row(layer).fused(layer, form, scale, x)
+    assert out is not None
+    return out  # type: ignore[no-any-return]
+
+
+def dense(layer: Any, x: Tensor, form: Tucker, scale: float = 0.7) -> Tensor:
+    return row(layer).apply(layer, layer.weight + scale * form.to_dense(), layer.bias, x)  # type: ignore[no-any-return]
+
+
+def leaves(x: Tensor, form: Tucker) -> list[Tensor]:
+    return [x, form.core, *(factor for factor in form.factors if factor is not None)]
+
+
+def test_the_number_of_layers() -> None:
+    assert len(LAYERS) == 16
+
+
+@each_layer
+def test_output_and_gradients_equal_those_of_the_dense_weight(name: str) -> None:
+    layer, x, form = make(name)
+    out, expected = through(layer, x, form), dense(layer, x, form)
+    assert torch.allclose(out, expected, atol=1e-12)
+    weight = torch.randn_like(expected)
+    found = torch.autograd.grad((out * weight).sum(), leaves(x, form))
+    for value, other in zip(found, torch.autograd.grad((expected * weight).sum(), leaves(x, form)), strict=True):
+        assert value.shape == other.shape
+        assert torch.allclose(value, other, atol=1e-11)
+
+
+@each_layer
+def test_first_and_second_derivatives_by_differences(name: str) -> None:
+    layer, x, form = make(name)
+
+    def run(x: Tensor, core: Tensor, *factors: Tensor) -> Tensor:
+        given = iter(factors)
+        whole = tuple(None if factor is None else next(given) for factor in form.factors)
+        return through(layer, x, Tucker(core, whole))
+
+    assert torch.autograd.gradcheck(run, leaves(x, form), fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, leaves(x, form), fast_mode=True)
+
+
+@each_layer
+def test_a_trained_bias_and_an_input_without_gradient(name: str) -> None:
+    layer, x, form = make(name)
+    if layer.bias is None:
+        layer.bias = nn.Parameter(
+            torch.zeros(layer(x).shape[1 if x.ndim > 2 and hasattr(layer, "stride") else -1]).double()
+        )
+    layer.bias.requires_grad_(True)
+    wanted = [layer.bias, *leaves(x, form)[1:]]
+    found = torch.autograd.grad(through(layer, x.detach(), form).square().sum(), wanted)
+    expected = torch.autograd.grad(dense(layer, x.detach(), form).square().sum(), wanted)
+    assert len(found) >= 2
+    assert all(torch.allclose(value, other, atol=1e-10) for value, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["conv2d", "conv2d, reflect", "conv2d, 1x1", "transposed conv2d", "conv3d"])
+def test_channels_last(name: str) -> None:
+    layer, x, form = make(name)
+    layout = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+    layer = layer.to(memory_format=layout)
+    last = x.detach().to(memory_format=layout).requires_grad_(True)
+    out, plain = through(layer, last, form), through(layer, x, form)
+    assert out.stride() == layer(last).stride()
+    assert torch.allclose(out, plain, atol=1e-12)
+    weight = torch.randn_like(plain)
+    found = torch.autograd.grad((out * weight).sum(), leaves(last, form))
+    for value, other in zip(found, torch.autograd.grad((plain * weight).sum(), leaves(x, form)), strict=True):
+        assert torch.allclose(value, other, atol=1e-11)
+
+
+def kept(run: Callable[[], Tensor], known: list[Tensor]) -> int:
+    """Bytes that a forward keeps for backward, each storage once, parameters left out."""
+    storages: dict[int, int] = {}
+    skip = {tensor.untyped_storage().data_ptr() for tensor in known}
+
+    def pack(tensor: Tensor) -> Tensor:
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer not in skip:
+            storages[pointer] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d", "transposed conv2d", "conv3d"])
+def test_only_the_input_is_kept(name: str) -> None:
+    torch.manual_seed(0)
+    layer, _, form = make(name, torch.float32)
+    x = torch.randn(64, *LAYERS[name][1][1:]).requires_grad_(True)
+    middle = x * 1.0  # an activation, as the layer before would give it
+    parameters = [layer.weight, layer.bias, *leaves(x, form)]
+    small = 4 * 2 * sum(value.numel() for value in leaves(x, form)[1:]) + 512  # products of core and kernel factors
+    assert kept(lambda: through(layer, middle, form), parameters) <= middle.nbytes + small
+
+
+def test_it_gives_way_where_it_would_not_be_right() -> None:
+    layer, x, form = make("linear", torch.float32)
+    assert fused.can_fuse(x, layer.weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not fused.can_fuse(x, layer.weight)
+    assert not fused.can_fuse(x.double(), layer.weight)
+    seen = []
+
+    def loss(core: Tensor) -> Tensor:
+        seen.append(fused.can_fuse(x, layer.weight))
+        return row(layer).factored(layer, Tucker(core, form.factors), 1.0, x).square().sum()  # type: ignore[no-any-return]
+
+    gradient = torch.func.grad(loss)(form.core.detach())
+    assert seen == [False]
+    assert gradient.abs().max() > 0
+    layer.weight.requires_grad_(True)
+    assert not fused.can_fuse(x, layer.weight)
+    grouped = nn.Conv2d(4, 6, 3, groups=2).requires_grad_(False)
+    part = Tucker(torch.randn(2, 2, 2, 2), (torch.randn(6, 2), None, torch.randn(3, 2), torch.randn(3, 2)))
+    assert row(grouped).fused(grouped, part, 1.0, torch.randn(1, 4, 5, 5)) is None
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d", "transposed conv2d"])
+def test_bfloat16_with_a_float32_adapter(name: str) -> None:
+    layer, x, form = make(name, torch.float32)
+    half = layer.to(torch.bfloat16)
+    low = x.detach().bfloat16().requires_grad_(True)
+    out = through(half, low, form)
+    exact = dense(layer.float(), low.detach().float(), form)
+    assert out.dtype == torch.bfloat16
+    assert (out.float() - exact).abs().max() <= 0.02 * exact.abs().max()
+    half = layer.to(torch.bfloat16)
+    out = through(half, low, form)
+    out.float().square().sum().backward()
+    assert form.core.grad is not None
+    assert form.core.grad.dtype == torch.float32
+    assert low.grad is not None
+    assert low.grad.dtype == torch.bfloat16
