@@ -1,7 +1,7 @@
 """Awkward modules of every kind, with inputs: sizes are distinct primes and ranks differ per mode.
 
-A case is a function that builds the module, so that each test starts from a fresh one, with what it is called with and the
-ranks to adapt it with. ``config`` holds further fields of ``FloraConfig``.
+A case is a function that builds the module, so that each test starts from a fresh one, with what it is called with and
+the ranks to adapt it with. ``config`` holds further fields of ``FloraConfig``.
 """
 
 from __future__ import annotations

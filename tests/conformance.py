@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from cases import Case, Row
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import flora
+from cases import Case, Row
 from flora.layers import parameter
 from flora.tuner.layer import FloraLayer
 

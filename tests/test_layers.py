@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
+
 from cases import CASES, Case
 from conformance import (
     adapted,
@@ -19,8 +21,6 @@ from conformance import (
     oracle,
     seeded,
 )
-from peft import PeftModel
-
 from flora.layers import LAYERS
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections")  # torch says it once for each such network

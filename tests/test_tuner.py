@@ -293,7 +293,7 @@ def test_tied_weights_are_refused_or_left_out() -> None:
     before = set(base.state_dict())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's own warning about tied layers
-        with pytest.raises(ValueError, match="tied weight .*lm_head.weight.*tie_word_embeddings=False"):
+        with pytest.raises(ValueError, match=r"tied weight .*lm_head\.weight.*tie_word_embeddings=False"):
             get_peft_model(base, flora.FloraConfig(target_modules=["embed_tokens"]))
     assert set(base.state_dict()) == before
     with pytest.warns(UserWarning, match="leaves out model.embed_tokens: the weight is tied"):

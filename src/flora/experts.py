@@ -1,8 +1,8 @@
 """A stack of expert matrices W + dW that is never formed: ``ExpertStack`` stands in for the (E, m, n) parameter.
 
 The expert layers of transformers do few things with such a parameter: take one expert's matrix or a batch of
-them, transpose, multiply. Those are done on W and on the low-rank update side by side; anything else gets the dense sum, so any
-forward stays exact.
+them, transpose, multiply. Those are done on W and on the low-rank update side by side; anything else gets the dense
+sum, so any forward stays exact.
 """
 
 from __future__ import annotations

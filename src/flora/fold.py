@@ -1,4 +1,4 @@
-"""How a stored weight is seen as an N-d tensor: heads, gates, experts or patch grids folded out, in einops' notation."""
+"""How a stored weight is seen as an N-d tensor: heads, gates, experts or patches, in einops' notation."""
 
 from __future__ import annotations
 

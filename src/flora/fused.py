@@ -1,9 +1,10 @@
 """The factored path beside a frozen layer, as one autograd function: nothing is kept but the input.
 
-Written as separate operations, an adapter beside a layer reads and writes the activations again for each product, scaling
-and sum, and keeps every intermediate. Here the change is added in place into the layer's own output and into the gradient
-of its input, the core is folded into the factor that leaves the smaller inner rank, and the small intermediates are
-computed again in backward. Products are ordered so that the skinny side is contiguous, which the BLAS libraries reward.
+Written as separate operations, an adapter beside a layer reads and writes the activations again for each product,
+scaling and sum, and keeps every intermediate. Here the change is added in place into the layer's own output and into
+the gradient of its input, the core is folded into the factor that leaves the smaller inner rank, and the small
+intermediates are computed again in backward. Products are ordered so that the skinny side is contiguous, which the BLAS
+libraries reward.
 
 ``can_fuse`` says when it may be used; otherwise, and for the gradient of a gradient, ``kernels`` does the same in plain
 operations.
@@ -25,15 +26,14 @@ aten = torch.ops.aten
 
 
 def can_fuse(x: Tensor, weight: Tensor) -> bool:
-    """Whether the fused function computes what separate operations would: plain eager mode, one dtype, a frozen weight."""
+    """Whether the fused function does what separate operations would: eager mode, one dtype, a frozen weight."""
     return not (
         torch.compiler.is_compiling()
         or weight.requires_grad
         or x.dtype != weight.dtype
         or torch.is_autocast_enabled(x.device.type)
         or torch._C._are_functorch_transforms_active()
-        or torch._C._is_fwd_grad_enabled()
-        and torch.autograd.forward_ad._current_level >= 0
+        or torch.autograd.forward_ad._current_level >= 0
     )
 
 
@@ -41,7 +41,9 @@ def linear(weight: Tensor, bias: Tensor | None, form: Tucker, scale: float, x: T
     """``F.linear(x, weight + scale * form, bias)``. x: (..., in), weight and form: (out, in)."""
     out, inner = form.factors
     rows = x.reshape(-1, x.shape[-1])
-    y: Tensor = _Linear.apply(rows, weight, bias, scale * form.core, inner, out)
+    y: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
+        rows, weight, bias, scale * form.core, inner, out
+    )
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -160,7 +162,7 @@ def _conv(
         # a 1x1 kernel: the core goes into the way down
         core = (core.flatten(1) @ inner.T).reshape(core.shape[0], -1, *core.shape[2:])
         inner = None
-    y: Tensor = _Conv.apply(x, weight, bias, core, inner, out, geometry)
+    y: Tensor = _Conv.apply(x, weight, bias, core, inner, out, geometry)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -274,11 +276,9 @@ def _outer(wide: Tensor, narrow: Tensor) -> Tensor:
 
 def _again(ctx: Any, plain: Any, inputs: Sequence[Tensor | None], rest: Sequence[Any], grad: Tensor) -> Any:
     """The gradient with a graph of its own (double backward): the same step in plain operations."""
-    wanted = [index for index, needed in enumerate(ctx.needs_input_grad[: len(inputs)]) if needed]
+    wanted = {index: value for index, value in enumerate(inputs) if value is not None and ctx.needs_input_grad[index]}
     with torch.enable_grad():
         y = plain(*inputs, *rest)
-        found = torch.autograd.grad(y, [inputs[index] for index in wanted], grad, create_graph=True)
-    grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-    for index, value in zip(wanted, found, strict=True):
-        grads[index] = value
-    return tuple(grads)
+        found = torch.autograd.grad(y, list(wanted.values()), grad, create_graph=True)
+    grads = dict(zip(wanted, found, strict=True))
+    return tuple(grads.get(index) for index in range(len(ctx.needs_input_grad)))

@@ -16,7 +16,7 @@ Initializer = Callable[[Tensor, Sequence[Tensor]], None]
 
 
 def orthogonal(core: Tensor, factors: Sequence[Tensor]) -> None:
-    """Our default: orthogonal columns of length ``sqrt(In / Jn)``, so rms(dW) = s * rms(core) for any N and any ranks."""
+    """Our default: orthogonal columns of length ``sqrt(In / Jn)``, so rms(dW) = s * rms(core) at any ranks."""
     nn.init.zeros_(core)
     for factor in factors:
         size, rank = factor.shape
@@ -24,7 +24,7 @@ def orthogonal(core: Tensor, factors: Sequence[Tensor]) -> None:
 
 
 def paper_conv(core: Tensor, factors: Sequence[Tensor]) -> None:
-    """The authors' conv code: ``kaiming_normal_(a=sqrt 3)`` on (In, Jn), std = sqrt(1 / (2 Jn)); used with a constant s."""
+    """The authors' conv code: ``kaiming_normal_(a=sqrt 3)`` on (In, Jn), std = sqrt(1 / (2 Jn)), for a constant s."""
     nn.init.zeros_(core)
     for factor in factors:
         nn.init.kaiming_normal_(factor, a=math.sqrt(3))
@@ -38,7 +38,7 @@ def paper_nlu(core: Tensor, factors: Sequence[Tensor]) -> None:
 
 
 def paper_llm(core: Tensor, factors: Sequence[Tensor]) -> None:
-    """The authors' LLM code: ``kaiming_uniform_(a=sqrt 5)`` on (In, Jn), bound = 1 / sqrt(Jn); used with s = alpha / r."""
+    """The authors' LLM code: ``kaiming_uniform_(a=sqrt 5)`` on (In, Jn), bound = 1 / sqrt(Jn), for s = alpha / r."""
     nn.init.zeros_(core)
     for factor in factors:
         nn.init.kaiming_uniform_(factor, a=math.sqrt(5))

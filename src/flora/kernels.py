@@ -1,9 +1,9 @@
 """The factored way through a layer: the change of its output, without ever forming the dense update.
 
-Each function takes the layer, the Tucker form of its weight (in the order of ``weight.shape``), the scale and the arguments
-of the layer's forward, and returns ``op(x, scale * form)`` where ``op`` is what the layer does with a weight. The small
-matrices are folded in the dtype of the adapter and cast to the dtype of the input, so the input is never copied to another
-dtype.
+Each function takes the layer, the Tucker form of its weight (in the order of ``weight.shape``), the scale and the
+arguments of the layer's forward, and returns ``op(x, scale * form)`` where ``op`` is what the layer does with a weight.
+The small matrices are folded in the dtype of the adapter and cast to the dtype of the input, so the input is never
+copied to another dtype.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _per_group(weight: Tensor, groups: int) -> Tensor:
 
 
 def embedding(base: Any, form: Tucker, scale: float, input: Tensor) -> Tensor:
-    """Only the rows that are looked up; the padding row gets no gradient. input: ids of any shape -> (*ids.shape, dim)."""
+    """Only the rows that are looked up; the padding row gets no gradient. input: ids -> (*ids.shape, dim)."""
     rows, small = _rows(form, scale)
     if rows is None:
         return F.embedding(input, small, base.padding_idx)

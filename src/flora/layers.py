@@ -1,8 +1,8 @@
 """Which layers can be adapted and how: one row per module type.
 
 A row says which parameters are adapted, what their dimensions are called, how a stored weight is seen as an N-d tensor
-(its fold), how to run the layer with another weight in place of its own, and, for the hot kinds, the factored kernel. To
-add a kind, add a row here and a case in ``tests/cases.py``.
+(its fold), how to run the layer with another weight in place of its own, and, for the hot kinds, the factored kernel.
+To add a kind, add a row here and a case in ``tests/cases.py``.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ class Layer:
     """How one kind of layer is adapted.
 
     Attributes:
-        kind: what ``flora.plan`` and the shorthands of ``target_modules`` go by: "linear", "conv", "embedding", "bilinear",
-            "attention", "recurrent" or "norm".
-        weights: ``module -> {parameter name: axes}``, a name for each dimension in the order of ``weight.shape``; kernel
-            axes are called kd, kh, kw.
-        apply: ``(module, weight, bias, *args, **kwargs) -> output``: what the layer computes with that weight, linear in
-            ``weight``, with the arguments of its forward. None where there is no such form; the layer is then run through
-            ``torch.func.functional_call`` with W + dW.
+        kind: what ``flora.plan`` and the shorthands of ``target_modules`` go by: "linear", "conv", "embedding",
+            "bilinear", "attention", "recurrent" or "norm".
+        weights: ``module -> {parameter name: axes}``, a name for each dimension in the order of ``weight.shape``;
+            kernel axes are called kd, kh, kw.
+        apply: ``(module, weight, bias, *args, **kwargs) -> output``: what the layer computes with that weight, linear
+            in ``weight``, with the arguments of its forward. None where there is no such form; the layer is then run
+            through ``torch.func.functional_call`` with W + dW.
         factored: ``(module, form, scale, *args, **kwargs) -> change of the output``, without forming the dense update.
-        fused: ``(module, form, scale, *args, **kwargs) -> output`` of the layer and its change in one autograd function, or
-            None for arguments that it does not take.
+        fused: ``(module, form, scale, *args, **kwargs) -> output`` of the layer and its change in one autograd
+            function, or None for arguments that it does not take.
         folds: ``module -> {parameter name: fold}``, how the stored weight is seen as an N-d tensor by default.
     """
 
@@ -118,14 +118,14 @@ def _attention_weights(module: nn.MultiheadAttention) -> dict[str, Axes]:
     if module._qkv_same_embed_dim:
         return {"in_proj_weight": ("out", "in"), "out_proj.weight": ("out", "in")}
     names = ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
-    return {name: ("out", "in") for name in names}
+    return dict.fromkeys(names, ("out", "in"))
 
 
 def _attention_folds(module: nn.MultiheadAttention) -> dict[str, str]:
     heads = f"heads={module.num_heads}"
     if module._qkv_same_embed_dim:
         return {"in_proj_weight": f"(qkv heads dim) embed, qkv=3 {heads}"}
-    return {name: f"(heads dim) embed, {heads}" for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight")}
+    return dict.fromkeys(("q_proj_weight", "k_proj_weight", "v_proj_weight"), f"(heads dim) embed, {heads}")
 
 
 def _recurrent_weights(module: nn.RNNBase | nn.RNNCellBase) -> dict[str, Axes]:
@@ -137,7 +137,7 @@ def _recurrent_weights(module: nn.RNNBase | nn.RNNCellBase) -> dict[str, Axes]:
 def _gate_folds(count: int, module: Any) -> dict[str, str]:
     """The gate dimension folded out: (4 hidden) -> 4, hidden for an LSTM; projections have none."""
     names = [name for name in _recurrent_weights(module) if not name.startswith("weight_hr")]
-    return {name: f"(gates hidden) input, gates={count}" for name in names}
+    return dict.fromkeys(names, f"(gates hidden) input, gates={count}")
 
 
 def _recurrent(gates: int) -> Layer:

@@ -1,8 +1,8 @@
 """Which way through a layer is cheaper, decided from shapes alone and printable.
 
-Two ways: *rebuild* forms the dense update and runs the layer once with W + dW; its extra cost is that of the gradient of
-a full weight. *factored* adds two skinny products (linear) or 1x1 -> core -> 1x1 (convolution) beside the frozen layer.
-Costs are those of one training step beyond the frozen layer's own forward and backward to its input.
+Two ways: *rebuild* forms the dense update and runs the layer once with W + dW; its extra cost is that of the gradient
+of a full weight. *factored* adds two skinny products (linear) or 1x1 -> core -> 1x1 (convolution) beside the frozen
+layer. Costs are those of one training step beyond the frozen layer's own forward and backward to its input.
 """
 
 from __future__ import annotations

@@ -122,8 +122,8 @@ class Weight:
 def solve_budget(weights: Mapping[str, Weight], budget: int, kernel_r: int | None = 2) -> dict[str, tuple[int, ...]]:
     """Ranks per weight that spend at most ``budget`` trainable parameters, and as many of them as ranks allow.
 
-    One rank is raised for all weights together while it fits; what is left is spent by raising single weights, the lowest
-    rank first and of those the dearest step, until no step is affordable.
+    One rank is raised for all weights together while it fits; what is left is spent by raising single weights, the
+    lowest rank first and of those the dearest step, until no step is affordable.
 
     Args:
         weights: name -> shape and axes.
@@ -164,8 +164,8 @@ def solve_budget(weights: Mapping[str, Weight], budget: int, kernel_r: int | Non
 class _Ladder:
     """The rank requests that make sense for one weight, and what each costs.
 
-    The cost falls where a rank reaches the size of its mode, because the mode is whole then and needs no factor; requests
-    just below that are passed over.
+    The cost falls where a rank reaches the size of its mode, because the mode is whole then and needs no factor;
+    requests just below that are passed over.
     """
 
     def __init__(self, weight: Weight, kernel_r: int | None) -> None:

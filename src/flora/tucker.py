@@ -1,8 +1,8 @@
 """What a Tucker update is: a small core with as many dimensions as the weight, one factor matrix per mode.
 
 Words and orientation are the literature's (Kolda and Bader 2009): ``core`` is ``(J1, ..., JN)``, ``factors[n]`` is
-``(In, Jn)``, the tensor is ``core x1 factors[0] ... xN factors[N-1]`` of shape ``(I1, ..., IN)``. A mode kept whole has no
-factor (``None``), and its rank is its size.
+``(In, Jn)``, the tensor is ``core x1 factors[0] ... xN factors[N-1]`` of shape ``(I1, ..., IN)``. A mode kept whole has
+no factor (``None``), and its rank is its size.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
     Args:
         tensor: shape ``(..., Jn, ...)`` with ``Jn`` at dimension ``mode``.
         matrix: shape ``(In, Jn)``.
+        mode: which dimension.
 
     Returns:
         The tensor with ``In`` in place of ``Jn``.
     """
-    return torch.tensordot(tensor, matrix, dims=([mode], [1])).movedim(-1, mode)
+    product: Tensor = torch.tensordot(tensor, matrix, dims=([mode], [1]))
+    return product.movedim(-1, mode)
 
 
 def count_params(shape: Sequence[int], ranks: Sequence[int]) -> int:

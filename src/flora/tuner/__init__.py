@@ -1,4 +1,4 @@
-"""The PEFT method: its registration. ``config`` has the fields, ``layer`` the forward and merge, ``model`` the injection."""
+"""The PEFT method: its registration. ``config`` has the fields, ``layer`` forward and merge, ``model`` injection."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def register() -> None:
         return
     if taken is not None:
         raise ImportError(
-            f"PEFT already has a method {NAME!r} ({taken.__module__}.{taken.__qualname__}), so flora-peft cannot register "
+            f"PEFT already has a method {NAME!r} ({taken.__module__}.{taken.__qualname__}), so flora-peft cannot "
+            f"register "
             "its own under that name; upgrade flora-peft, or install the PEFT version that its release notes name"
         )
     register_peft_method(name=NAME.lower(), config_cls=FloraConfig, model_cls=FloraModel, prefix=PREFIX)

@@ -1,4 +1,4 @@
-"""``FloraConfig``: the fields a user sets, in PEFT's words, and their checks. The one place that maps words to the core's."""
+"""``FloraConfig``: the fields a user sets, in PEFT's words, their checks, and their mapping to the core's words."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class FloraConfig(PeftConfig):
         trainable_token_indices: as in PEFT.
         rank_pattern: regular expression or suffix of a module's name -> rank (int or list), instead of ``r``.
         scale_pattern: the same for ``scale``.
-        fold: regular expression or suffix of a weight's (or module's) name -> how it is seen as an N-d tensor, in einops'
-            notation: ``{"qkv": "(three heads dim) in, three=3 heads=12"}``; ranks are then those of that space.
+        fold: regular expression or suffix of a weight's (or module's) name -> how it is seen as an N-d tensor, in
+            einops' notation: ``{"qkv": "(three heads dim) in, three=3 heads=12"}``; ranks are then those of that space.
         budget: trainable parameters to spend on the adapter, a fraction of the model's below 1, a count from 1; ranks
             are solved per weight and written into ``rank_pattern``.
         path: how the forward is computed: "rebuild", "factored" or, by the plan, "auto".

@@ -52,8 +52,8 @@ def row_for(module: nn.Module, **quantization: Any) -> Layer | None:
 class FloraLayer(nn.Module, BaseTunerLayer):
     """A layer with FLoRA adapters, in the place of the layer itself.
 
-    The parameters of adapter ``name`` are ``tucker_<weight>.<name>.core`` and ``.factor_0 ..``. Attributes that it does not
-    have are looked up on the base layer.
+    The parameters of adapter ``name`` are ``tucker_<weight>.<name>.core`` and ``.factor_0 ..``. Attributes that it does
+    not have are looked up on the base layer.
 
     Args:
         base_layer: the layer to adapt, listed in ``flora.LAYERS``.
@@ -157,7 +157,9 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         """The layer's output with the active adapters; takes what the base layer takes.
 
         Args:
-            adapter_names: an adapter for each sample of the batch, set by PEFT in inference; the active ones otherwise.
+            *args: of the base layer.
+            adapter_names: an adapter for each sample of the batch, set by PEFT in inference; else the active ones.
+            **kwargs: of the base layer.
         """
         if not torch.compiler.is_compiling():
             self.called = True
@@ -220,7 +222,8 @@ class FloraLayer(nn.Module, BaseTunerLayer):
             return out
         if not self._adds_up() or self.row.kind not in KINDS or isinstance(self.base_layer, nn.EmbeddingBag):
             raise ValueError(
-                f"adapter_names (an adapter for each sample) is not possible on {type(self.base_layer).__name__}: its output "
+                f"adapter_names (an adapter for each sample) is not possible on {type(self.base_layer).__name__}: its "
+                f"output "
                 "is no sum of the base layer's and the adapter's; run one batch per adapter, with set_adapter"
             )
         first, rest = (args[0], args[1:]) if args else (kwargs.pop(next(iter(kwargs))), ())
@@ -289,7 +292,8 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         """Adds the updates of the adapters (by default the active ones) to the base weights.
 
         Args:
-            safe_merge: checks the result first and keeps a copy of the weights, so that ``unmerge`` restores them exactly.
+            safe_merge: checks the result first and keeps a copy of the weights, so that ``unmerge`` restores them
+                exactly.
             adapter_names: which adapters.
 
         Raises:

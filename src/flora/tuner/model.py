@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -85,7 +84,7 @@ class FloraModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def _turn_off_fast_paths(self, key: str) -> None:
-        """torch's transformer encoder reads its layers' weights in eval without calling them, unless one has a hook."""
+        """Encoders of torch read their layers' weights in eval without calling them, unless one has a hook."""
         parts = key.split(".")
         for end in range(len(parts)):
             outer = self.model.get_submodule(".".join(parts[:end]))
@@ -104,7 +103,7 @@ class FloraModel(BaseTuner):
         if warn_if_uncalled not in model._forward_hooks.values():
             model.register_forward_hook(warn_if_uncalled)
 
-    # ---- an adapter per sample ---------------------------------------------------------------------------------------
+    # ---- an adapter per sample -----------------------------------------------------------------------------------
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -135,7 +134,7 @@ class FloraModel(BaseTuner):
             for handle in handles:
                 handle.remove()
 
-    # ---- whole adapters ------------------------------------------------------------------------------------------------
+    # ---- whole adapters ------------------------------------------------------------------------------------------
 
     def _layers_with(self, adapter: str) -> dict[str, FloraLayer]:
         return {
@@ -207,7 +206,8 @@ class FloraModel(BaseTuner):
             shapes = [tuple(side[key].shape) if key in side else None for side in (own, given)]
             if shapes[0] != shapes[1]:
                 raise ValueError(
-                    f"cannot swap {adapter_name!r}: {key} has the shape {shapes[0]} here and {shapes[1]} in the new adapter "
+                    f"cannot swap {adapter_name!r}: {key} has the shape {shapes[0]} here and {shapes[1]} in the new "
+                    f"adapter "
                     "(None: absent); load it as a new adapter instead"
                 )
         with torch.no_grad():
@@ -228,13 +228,16 @@ class FloraModel(BaseTuner):
             layer = layer.removeprefix("base_model.model.")
             if key not in own:
                 raise ValueError(
-                    f"the adapter does not fit this base model: it has {tensor!r} for the layer {layer!r}, which the base "
+                    f"the adapter does not fit this base model: it has {tensor!r} for the layer {layer!r}, which the "
+                    f"base "
                     "model lacks or adapts with other ranks; load it on the model it was trained on"
                 )
             if own[key].shape != value.shape:
                 raise ValueError(
-                    f"the adapter does not fit this base model: {layer!r} has {tensor!r} of shape {tuple(value.shape)} in "
-                    f"the file, but the base model needs {tuple(own[key].shape)}; load it on the model it was trained on"
+                    f"the adapter does not fit this base model: {layer!r} has {tensor!r} of shape "
+                    f"{tuple(value.shape)} in "
+                    f"the file, but the base model needs {tuple(own[key].shape)}; load it on the model it was trained "
+                    f"on"
                 )
         return remapped
 
@@ -267,7 +270,8 @@ def warn_if_uncalled(model: nn.Module, args: Any, output: Any) -> None:
     if silent:
         shown = ", ".join(silent[:5]) + (f" and {len(silent) - 5} more" if len(silent) > 5 else "")
         warnings.warn(
-            f"{len(silent)} of {len(layers)} adapted layers were not called in the first training step and so do not train: "
+            f"{len(silent)} of {len(layers)} adapted layers were not called in the first training step and so do not "
+            f"train: "
             f"{shown}. Their parent may read the weight without calling the layer, or this input did not reach them",
             stacklevel=2,
         )

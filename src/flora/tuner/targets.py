@@ -70,7 +70,8 @@ def expand(shorthand: str, model: nn.Module) -> set[str]:
             names.add(name)
     if skipped:
         warnings.warn(
-            f"target_modules={shorthand!r} leaves out {', '.join(sorted(skipped))}: the weight is tied to another module's",
+            f"target_modules={shorthand!r} leaves out {', '.join(sorted(skipped))}: the weight is tied to another "
+            f"module's",
             stacklevel=2,
         )
     if not names:
@@ -153,7 +154,7 @@ def exact_pattern(name: str) -> str:
 
 
 def spend_budget(config: FloraConfig, sites: list[Site], model: nn.Module) -> None:
-    """Solves the ranks that the budget buys and writes them into ``rank_pattern``; the user's own entries come first."""
+    """Solves the ranks that the budget buys, after the user's own entries, and writes them into ``rank_pattern``."""
     if config.budget is None:
         return
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -279,7 +280,9 @@ def _check_ties(sites: list[Site], model: nn.Module) -> None:
             names = tied.get(id(parameter(site.module, weight)))
             if names:
                 raise ValueError(
-                    f"Target module {site.name} has a tied weight ({' = '.join(names)}): an adapter on one end would untie "
-                    "them without a word, and merging would change both. Exclude it (exclude_modules), or untie first: load "
+                    f"Target module {site.name} has a tied weight ({' = '.join(names)}): an adapter on one end would "
+                    f"untie "
+                    "them without a word, and merging would change both. Exclude it (exclude_modules), or untie "
+                    "first: load "
                     "the model with tie_word_embeddings=False and copy the embedding into the output head"
                 )
