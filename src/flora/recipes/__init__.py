@@ -1,0 +1,116 @@
+"""Recipes: each file of this folder says what a task's data, base model and metric are; ``training`` runs any of them.
+
+A recipe is a module with the names of :class:`Recipe`. It is found by listing the folder; configs, one YAML file each,
+lie in ``configs/``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from torch.utils.data import Dataset
+from transformers import EvalPrediction, PreTrainedModel
+
+CONFIGS = Path(__file__).parent / "configs"
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a recipe trains on and is measured on.
+
+    Attributes:
+        train, validation, test: datasets of dicts that the model takes as keyword arguments.
+        collate: a list of samples -> a batch; None is transformers' default collator.
+    """
+
+    train: Dataset[Any]
+    validation: Dataset[Any]
+    test: Dataset[Any]
+    collate: Callable[[list[Any]], dict[str, Any]] | None = None
+
+    def split(self, name: str) -> Dataset[Any]:
+        """The dataset of that name.
+
+        Raises:
+            ValueError: there is no such split.
+        """
+        if name not in SPLITS:
+            raise ValueError(f"split is {name!r}, expected one of {', '.join(SPLITS)}")
+        return cast("Dataset[Any]", getattr(self, name))
+
+
+class Recipe(Protocol):
+    """The names that a recipe's module has.
+
+    Attributes:
+        Task: a dataclass, the settings of data and base model; its fields are the ``task`` keys of a config.
+        METRIC: the key of ``compute_metrics`` that methods are compared by; larger is better.
+    """
+
+    Task: Callable[..., Any]
+    METRIC: str
+
+    @staticmethod
+    def load_base(task: Any) -> PreTrainedModel:
+        """The base model, pretrained, with ``name_or_path`` saying where it can be loaded from again."""
+
+    @staticmethod
+    def load_data(task: Any, seed: int) -> Data:
+        """The data; ``seed`` draws what is random in the training set, and nothing else."""
+
+    @staticmethod
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        """The metrics of a split from the model's predictions and the labels."""
+
+
+def recipe_names() -> list[str]:
+    """The names of the recipes, by listing the folder."""
+    return sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))
+
+
+def config_names() -> list[str]:
+    """The names of the packaged configs."""
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def load_recipe(name: str) -> Recipe:
+    """Imports a recipe.
+
+    Raises:
+        ValueError: no recipe has this name; the message names the nearest.
+    """
+    names = recipe_names()
+    if name not in names:
+        raise ValueError(f"recipe is {name!r}, expected one of {', '.join(names)}{nearest(name, names)}")
+    return cast("Recipe", importlib.import_module(f"{__name__}.{name}"))
+
+
+def config_path(config: str) -> Path:
+    """The file of a config: a path, or the name of a packaged one.
+
+    Raises:
+        FileNotFoundError: neither exists; the message names the nearest packaged config.
+    """
+    path = Path(config)
+    if path.is_file():
+        return path
+    packaged = CONFIGS / f"{config}.yaml"
+    if packaged.is_file() and packaged.parent == CONFIGS:
+        return packaged
+    names = config_names()
+    raise FileNotFoundError(
+        f"no config {config!r}: it is neither a file nor a packaged config ({', '.join(names)}){nearest(config, names)}"
+    )
+
+
+def nearest(word: str, words: list[str]) -> str:
+    """``"; did you mean 'x'?"`` for the nearest of the words, or nothing when none is near."""
+    found = difflib.get_close_matches(word, words, n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""

@@ -1,0 +1,176 @@
+"""Handwritten digits: a ConvNeXt-V2 that knows upright digits is adapted to rotated, inverted ones from few labels.
+
+Data: the UCI handwritten digits that scikit-learn ships (1,797 real 8x8 images, no download). The base model is trained
+once on half of them, upright, and cached. The other half is split into a pool that few labelled training images are
+drawn from, a validation and a test set; no image is in two of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from sklearn.metrics import accuracy_score
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torch.utils.data import Dataset
+from transformers import (
+    ConvNextV2Config,
+    ConvNextV2ForImageClassification,
+    EvalPrediction,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from flora.folders import staged_folder
+from flora.progress import hidden_bars, show_loss
+from flora.recipes import Data
+
+METRIC = "accuracy"
+SPLIT_SEED = 0  # which image is in which set never changes
+SIZES = {"base": 900, "pool": 300, "validation": 250}  # test is the rest
+BASE_FIELDS = ("hidden_sizes", "depths", "base_epochs", "base_learning_rate")
+THREADS = 1  # tensors are too small to share
+
+
+@dataclass
+class Task:
+    """Settings of the data and the base model.
+
+    Args:
+        labels_per_class: training images of each digit.
+        rotation: of the images of the new domain, in degrees, counter-clockwise.
+        invert: whether the new domain is dark on light.
+        hidden_sizes, depths: channels and blocks of each stage of the base model.
+        base_epochs: over the upright digits.
+        base_learning_rate: the same.
+    """
+
+    labels_per_class: int = 10
+    rotation: int = 90
+    invert: bool = True
+    hidden_sizes: list[int] = field(default_factory=lambda: [32, 64])
+    depths: list[int] = field(default_factory=lambda: [2, 2])
+    base_epochs: int = 30
+    base_learning_rate: float = 2e-3
+
+    def __post_init__(self) -> None:
+        if self.rotation % 90:
+            raise ValueError(f"task.rotation is {self.rotation}, expected a multiple of 90 degrees")
+        if len(self.hidden_sizes) != len(self.depths):
+            raise ValueError(
+                f"task.hidden_sizes {self.hidden_sizes} and task.depths {self.depths} differ in length; "
+                "give one of each per stage"
+            )
+
+
+class Digits(Dataset[dict[str, Tensor]]):
+    """Images (1, 16, 16) in [-1, 1] with their labels, as the model takes them."""
+
+    def __init__(self, indices: np.ndarray, *, rotation: int = 0, invert: bool = False) -> None:
+        source = load_digits()
+        images = torch.tensor(source.images[indices] / 16, dtype=torch.float32)[:, None]
+        images = torch.rot90(interpolate(images, size=16, mode="bilinear"), rotation // 90, (2, 3))
+        self.images = (1 - images if invert else images) * 2 - 1
+        self.labels = torch.tensor(source.target[indices])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"pixel_values": self.images[index], "labels": self.labels[index]}
+
+
+def splits() -> dict[str, np.ndarray]:
+    """The indices of the images of each set: base, pool, validation, test; disjoint, each digit in equal parts."""
+    labels = load_digits().target
+    left, parts = np.arange(len(labels)), {}
+    for name, size in SIZES.items():
+        parts[name], left = train_test_split(left, train_size=size, stratify=labels[left], random_state=SPLIT_SEED)
+    return {**parts, "test": left}
+
+
+def load_data(task: Task, seed: int) -> Data:
+    """The new domain; the seed draws the labelled images from the pool.
+
+    Raises:
+        ValueError: the pool has too few images of a digit.
+    """
+    parts, labels = splits(), load_digits().target
+    pool, random = parts["pool"], np.random.default_rng(seed)
+    most = int(np.bincount(labels[pool]).min())
+    if not 1 <= task.labels_per_class <= most:
+        raise ValueError(f"task.labels_per_class is {task.labels_per_class}, expected 1 to {most}, what the pool has")
+    chosen = [random.choice(pool[labels[pool] == digit], task.labels_per_class, replace=False) for digit in range(10)]
+    parts["train"] = np.concatenate(chosen)
+    domain = {name: Digits(parts[name], rotation=task.rotation, invert=task.invert) for name in ("train", "test")}
+    validation = Digits(parts["validation"], rotation=task.rotation, invert=task.invert)
+    return Data(domain["train"], validation, domain["test"])
+
+
+def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """The accuracy."""
+    logits = cast("np.ndarray", prediction.predictions)
+    return {"accuracy": float(accuracy_score(prediction.label_ids, logits.argmax(-1)))}
+
+
+def base_folder(task: Task) -> Path:
+    """Where the base model of these settings is cached: under ``FLORA_CACHE``, or ``~/.cache/flora``."""
+    settings = {key: value for key, value in asdict(task).items() if key in BASE_FIELDS}
+    key = hashlib.sha256(json.dumps([settings, SIZES, SPLIT_SEED], sort_keys=True).encode()).hexdigest()[:12]
+    cache = os.environ.get("FLORA_CACHE") or Path.home() / ".cache" / "flora"
+    return Path(cache).expanduser().resolve() / f"digits-{key}"
+
+
+def load_base(task: Task) -> ConvNextV2ForImageClassification:
+    """The base model from the cache; trained first, with a progress bar, if it is not there."""
+    torch.set_num_threads(THREADS)
+    folder = base_folder(task)
+    if not (folder / "config.json").is_file():
+        pretrain(task, folder)
+    with hidden_bars():
+        return ConvNextV2ForImageClassification.from_pretrained(folder)
+
+
+def pretrain(task: Task, folder: Path) -> None:
+    """Trains the base model on the upright digits of the base set and writes it to ``folder``, whole or not at all."""
+    print(f"training the base model on upright digits, once; it is kept in {folder}", flush=True)
+    set_seed(SPLIT_SEED)
+    config = ConvNextV2Config(
+        num_channels=1,
+        image_size=16,
+        patch_size=2,
+        num_stages=len(task.depths),
+        depths=task.depths,
+        hidden_sizes=task.hidden_sizes,
+    )
+    config.num_labels = 10
+    model = ConvNextV2ForImageClassification(config)
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = TrainingArguments(
+            scratch,
+            num_train_epochs=task.base_epochs,
+            per_device_train_batch_size=32,
+            learning_rate=task.base_learning_rate,
+            weight_decay=0.05,
+            warmup_steps=50,
+            save_strategy="no",
+            logging_strategy="no",
+            dataloader_pin_memory=torch.cuda.is_available(),
+            seed=SPLIT_SEED,
+        )
+        trainer = Trainer(model, arguments, train_dataset=Digits(splits()["base"]))
+        show_loss(trainer)
+        trainer.train()
+    with staged_folder(folder) as staged, hidden_bars():
+        model.cpu().save_pretrained(staged)

@@ -1,0 +1,100 @@
+"""Recipes and their configs, the digits data, settings."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from transformers import EvalPrediction
+
+from flora.recipes import CONFIGS, config_names, digits, load_recipe, recipe_names
+from flora.settings import read
+
+
+def test_every_config_is_checked_against_its_recipe() -> None:
+    names = config_names()
+    assert len(names) == 2
+    for name in names:
+        settings = read(name)
+        assert settings.recipe in recipe_names()
+        assert (CONFIGS / f"{name}.yaml").read_text().startswith(f"# flora train {name}\n")
+        assert settings.output == Path("outputs") / name
+
+
+def test_every_recipe_has_the_names_of_the_contract() -> None:
+    assert recipe_names() == ["digits"]
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        assert all(hasattr(recipe, item) for item in ("Task", "METRIC", "load_base", "load_data", "compute_metrics"))
+        lines = Path(str(recipe.__file__)).read_text().splitlines()  # type: ignore[attr-defined]
+        assert len(lines) <= 200
+
+
+def test_saved_settings_read_back_the_same(tmp_path: Path) -> None:
+    settings = read("digits", ["adapter.rank_pattern={dwconv: [4, 1, 2, 2]}", "training.learning_rate=1e-3", "seed=7"])
+    settings.save(tmp_path)
+    again = read(str(tmp_path / "config.yaml"))
+    assert again == settings
+    assert again.training["learning_rate"] == 1e-3
+    assert again.adapter["rank_pattern"] == {"dwconv": [4, 1, 2, 2]}
+
+
+def test_no_image_is_in_two_sets() -> None:
+    parts = digits.splits()
+    assert sorted(parts) == ["base", "pool", "test", "validation"]
+    for one, other in combinations(parts.values(), 2):
+        assert not set(one) & set(other)
+    assert sum(map(len, parts.values())) == 1797
+    source = load_digits()
+    images = [bytes(source.images[index]) for part in parts.values() for index in part]
+    assert len(set(images)) == len(images)
+
+
+def test_few_labels_drawn_by_the_seed() -> None:
+    task = digits.Task(labels_per_class=3)
+    first, same, other = (digits.load_data(task, seed) for seed in (0, 0, 1))
+    assert torch.equal(first.train.images, same.train.images)  # type: ignore[attr-defined]
+    assert not torch.equal(first.train.images, other.train.images)  # type: ignore[attr-defined]
+    assert torch.equal(first.test.images, other.test.images)  # type: ignore[attr-defined]
+    assert np.bincount(first.train.labels).tolist() == [3] * 10  # type: ignore[attr-defined]
+
+
+def test_the_new_domain_is_turned_and_inverted() -> None:
+    parts = digits.splits()["test"][:5]
+    upright = digits.Digits(parts)
+    turned = digits.Digits(parts, rotation=90, invert=True)
+    assert turned[0]["pixel_values"].shape == (1, 16, 16)
+    torch.testing.assert_close(turned.images, -torch.rot90(upright.images, 1, (2, 3)))
+    assert torch.equal(turned.labels, upright.labels)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"), [({"rotation": 45}, "multiple of 90"), ({"depths": [1]}, "one of each per stage")]
+)
+def test_settings_of_the_task_are_checked(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        digits.Task(**wrong)  # type: ignore[arg-type]
+
+
+def test_unknown_split() -> None:
+    with pytest.raises(ValueError, match="split is 'tset', expected one of train, validation, test"):
+        digits.load_data(digits.Task(), 0).split("tset")
+
+
+def test_accuracy() -> None:
+    logits = np.array([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    assert digits.compute_metrics(EvalPrediction(logits, np.array([1, 0, 0, 1]))) == {"accuracy": 0.75}
+
+
+def test_the_cache_of_the_base_goes_by_what_made_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FLORA_CACHE", str(tmp_path))
+    task = digits.Task()
+    assert digits.base_folder(task).parent == tmp_path
+    assert digits.base_folder(task) == digits.base_folder(digits.Task(labels_per_class=5, rotation=180))
+    assert digits.base_folder(task) != digits.base_folder(digits.Task(base_epochs=31))
+    assert set(digits.BASE_FIELDS) <= {item.name for item in fields(digits.Task)}
