@@ -1,0 +1,247 @@
+"""``compare``: one task, several methods and seeds, adapters at matched trainable parameters.
+
+Each method's learning rate is chosen on validation from the same grid (first seed); the test set is used by the final
+runs only. Every run is written as it ends and found again, so an interrupted comparison goes on where it was.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+from transformers import Trainer, set_seed
+
+from flora.folders import read_json, staged_folder, write_json, write_text
+from flora.merging import verified_merge
+from flora.methods import METHODS, Request, lora_budget, lora_targets, targets, trainable
+from flora.recipes import Data, Recipe, nearest
+from flora.reloading import ADAPTER, ADAPTER_CONFIG
+from flora.report.card import model_card
+from flora.report.comparison import comparison_page
+from flora.report.plots import accuracy_against_parameters
+from flora.report.provenance import provenance, versions
+from flora.settings import Settings
+from flora.training import METRICS, make_trainer, measure, training_arguments
+
+KEPT = "flora"  # the method whose first adapter is kept, ready to load
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: what makes it different from the others of the comparison.
+
+    Attributes:
+        method: a key of ``METHODS``.
+        learning_rate: of this run.
+        seed: of the drawn data, the start and the order.
+        final: False while the learning rate is searched for: then the test set is not touched.
+    """
+
+    method: str
+    learning_rate: float
+    seed: int
+    final: bool
+
+    @property
+    def name(self) -> str:
+        """The name of its files."""
+        return f"{'final' if self.final else 'search'}-{self.method}-lr{self.learning_rate:g}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all runs share."""
+
+    settings: Settings
+    recipe: Recipe
+    folder: Path
+    budget: int
+
+    def result(self, run: Run) -> dict[str, Any]:
+        """The run's result: the stored one if all its settings are the same, else that of running it now."""
+        path = self.folder / "runs" / f"{run.name}.json"
+        identity = self._identity(run)
+        stored = read_json(path) if path.is_file() else {}
+        if stored.get("identity") == identity:
+            return cast("dict[str, Any]", stored)
+        result = {"identity": identity, **self._run(run), **provenance()}
+        write_json(path, result)
+        return result
+
+    def _identity(self, run: Run) -> dict[str, Any]:
+        given = self.settings.as_dict()
+        shared = {key: given[key] for key in ("recipe", "task", "adapter", "training")}
+        lora = {key: value for key, value in given["compare"].items() if key != "learning_rates"}
+        return {"run": asdict(run), **shared, **lora, "budget": self.budget, "versions": versions()}
+
+    def _run(self, run: Run) -> dict[str, Any]:
+        set_seed(run.seed)
+        data = self.recipe.load_data(self.settings.task, run.seed)
+        base = self.recipe.load_base(self.settings.task)
+        set_seed(run.seed)
+        model = METHODS[run.method](base, Request(self.settings.adapter, self.settings.comparison, self.budget))
+        changes = {"learning_rate": run.learning_rate, "seed": run.seed, "save_strategy": "no", "disable_tqdm": True}
+        with tempfile.TemporaryDirectory() as scratch:
+            arguments = training_arguments(self.settings, Path(scratch), **changes)
+            trainer = make_trainer(model, self.recipe, data, arguments)
+            started = time.perf_counter()
+            trainer.train()
+            result: dict[str, Any] = {
+                "trainable_parameters": trainable(model),
+                "total_parameters": sum(parameter.numel() for parameter in model.parameters()),
+                "seconds": round(time.perf_counter() - started, 3),
+                "steps": trainer.state.global_step,
+                "seed": run.seed,
+                "validation": measure(trainer, data.validation),
+            }
+            return {**result, **self._final(run, trainer, data, result)} if run.final else result
+
+    def _final(self, run: Run, trainer: Trainer, data: Data, result: dict[str, Any]) -> dict[str, Any]:
+        """The test metrics, the size of the file, and how far the merged model is from the unmerged one."""
+        model = cast("nn.Module", trainer.model)
+        found: dict[str, Any] = {"test": measure(trainer, data.test)}
+        found["file_bytes"] = _file_bytes(model)
+        if not isinstance(model, PeftModel):
+            return found
+        if run.method == KEPT and run.seed == self.settings.seed:
+            self._keep(run, model, {**result, **found})
+        batch = next(iter(trainer.get_eval_dataloader(data.test)))
+        inputs = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
+        _, difference, _ = verified_merge(model, inputs)
+        return {**found, "merge_difference": difference}
+
+    def _keep(self, run: Run, model: PeftModel, result: dict[str, Any]) -> None:
+        """Writes the adapter as an output folder that ``flora eval``, ``merge`` and ``inspect`` take."""
+        training = {**self.settings.training, "learning_rate": run.learning_rate}
+        adapter = {**self.settings.adapter, "budget": self.budget}
+        target = self.folder / run.method
+        with staged_folder(target) as staged:
+            model.save_pretrained(str(staged))
+            replace(self.settings, training=training, adapter=adapter, output=target).save(staged)
+            metrics = {"recipe": self.settings.recipe, **result, "adapter_bytes": result["file_bytes"]}
+            write_text(staged / "README.md", model_card(metrics, read_json(staged / ADAPTER_CONFIG), str(target)))
+            write_json(staged / METRICS, {**metrics, **provenance()})
+
+
+def _file_bytes(model: nn.Module) -> int:
+    """The size of the file that holds what was trained: the adapter, or the trained parameters of the model."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / ADAPTER
+        if isinstance(model, PeftModel):
+            model.save_pretrained(scratch)
+        else:
+            trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+            save_file({name: value.detach().cpu().contiguous() for name, value in trained.items()}, path)
+        return path.stat().st_size
+
+
+def compare(settings: Settings, methods: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+    """Runs every method with every seed and writes the report into ``<output>-compare``.
+
+    Args:
+        settings: of the runs; ``settings.comparison`` has the grid of learning rates and LoRA's rank.
+        methods: keys of ``METHODS``.
+        seeds: of the final runs; the first is that of the search for the learning rate.
+
+    Returns:
+        What is in ``compare.json``.
+
+    Raises:
+        ValueError: a method is unknown, or there is no method or seed.
+    """
+    for method in methods:
+        if method not in METHODS:
+            raise ValueError(
+                f"unknown method {method!r}, expected {', '.join(METHODS)}{nearest(method, list(METHODS))}"
+            )
+    if not methods or not seeds or len(set(methods)) < len(methods) or len(set(seeds)) < len(seeds):
+        raise ValueError(f"methods {list(methods)} and seeds {list(seeds)} must each be given, and once")
+    folder = settings.output.with_name(f"{settings.output.name}-compare")
+    settings = replace(settings, seed=seeds[0])
+    recipe = settings.load_recipe()
+    budget, adapted = _match(settings, recipe)
+    bench = Bench(settings, recipe, folder, budget)
+    rates = settings.comparison.learning_rates
+    rows = []
+    with tqdm(total=len(methods) * (len(rates) + len(seeds)), unit="run") as bar:
+        for method in methods:
+            searched = [_tell(bench, Run(method, rate, seeds[0], final=False), bar) for rate in rates]
+            scores = [result["validation"][recipe.METRIC] for result in searched]
+            best = rates[scores.index(max(scores))]
+            finals = [_tell(bench, Run(method, best, seed, final=True), bar) for seed in seeds]
+            rows.append(_row(method, recipe.METRIC, dict(zip(rates, scores, strict=True)), best, finals))
+    report = {
+        "recipe": settings.recipe,
+        "folder": str(folder),
+        "metric": recipe.METRIC,
+        "seeds": list(seeds),
+        "budget": budget,
+        "adapted_layers": adapted,
+        "rows": rows,
+        "settings": settings.as_dict(),
+        **provenance(),
+    }
+    _write(folder, report)
+    return report
+
+
+def _match(settings: Settings, recipe: Recipe) -> tuple[int, dict[str, int]]:
+    """The budget of an adapter, what LoRA costs, and how many layers FLoRA and LoRA adapt."""
+    request = Request(settings.adapter, settings.comparison, budget=0)
+    base = recipe.load_base(settings.task)
+    adapted = {"flora": len(targets(base, settings.adapter)), "lora": len(lora_targets(base, request))}
+    return lora_budget(base, request), adapted
+
+
+def _tell(bench: Bench, run: Run, bar: tqdm[Any]) -> dict[str, Any]:
+    """Runs, and says so."""
+    bar.set_description(f"{run.method} lr={run.learning_rate:g} seed={run.seed}")
+    result = bench.result(run)
+    score = result["validation"][bench.recipe.METRIC]
+    what = f"final, seed {run.seed}" if run.final else "search"
+    bar.write(
+        f"{run.method:<8} lr {run.learning_rate:<8g} {what:<14} validation {score:.4f}  {result['seconds']:.1f} s"
+    )
+    bar.update()
+    return result
+
+
+def _row(
+    method: str, metric: str, search: dict[float, float], best: float, finals: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """A method's line of the table, with every number it is made of."""
+    values = [result["test"][metric] for result in finals]
+    return {
+        "method": method,
+        "trainable_parameters": finals[0]["trainable_parameters"],
+        "learning_rate": best,
+        "mean": statistics.mean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else 0.0,
+        "values": values,
+        "validation": [result["validation"][metric] for result in finals],
+        "search": {f"{rate:g}": score for rate, score in search.items()},
+        "seconds": statistics.mean(result["seconds"] for result in finals),
+        "file_bytes": finals[0]["file_bytes"],
+        "merge_difference": max(
+            (result["merge_difference"] for result in finals if "merge_difference" in result), default=None
+        ),
+        "runs": finals,
+    }
+
+
+def _write(folder: Path, report: dict[str, Any]) -> None:
+    title = f"{report['recipe']}: {report['metric']} over {len(report['seeds'])} seeds"
+    staged = folder / ".compare.staged.png"
+    accuracy_against_parameters(staged, report["rows"], report["metric"], title)
+    staged.replace(folder / "compare.png")
+    write_text(folder / "README.md", comparison_page(report))
+    write_json(folder / "compare.json", report)

@@ -1,0 +1,181 @@
+"""``flora plan``: what would be adapted in a model and what it costs, from its config alone, on the meta device."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+import yaml
+from peft import get_peft_model
+from tabulate import tabulate
+from torch import nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+
+from flora.delta import TuckerDelta
+from flora.layers import find_layer, refusal
+from flora.planning import KINDS, plan
+from flora.report.comparison import size
+from flora.tuner.config import FloraConfig
+from flora.tuner.layer import FloraLayer
+
+BYTES_PER_TRAINED = 16  # float32: the parameter, its gradient and the two moments of AdamW
+
+
+@dataclass(frozen=True)
+class Row:
+    """Equal adapted weights: what they are, and what one of them costs per training step."""
+
+    layer: str
+    kind: str
+    shape: tuple[int, ...]
+    ranks: tuple[int, ...]
+    parameters: int
+    path: str
+    mflops: float | None
+
+
+def model_plan(model: str, adapter: dict[str, Any], *, positions: int = 4096) -> dict[str, Any]:
+    """What FLoRA would adapt in a model.
+
+    Args:
+        model: a hub id, a local folder, or the config of a transformers model as JSON or YAML.
+        adapter: keyword arguments of ``FloraConfig``.
+        positions: output positions per training step that the operations are counted for.
+
+    Returns:
+        ``rows`` with their ``count``, ``left_out`` with reasons, and totals.
+
+    Raises:
+        ValueError: the model's config cannot be read, or nothing in it matches.
+    """
+    base = meta_model(model)
+    total = sum(parameter.numel() for parameter in base.parameters())
+    with torch.device("meta"):
+        adapted = get_peft_model(base, FloraConfig(**adapter))
+    counts = Counter(_rows(adapted, positions))
+    trained = sum(row.parameters * count for row, count in counts.items())
+    return {
+        "model": model,
+        "class": type(base).__name__,
+        "positions": positions,
+        "rows": [{**asdict(row), "count": count} for row, count in counts.items()],
+        "left_out": [
+            {"layer": layer, "reason": reason, "count": count}
+            for (layer, reason), count in Counter(_left_out(adapted)).items()
+        ],
+        "model_parameters": total,
+        "trainable_parameters": trained,
+        "adapter_bytes": 4 * trained,
+        "training_bytes": BYTES_PER_TRAINED * trained,
+        "model_bytes_16_bit": 2 * total,
+    }
+
+
+def meta_model(model: str) -> PreTrainedModel:
+    """The model without weights, of the class that its config names.
+
+    Raises:
+        ValueError: there is no such config, or transformers does not know it.
+    """
+    try:
+        config = _config(model)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"no config of a transformers model in {model!r}: {reason}") from None
+    names = [name for name in config.architectures or [] if hasattr(transformers, name)]
+    with torch.device("meta"):
+        built = getattr(transformers, names[0])(config) if names else AutoModel.from_config(config)
+    return cast("PreTrainedModel", built)
+
+
+def _config(model: str) -> PretrainedConfig:
+    path = Path(model)
+    if not path.is_file():
+        return cast("PretrainedConfig", AutoConfig.from_pretrained(model))
+    text = path.read_text(encoding="utf-8")
+    values = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise ValueError("it has no model_type")
+    return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+def _generic(name: str) -> str:
+    """A module's name with its numbers replaced, so that the blocks of a model are one line."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _rows(adapted: nn.Module, positions: int) -> Iterator[Row]:
+    for name, module in adapted.named_modules():
+        if not isinstance(module, FloraLayer):
+            continue
+        base = module.get_base_layer()
+        name = name.removeprefix("base_model.model.")
+        for inner, delta in module.named_modules():
+            if isinstance(delta, TuckerDelta):
+                weight = inner.partition(".")[0].removeprefix("tucker_")
+                form, kind = delta.form, module.row.kind
+                path, mflops = _cost(base, kind, form.shape, form.ranks, positions)
+                label = _generic(name) if weight == "weight" else f"{_generic(name)} {weight}"
+                yield Row(label, kind, form.shape, form.ranks, form.num_params, path, mflops)
+
+
+def _cost(
+    base: nn.Module, kind: str, shape: tuple[int, ...], ranks: tuple[int, ...], positions: int
+) -> tuple[str, float | None]:
+    """The path, and millions of operations per step beyond the frozen layer's; rebuild where there is no other."""
+    if kind not in KINDS or len(shape) < 2:
+        return "rebuild", None
+    stride = int(torch.Size(getattr(base, "stride", ())).numel()) if getattr(base, "stride", ()) else 1
+    groups = int(getattr(base, "groups", 1))
+    found = plan(shape, ranks, kind=kind, positions=positions, stride=stride, groups=groups)
+    return found.path, round(found.flops[found.path] / 1e6, 1)
+
+
+def _left_out(adapted: nn.Module) -> Iterator[tuple[str, str]]:
+    """Modules with parameters of their own that are not adapted, and why."""
+    inside: list[str] = []
+    for name, module in adapted.named_modules():
+        if any(name.startswith(prefix) for prefix in inside):
+            continue
+        if isinstance(module, FloraLayer):
+            inside.append(f"{name}.")
+        elif next(module.parameters(recurse=False), None) is not None:
+            reason = refusal(module) if find_layer(module) else "not in the table of layers"
+            label = f"{_generic(name.removeprefix('base_model.model.'))} ({type(module).__name__})"
+            yield label, reason or "not among target_modules"
+
+
+def plan_text(report: dict[str, Any]) -> str:
+    """The report as people read it."""
+    lines = [
+        {
+            "layer": row["layer"] + (f"  x{row['count']}" if row["count"] > 1 else ""),
+            "kind": row["kind"],
+            "shape": "x".join(map(str, row["shape"])),
+            "ranks": "x".join(map(str, row["ranks"])),
+            "parameters": f"{row['parameters'] * row['count']:,}",
+            "path": row["path"],
+            "MFLOP/step": "-" if row["mflops"] is None else f"{row['mflops'] * row['count']:,.0f}",
+        }
+        for row in report["rows"]
+    ]
+    aligned = ("left", "left", "right", "right", "right", "left", "right")
+    table = tabulate(lines, headers="keys", tablefmt="simple", colalign=aligned, disable_numparse=True)
+    left = [
+        f"  {item['layer']}{'  x' + str(item['count']) if item['count'] > 1 else ''}: {item['reason']}"
+        for item in report["left_out"]
+    ]
+    count, total = report["trainable_parameters"], report["model_parameters"]
+    summary = [
+        f"{report['class']}: {total:,} parameters, {count:,} to train ({count / total:.3%})",
+        f"adapter file {size(report['adapter_bytes'])}; adapter, gradients and AdamW {size(report['training_bytes'])} "
+        f"(float32); base weights {size(report['model_bytes_16_bit'])} in 16 bits",
+        f"MFLOP/step: beyond the frozen layers, at {report['positions']:,} output positions",
+    ]
+    return "\n".join([table, "", *(["not adapted:", *left, ""] if left else []), *summary])
