@@ -1,2 +1,309 @@
-def main():
-    pass
+"""The ``flora`` command. Outside the package: importing ``flora`` imports PEFT, which takes seconds, and help must not.
+
+A verb is a function in ``COMMANDS``, whose docstring is its help, and its arguments in ``ARGUMENTS``. It imports what
+it needs itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dis
+import inspect as introspection
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+DESCRIPTION = "FLoRA: parameter-efficient fine-tuning for weights of any number of dimensions."
+EPILOG = "`flora VERB --help` explains a verb, with examples. Errors of use end with exit code 2."
+
+
+def train(args: argparse.Namespace) -> int:
+    """Fine-tune with FLoRA and write an output folder.
+
+    CONFIG is a YAML file or the name of a packaged config (`flora recipes`); key=value items replace what it says.
+    The folder gets the adapter, a model card, metrics.json, loss.png and the checkpoints. resume=true goes on from the
+    last complete checkpoint; overwrite=true replaces a run that is there.
+
+    Examples:
+      flora train digits
+      flora train digits adapter.r=4 training.learning_rate=1e-3 output=outputs/small
+      flora train my.yaml resume=true
+    """
+    from flora.settings import read, split_flags
+    from flora.training import train
+
+    flags, overrides = split_flags(args.overrides)
+    settings = read(args.config, overrides)
+    metrics = train(settings, **flags)
+    for split in ("validation", "test"):
+        print(f"{split:<11}", _line(metrics[split]))
+    trained, total = metrics["trainable_parameters"], metrics["total_parameters"]
+    print(f"trained     {trained:,} of {total:,} parameters in {metrics['seconds']:.1f} s, {metrics['steps']} steps")
+    print(f"written     {settings.output} (adapter file {metrics['adapter_bytes']:,} bytes)")
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Measure a trained folder, on its own data or on other data.
+
+    Loads base model and adapter anew. On its own data the numbers must be those of the end of training: if they are
+    not, the exit code is 1. task.key=value items measure on other data of the same recipe.
+
+    Examples:
+      flora eval outputs/digits
+      flora eval outputs/digits --split validation
+      flora eval outputs/digits task.rotation=0
+    """
+    from flora.training import evaluate
+
+    metrics, same = evaluate(Path(args.folder), args.overrides, args.split)
+    print(f"{args.split:<11}", _line(metrics))
+    if same is None:
+        return 0
+    print("the same as at the end of training" if same else "NOT the same as in metrics.json, the end of training")
+    return 0 if same else 1
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Compare methods on one task, with several seeds, adapters at matched trainable parameters.
+
+    Each method's learning rate is chosen on validation from the grid compare.learning_rates. Table, plot and JSON go to
+    the folder <output>-compare. A comparison that was interrupted goes on where it was when it is started again.
+
+    Examples:
+      flora compare digits --methods frozen,flora,lora,full --seeds 0,1,2
+      flora compare my.yaml --methods flora,lora --seeds 0,1,2,3,4 compare.lora_r=16
+    """
+    from flora.compare import compare
+    from flora.report.comparison import comparison_notes, comparison_table
+    from flora.settings import read
+
+    settings = read(args.config, args.overrides)
+    report = compare(settings, args.methods, args.seeds)
+    print("\n" + comparison_table(report["rows"], report["metric"], "simple") + "\n")
+    print("\n".join(comparison_notes(report)))
+    print(f"written to {report['folder']}: README.md, compare.png, compare.json")
+    return 0
+
+
+def plan(args: argparse.Namespace) -> int:
+    """Show what would be adapted in a model, and what it costs; no weights are loaded.
+
+    MODEL is a hub id, a local folder, or a config.json of transformers. The model is built on the meta device, so one
+    of 70B parameters needs no memory. Equal layers are one line.
+
+    Examples:
+      flora plan facebook/convnextv2-tiny-1k-224 --r 16
+      flora plan meta-llama/Llama-2-70b-hf --r 32 --target-modules all-linear
+      flora plan ./config.json --budget 0.01 --json
+    """
+    from flora.report.model_plan import model_plan, plan_text
+
+    targets = args.target_modules if args.target_modules is None else args.target_modules.split(",")
+    settings = {"r": args.r, "kernel_r": args.kernel_r, "budget": args.budget}
+    if targets:
+        settings["target_modules"] = targets if len(targets) > 1 else targets[0]
+    report = model_plan(args.model, settings, positions=args.positions)
+    print(json.dumps(report, indent=2) if args.json else plan_text(report))
+    return 0
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """Show what is in an adapter: per layer its shape, ranks, the norm of its change, energy per mode, size.
+
+    energy is the share of the squared norm that the strongest half of each mode's directions holds: near 100 % says
+    that a smaller rank would do.
+
+    Examples:
+      flora inspect outputs/digits
+      flora inspect outputs/digits --html adapter.html
+    """
+    from flora.folders import write_text
+    from flora.report.anatomy import anatomy, anatomy_page, anatomy_text
+
+    report = anatomy(Path(args.folder))
+    print(anatomy_text(report))
+    if args.html:
+        write_text(Path(args.html), anatomy_page(report))
+        print(f"written to {args.html}")
+    return 0
+
+
+def merge(args: argparse.Namespace) -> int:
+    """Write base + adapter as one ordinary model, verified before it is written.
+
+    The outputs of the merged and the unmerged model are compared on random inputs; only if they agree up to rounding,
+    and every weight is finite, the folder is written, whole or not at all.
+
+    Examples:
+      flora merge outputs/digits --out outputs/digits-merged
+      flora merge my-adapter --out merged --base ./base-model --overwrite
+    """
+    from flora.merging import merge
+
+    merged = merge(Path(args.folder), Path(args.out), base=args.base, overwrite=args.overwrite)
+    print(
+        f"merged and unmerged agree: largest difference of the outputs {merged.difference:.2e} "
+        f"(outputs up to {merged.magnitude:.2f})"
+    )
+    print(f"written to {merged.folder}")
+    return 0
+
+
+def recipes(args: argparse.Namespace) -> int:
+    """List the packaged configs, or copy one to edit.
+
+    Examples:
+      flora recipes
+      flora recipes copy digits
+    """
+    from flora.folders import write_text
+    from flora.recipes import CONFIGS, config_names, config_path
+
+    if args.action == "list":
+        for name in config_names():
+            lines = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8").split("\n")
+            comment = [line.lstrip("# ") for line in lines if line.startswith("#")]
+            print(f"{name:<14} {next(line for line in comment[1:] if line)}")
+        return 0
+    if args.name is None:
+        raise ValueError(f"copy what? flora recipes copy NAME, with NAME one of {', '.join(config_names())}")
+    target = Path(f"{args.name}.yaml")
+    if target.exists():
+        raise ValueError(f"{target} exists here already; rename it first")
+    write_text(target, config_path(args.name).read_text(encoding="utf-8"))
+    print(f"written to {target}; edit it, then: flora train {target}")
+    return 0
+
+
+def _line(metrics: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+
+
+Argument = tuple[tuple[str, ...], dict[str, Any]]
+
+
+def argument(*names: str, **options: Any) -> Argument:
+    """An argument of a verb: what ``ArgumentParser.add_argument`` takes."""
+    return names, options
+
+
+def numbers(text: str) -> list[int]:
+    """``"0,1,2"`` as a list of ints."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 0,1,2") from None
+
+
+def fraction_or_count(text: str) -> float | int:
+    """A budget: a count of parameters, or a fraction of the model."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
+def words(text: str) -> list[str]:
+    """``"a,b"`` as a list."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+CONFIG = argument("config", metavar="CONFIG", help="a YAML file or the name of a packaged config")
+FOLDER = argument("folder", metavar="FOLDER", help="the folder of an adapter")
+OVERRIDES = argument("overrides", nargs="*", metavar="key=value", help="replaces what the config says")
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "train": train,
+    "eval": evaluate,
+    "compare": compare,
+    "plan": plan,
+    "inspect": inspect,
+    "merge": merge,
+    "recipes": recipes,
+}
+ARGUMENTS: dict[str, list[Argument]] = {
+    "train": [CONFIG, OVERRIDES],
+    "eval": [FOLDER, OVERRIDES, argument("--split", default="test", help="train, validation or test (the default)")],
+    "compare": [
+        CONFIG,
+        OVERRIDES,
+        argument("--methods", type=words, default="frozen,flora,lora,full", help="default: %(default)s"),
+        argument("--seeds", type=numbers, default="0,1,2", help="default: %(default)s"),
+    ],
+    "plan": [
+        argument("model", metavar="MODEL", help="a hub id, a local folder, or a config.json"),
+        argument("--r", type=int, default=8, help="rank of the channel modes (default: 8)"),
+        argument("--kernel-r", type=int, default=2, help="rank of each kernel mode (default: 2)"),
+        argument(
+            "--target-modules", default="all", help="all (the default), all-linear, all-conv, or names: q_proj,v_proj"
+        ),
+        argument("--budget", type=fraction_or_count, help="parameters to spend: a fraction below 1, or a count"),
+        argument("--positions", type=int, default=4096, help="output positions per step for the costs (default: 4096)"),
+        argument("--json", action="store_true", help="print JSON"),
+    ],
+    "inspect": [FOLDER, argument("--html", metavar="FILE", help="write a page as well")],
+    "merge": [
+        FOLDER,
+        argument("--out", required=True, metavar="DIR", help="the folder to write"),
+        argument("--base", help="a local folder or hub id instead of the base model that the adapter names"),
+        argument("--overwrite", action="store_true", help="replace DIR"),
+    ],
+    "recipes": [
+        argument("action", nargs="?", choices=("list", "copy"), default="list"),
+        argument("name", nargs="?", metavar="NAME", help="the config to copy"),
+    ],
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("flora", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb, command in COMMANDS.items():
+        text = introspection.cleandoc(command.__doc__ or "")
+        summary = text.partition("\n")[0]
+        sub = verbs.add_parser(verb, help=summary, description=text, formatter_class=raw)
+        for names, options in ARGUMENTS[verb]:
+            sub.add_argument(*names, **options)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one verb; errors of use are one line and exit code 2, bugs keep their traceback."""
+    args = build_parser().parse_args(argv)
+    try:
+        return COMMANDS[args.verb](args)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "flora":
+            raise
+        return _fail(f'{args.verb} needs {error.name}, which is not installed: pip install "flora-peft[recipes]"')
+    except (ValueError, TypeError, OSError) as error:
+        if not _raised_on_purpose(error.__traceback__):
+            raise
+        return _fail(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        return _fail("interrupted", code=130)
+
+
+def _fail(message: str, code: int = 2) -> int:
+    print(f"flora: error: {message}", file=sys.stderr)
+    return code
+
+
+def _raised_on_purpose(traceback: TracebackType | None) -> bool:
+    """Whether the exception comes from a ``raise`` in this package or in PEFT, and not from code that went wrong."""
+    if traceback is None:
+        return False
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    frame = traceback.tb_frame
+    package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    instruction = frame.f_code.co_code[traceback.tb_lasti]
+    return package in ("flora", "flora_cli", "peft", "__main__") and dis.opname[instruction] == "RAISE_VARARGS"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

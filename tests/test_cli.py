@@ -1,0 +1,187 @@
+"""The command line: help, errors of use in one line, plan, recipes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import flora_cli
+from flora.recipes import CONFIGS
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    code = flora_cli.main(list(argv))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_every_verb_has_a_function_arguments_and_an_example() -> None:
+    assert list(flora_cli.COMMANDS) == list(flora_cli.ARGUMENTS)
+    for verb, command in flora_cli.COMMANDS.items():
+        assert f"flora {verb}" in (command.__doc__ or ""), verb
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, flora_cli\n"
+        "for argv in (['--help'], *([verb, '--help'] for verb in flora_cli.COMMANDS)):\n"
+        "    try: flora_cli.main(argv)\n"
+        "    except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'torch', 'peft', 'flora', 'transformers', 'jsonargparse', 'yaml'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Examples:" in done.stdout
+
+
+def test_the_module_runs_as_a_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "flora_cli", "recipes", "copy", "nothing"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("flora: error: no config 'nothing'")
+    assert "Traceback" not in done.stderr
+
+
+ERRORS = {
+    "unknown key": (["train", "digits", "adapter.kernl_r=3"], "did you mean 'adapter.kernel_r'?"),
+    "key of another group": (["train", "digits", "learning_rate=1"], "did you mean 'training.learning_rate'?"),
+    "unknown top key": (["train", "digits", "sed=1"], "unknown key 'sed' in "),
+    "wrong type": (
+        ["train", "digits", "task.labels_per_class=few"],
+        "\"task.labels_per_class\": Expected a <class 'int'>",
+    ),
+    "out of range": (["train", "digits", "task.labels_per_class=500"], "expected 1 to"),
+    "scale with alpha": (["train", "digits", "adapter.alpha=4"], "are both given"),
+    "unknown init": (["train", "digits", "adapter.init=orthogonl"], "did you mean 'orthogonal'?"),
+    "unknown trainer argument": (["train", "digits", "training.lerning_rate=1"], "'training.learning_rate'?"),
+    "not an override": (["train", "digits", "adapter.r"], "write key=value"),
+    "group as value": (["train", "digits", "seed.x=1"], "seed is a value, not a group"),
+    "value as group": (["train", "digits", "adapter=3"], "unknown key 'adapter"),
+    "flag": (["train", "digits", "resume=perhaps"], "expected resume=true or resume=false"),
+    "unknown recipe": (["train", "digits", "recipe=digit"], "did you mean 'digits'?"),
+    "no config": (["train", "digit"], "no config 'digit'"),
+    "no folder": (["eval", "nowhere"], "nowhere/config.yaml does not exist"),
+    "no adapter": (["merge", "nowhere", "--out", "x"], "nowhere does not exist"),
+    "unknown method": (["compare", "digits", "--methods", "flra"], "did you mean 'flora'?"),
+    "seed twice": (["compare", "digits", "--seeds", "1,1"], "must each be given, and once"),
+    "copy of nothing": (["recipes", "copy"], "with NAME one of digits, digits-tiny"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_of_use_are_one_line_and_exit_2(
+    case: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    argv, text = ERRORS[case]
+    code, _, err = run(capsys, *argv)
+    assert code == 2
+    assert text in err
+    assert err.startswith("flora: error: ")
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("- 1\n", "must be a mapping"), ("a: [", "not valid YAML"), ("seed: 1\n", "needs 'recipe: NAME'")],
+)
+def test_a_config_that_is_none(text: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_text(text)
+    code, _, err = run(capsys, "train", str(path))
+    assert (code, message in err, str(path) in err) == (2, True, True), err
+
+
+def test_an_error_inside_a_library_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(args: object) -> int:
+        return int("a bug, not an error of use")
+
+    monkeypatch.setitem(flora_cli.COMMANDS, "recipes", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        flora_cli.main(["recipes"])
+
+
+def test_a_type_error_of_our_own_code_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(flora_cli.COMMANDS, "recipes", lambda args: len(args))
+    with pytest.raises(TypeError):
+        flora_cli.main(["recipes"])
+
+
+def test_a_missing_extra_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def needs(args: object) -> int:
+        raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib.figure")
+
+    monkeypatch.setitem(flora_cli.COMMANDS, "recipes", needs)
+    code, _, err = run(capsys, "recipes")
+    assert code == 2
+    assert 'pip install "flora-peft[recipes]"' in err
+
+
+def test_recipes_are_listed_and_copied(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert [line.split()[0] for line in run(capsys, "recipes")[1].splitlines()] == ["digits", "digits-tiny"]
+    assert run(capsys, "recipes", "copy", "digits")[0] == 0
+    assert Path("digits.yaml").read_text() == (CONFIGS / "digits.yaml").read_text()
+    assert "exists here already" in run(capsys, "recipes", "copy", "digits")[2]
+
+
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 97,
+}
+
+
+def plan(capsys: pytest.CaptureFixture[str], tmp_path: Path, *argv: str, **config: object) -> dict[str, object]:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**LLAMA, **config}))
+    code, out, err = run(capsys, "plan", str(path), "--json", *argv)
+    assert code == 0, err
+    return json.loads(out)  # type: ignore[no-any-return]
+
+
+def test_plan_counts_equal_layers_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    report = plan(capsys, tmp_path, "--r", "4", "--target-modules", "q_proj,v_proj")
+    rows = {row["layer"]: row for row in report["rows"]}  # type: ignore[attr-defined]
+    assert set(rows) == {"model.layers.*.self_attn.q_proj", "model.layers.*.self_attn.v_proj"}
+    assert {row["count"] for row in rows.values()} == {3}
+    assert rows["model.layers.*.self_attn.v_proj"]["parameters"] == 4 * (64 + 32) + 16
+    assert report["trainable_parameters"] == 3 * (4 * (64 + 64) + 16 + 4 * (64 + 32) + 16)
+    reasons = {item["layer"]: item["reason"] for item in report["left_out"]}  # type: ignore[attr-defined]
+    assert reasons["lm_head (Linear)"] == "not among target_modules"
+
+
+def test_plan_spends_a_budget(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    spent = plan(capsys, tmp_path, "--budget", "5000", "--target-modules", "all-linear")["trainable_parameters"]
+    assert isinstance(spent, int)
+    assert 4000 < spent <= 5000
+
+
+def test_plan_of_a_model_of_70b_parameters_is_a_short_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    large = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "vocab_size": 32000}
+    path = tmp_path / "config.yaml"
+    config = {**LLAMA, **large, "num_attention_heads": 64, "num_key_value_heads": 8}
+    path.write_text(json.dumps(config))  # JSON is YAML
+    code, out, _ = run(capsys, "plan", str(path), "--r", "16")
+    assert code == 0
+    assert "68,976,648,192 parameters" in out
+    assert len(out.splitlines()) < 25
+
+
+def test_plan_of_no_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, _, err = run(capsys, "plan", str(tmp_path))
+    assert (code, err.count("\n"), "no config of a transformers model" in err) == (2, 1, True), err
