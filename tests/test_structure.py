@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -50,6 +51,10 @@ FOREIGN: dict[str, set[str]] = {
     "convert": {"diffusers", "safetensors", "tqdm", "transformers"},  # never peft: a format is key names and shapes
     "flora": set(),
 }
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "numpy": "scikit-learn"}  # which brings numpy along
+OPTIONAL = {
+    "flora.convert.base": {"diffusers"}
+}  # imported where a model asks for it, with a message if it is not there
 ODDS_AND_ENDS = {"utils", "util", "common", "helpers", "misc", "tools"}
 LONGEST = 400  # lines; the aim is 100 to 350, and a file that outgrows it is split by noun
 
@@ -135,6 +140,21 @@ def test_the_core_stays_light() -> None:
     }
     assert not foreign
     assert set(FOREIGN) == {room for rooms in LEVELS[: LEVEL["flora"] + 1] for room in rooms}
+
+
+def test_every_package_that_is_imported_is_declared() -> None:
+    """The core needs only ``dependencies``; what comes after it may need the extra ``recipes`` too."""
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    needed, extra = (project.partition(f"\n{key} = [")[2].partition("]\n")[0] for key in ("dependencies", "recipes"))
+    core, recipes = (set(re.findall(r'"([\w-]+)', text)) for text in (needed, extra))
+    assert len(core) > 4
+    assert len(recipes) > 4
+    undeclared = set()
+    for module, targets in IMPORTS.items():
+        declared = core | (set() if room_of(module) in FOREIGN else recipes) | OPTIONAL.get(module, set())
+        packages = {target.partition(".")[0] for target in targets if not ours(target)} - set(sys.stdlib_module_names)
+        undeclared |= {(module, name) for name in packages if DISTRIBUTIONS.get(name, name) not in declared}
+    assert not undeclared
 
 
 def test_the_command_imports_nothing_before_it_knows_the_verb() -> None:
