@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from flora.convert.layout import GIVE_BASE, Layout, fold_groups, from_shape, is_usual
+from flora.convert.layout import Layout, fold_groups, from_shape, is_usual
+from flora.convert.names import GIVE_BASE
 from flora.fold import Fold
 from flora.tucker import Tucker
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -97,7 +98,7 @@ def spend(options: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Cho
     steps = [
         (_slope(before, after), name, after)
         for name, listed in options.items()
-        for before, after in zip(hull := _hull(listed), hull[1:])  # noqa: B905 (pairs of neighbours)
+        for before, after in pairwise(_hull(listed))
     ]
     closed = set()
     for _, name, choice in sorted(steps, key=lambda step: step[:2]):  # steepest first; hulls keep each layer in order

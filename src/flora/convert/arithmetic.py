@@ -1,7 +1,6 @@
 """Sums of adapters, exactly, and their recompression to smaller ranks, with the error.
 
-The sum of two Tucker forms is a Tucker form: factors side by side, cores in the blocks of a larger one. Where the ranks
-would reach the size of a mode, the mode is kept whole instead.
+The sum of two Tucker forms is a Tucker form (``flora.tucker.concatenate``), so sums and differences lose nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from flora.convert.finetune import Extracted, Row, check_request
 from flora.convert.layout import Layout
 from flora.decomposition import decompose
 from flora.ranks import Ranks
-from flora.tucker import Tucker, mode_product
+from flora.tucker import Tucker, concatenate, mode_product
 
 
 def scale(adapter: Adapter, factor: float) -> Adapter:
@@ -62,49 +61,12 @@ def _add_entries(name: str, first: Entry, second: Entry) -> Entry:
         first, second = (Entry(each.stored_form(), each.scale, _unfolded(each.layout)) for each in (first, second))
     if first.form.shape != second.form.shape:
         raise ValueError(f"{name} has shape {first.form.shape} in one adapter and {second.form.shape} in another")
-    form = concatenate([(first.form, first.scale), (second.form, second.scale)])
+    form = concatenate([first.form, second.form], [first.scale, second.scale])
     return Entry(form, 1.0, first.layout or second.layout)
 
 
 def _unfolded(layout: Layout | None) -> Layout | None:
     return None if layout is None else replace(layout, fold=None)
-
-
-def concatenate(forms: Sequence[tuple[Tucker, float]]) -> Tucker:
-    """``sum of scale * form``, exactly; the rank of each mode is the sum of the ranks, at most its size.
-
-    Args:
-        forms: of one shape ``(I1, ..., IN)``, each with its scale.
-    """
-    shape = forms[0][0].shape
-    ranks = [sum(form.ranks[mode] for form, _ in forms) for mode in range(len(shape))]
-    whole = [
-        ranks[mode] >= size or any(form.factors[mode] is None for form, _ in forms) for mode, size in enumerate(shape)
-    ]
-    sizes = [size if kept else rank for size, rank, kept in zip(shape, ranks, whole, strict=True)]
-    core = forms[0][0].core.new_zeros(sizes)
-    starts = [0] * len(shape)
-    for form, factor in forms:
-        block = factor * _expand(form, whole)
-        place = tuple(
-            slice(None) if kept else slice(start, start + size)
-            for start, size, kept in zip(starts, block.shape, whole, strict=True)
-        )
-        core[place] += block
-        starts = [start + size for start, size in zip(starts, block.shape, strict=True)]
-    factors = tuple(
-        None if kept else torch.cat([f for form, _ in forms if (f := form.factors[mode]) is not None], 1)
-        for mode, kept in enumerate(whole)
-    )
-    return Tucker(core, factors)
-
-
-def _expand(form: Tucker, whole: Sequence[bool]) -> Tensor:
-    """The core with the factors of the modes that are kept whole multiplied in."""
-    core = form.core
-    for mode, (factor, kept) in enumerate(zip(form.factors, whole, strict=True)):
-        core = mode_product(core, factor, mode) if kept and factor is not None else core
-    return core
 
 
 def recompress(

@@ -6,7 +6,9 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -15,8 +17,9 @@ from tqdm import tqdm
 
 from flora.convert.adapter import Adapter, Entry
 from flora.convert.allocation import Choice, choices, for_energy, spend
-from flora.convert.base import open_base
+from flora.convert.base import Base, open_base
 from flora.convert.checkpoint import Checkpoint
+from flora.convert.filemap import FileMap
 from flora.convert.layout import Layout, from_shape
 from flora.convert.report import table
 from flora.convert.store import Store
@@ -108,7 +111,7 @@ def extract(
             or nothing differs.
     """
     check_request(rank, energy, budget)
-    job = _Job(Checkpoint(base), Checkpoint(tuned), _layouts(Path(base)), progress)
+    job = _Job(Checkpoint(base), Checkpoint(tuned), _model(Path(base)), progress)
     request = {"rank": rank, "energy": energy, "budget": budget, "kernel_r": kernel_r}
     store = None if work is None else Store(Path(work), _fingerprint(job, request))
     chosen: dict[str, Choice] | None = None
@@ -152,7 +155,7 @@ class _Job:
 
     base: Checkpoint
     tuned: Checkpoint
-    layouts: dict[str, Layout]
+    model: Base | None
     progress: bool
 
     def __post_init__(self) -> None:
@@ -169,30 +172,60 @@ class _Job:
                     f"{self.tuned.path}; it is not a fine-tune of that model (was the vocabulary resized?)"
                 )
 
+    @cached_property
+    def layouts(self) -> Mapping[str, Layout]:
+        """Of the base model, where its config can be read; the extraction itself does not need them."""
+        return {} if self.model is None else self.model.layouts
+
+    @cached_property
+    def files(self) -> FileMap:
+        """Where the weights are in the base's files; the tuned model has the same."""
+        return FileMap(self.base, None if self.model is None else self.model.model)
+
+    @cached_property
+    def places(self) -> dict[str, list[str]]:
+        """The weights that are decomposed, by the model's names, and the file entries they are made of.
+
+        They are those of two dimensions and more, inside a module, that are no mere token or table.
+        """
+        fused = {}
+        for name, shape in {} if self.model is None else self.model.shapes.items():
+            if name not in self.base and "." in name and _is_matrix_like(name, shape):
+                with suppress(ValueError):  # tied to another, which is there
+                    fused[name] = self.files.find(name, shape)
+        taken = {key for keys in fused.values() for key in keys}
+        plain = [key for key in self.base if key not in taken and "." in key]
+        return {**{key: [key] for key in plain if _is_matrix_like(key, self.base.shape(key))}, **fused}
+
     @property
-    def names(self) -> list[str]:
-        """The weights that are decomposed: those of two dimensions and more."""
-        return [
-            name for name in self.base if len(self.base.shape(name)) > 1 and not name.endswith("num_batches_tracked")
-        ]
+    def parts(self) -> set[str]:
+        """The file entries of the weights that are decomposed."""
+        return {key for keys in self.places.values() for key in keys}
 
     def bar(self, what: str) -> Iterator[str]:
-        return iter(tqdm(self.names, desc=what, unit="layer", disable=not self.progress))
+        """The names, with a progress bar."""
+        return iter(tqdm(self.places, desc=what, unit="layer", disable=not self.progress))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a weight as the model has it."""
+        return self.base.shape(name) if name in self.base or self.model is None else tuple(self.model.shapes[name])
 
     def delta(self, name: str) -> Tensor:
         """``tuned - base`` in float32, folded to the N-d tensor that is decomposed."""
-        old, new = self.base.get(name), self.tuned.get(name)
-        if not new.is_floating_point():
-            return torch.zeros(new.shape)
-        delta = new.float().sub_(old.float()) if new.dtype != torch.float32 else new.sub(old.float())
+        changes = {key: _difference(self.base.get(key), self.tuned.get(key)) for key in self.places[name]}
+        delta = self.files.join(name, self.shape(name), changes)
         if not torch.isfinite(delta).all():
             raise ValueError(f"{name} has NaN or infinite entries in {self.base.path} or {self.tuned.path}")
         layout = self.layouts.get(name)
-        return (
-            delta
-            if layout is None or layout.fold is None
-            else delta.reshape(parse_fold(layout.fold, delta.shape).shape)
-        )
+        if layout is None or layout.fold is None:
+            return delta
+        return delta.reshape(parse_fold(layout.fold, delta.shape).shape)
+
+
+def _difference(old: Tensor, new: Tensor) -> Tensor:
+    if not new.is_floating_point():
+        return torch.zeros(new.shape)
+    return new.float().sub(old.float())
 
 
 def _is_matrix_like(name: str, shape: tuple[int, ...]) -> bool:
@@ -207,14 +240,14 @@ def _axes(layout: Layout | None, delta: Tensor, name: str) -> tuple[str, ...]:
     return from_shape(name, tuple(delta.shape)).axes
 
 
-def _layouts(base: Path) -> dict[str, Layout]:
-    """Of the base model, where its config can be read; the extraction itself does not need them."""
+def _model(base: Path) -> Base | None:
+    """The base model on the meta device, where its config names one that is installed."""
     if not (base / "config.json").is_file():
-        return {}
+        return None
     try:
-        return dict(open_base(base).layouts)
-    except ValueError:  # an architecture that is not installed
-        return {}
+        return open_base(base)
+    except ValueError:
+        return None
 
 
 def _options(job: _Job, store: Store | None, name: str) -> list[Choice]:
@@ -252,7 +285,7 @@ def _extract_layer(
         result.weights[name] = Entry(form, 1.0, layout)
     ranks_kept = () if form is None else form.ranks
     params = 0 if form is None else count_params(form.shape, form.ranks)
-    result.rows.append(Row(name, job.base.shape(name), ranks_kept, params, norm, error))
+    result.rows.append(Row(name, job.shape(name), ranks_kept, params, norm, error))
 
 
 def _fit(delta: Tensor, ranks: Ranks) -> tuple[Tucker | None, float]:
@@ -265,7 +298,7 @@ def _fit(delta: Tensor, ranks: Ranks) -> tuple[Tucker | None, float]:
 
 def _whole(job: _Job, result: Extracted, carry: bool) -> None:
     """Finds the other tensors that differ; a module whose tensors are carried is carried as a whole."""
-    decomposed = set(job.names)
+    decomposed = job.parts
     for name in job.tuned:
         if name in decomposed:
             continue
@@ -276,7 +309,7 @@ def _whole(job: _Job, result: Extracted, carry: bool) -> None:
     adapted = {name.rpartition(".")[0] for name in result.weights}
     owners = {name.rpartition(".")[0] for name in result.whole} - adapted
     for name in job.tuned:
-        if name in result.whole or (name.rpartition(".")[0] in owners and name not in result.weights):
+        if name in result.whole or (name.rpartition(".")[0] in owners and name not in decomposed):
             value = job.tuned.get(name)
             if value.is_floating_point() and not torch.isfinite(value).all():
                 raise ValueError(f"{name} has NaN or infinite entries in {job.tuned.path}")

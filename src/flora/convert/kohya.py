@@ -18,7 +18,8 @@ from torch import Tensor
 
 from flora.convert.adapter import Adapter, Entry
 from flora.convert.files import open_tensors, read_tensors, write_tensors
-from flora.convert.layout import GIVE_BASE, Layout, layout_from_json
+from flora.convert.layout import Layout, layout_from_json
+from flora.convert.names import GIVE_BASE
 from flora.convert.pairs import pad, split, trim
 from flora.tucker import Tucker, mode_product
 

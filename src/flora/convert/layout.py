@@ -16,7 +16,6 @@ from torch import nn
 
 from flora.layers import find_layer
 
-GIVE_BASE = "give the base model (base=..., on the command line --base FOLDER)"
 KERNEL_AXES = {1: ("kw",), 2: ("kh", "kw"), 3: ("kd", "kh", "kw")}
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from flora.convert.adapter import Adapter, Entry
 from flora.convert.files import CONFIG, WEIGHTS, read_json, read_tensors, write_json, write_tensors
-from flora.convert.layout import GIVE_BASE, KERNEL_AXES, Layout, layout_from_json
-from flora.convert.names import PREFIX, check_prefix, match_pattern, module_of
+from flora.convert.layout import KERNEL_AXES, Layout, layout_from_json
+from flora.convert.names import GIVE_BASE, PREFIX, check_prefix, match_pattern, module_of, nested
 from flora.convert.native import saved_modules
 from flora.convert.pairs import join_stack, pad, split, split_stack, swap, trim
 from flora.tucker import Tucker
@@ -139,18 +139,10 @@ def _tensors(pair: _Pair, rank: int) -> dict[str, Tensor]:
 
 
 def _stem(name: str, layouts: Mapping[str, Layout]) -> str:
-    """Where PEFT keeps the pair: wrappers of raw parameters are nested, the last parameter of a module outermost."""
-    module = name.rpartition(".")[0]
+    """Where PEFT keeps the pair."""
     if not _is_raw(name):
-        return module
-    beside = [other for other in layouts if _is_raw(other) and other.rpartition(".")[0] == module]
-    places = sorted(layouts[other].place for other in beside)
-    if len(set(places)) < len(places):
-        raise ValueError(
-            f"{', '.join(sorted(beside))} are parameters of one module, and the adapter does not record their order; "
-            f"{GIVE_BASE}"
-        )
-    return module + ".base_layer" * (len(places) - 1 - places.index(layouts[name].place))
+        return name.removesuffix(".weight")
+    return nested(name, {other: layout.place for other, layout in layouts.items() if _is_raw(other)})
 
 
 def _config(adapter: Adapter, layouts: Mapping[str, Layout], rank: int) -> dict[str, Any]:

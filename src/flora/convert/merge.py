@@ -65,7 +65,7 @@ def merge(
     Args:
         base: a folder with safetensors, sharded or not.
         adapters: one, or several with their weights.
-        out: the folder to write; the config, the tokenizer, the index and whatever else is lies beside the weights is copied.
+        out: the folder to write; config, tokenizer, index and whatever else lies beside the weights is copied.
         overwrite: replaces ``out``.
         progress: shows a progress bar.
         check: called with the finished folder before it gets its name; what it raises prevents that.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+GIVE_BASE = "give the base model (base=..., on the command line --base FOLDER)"
 PREFIX = "base_model.model."
 
 
@@ -32,3 +33,24 @@ def match_pattern(patterns: Iterable[str], name: str) -> str | None:
 def exact_pattern(name: str) -> str:
     """A pattern that holds for this name and no other."""
     return f"^{re.escape(name)}"
+
+
+def nested(name: str, places: Mapping[str, int]) -> str:
+    """The path of the wrapper of a raw parameter: those of one module are nested, its last parameter outermost.
+
+    Args:
+        name: of the parameter.
+        places: each wrapped parameter -> its place among the parameters of its module.
+
+    Raises:
+        ValueError: two parameters of the module have one place, because the adapter does not record their order.
+    """
+    module = name.rpartition(".")[0]
+    beside = {other: place for other, place in places.items() if other.rpartition(".")[0] == module}
+    order = sorted(beside.values())
+    if len(set(order)) < len(order):
+        raise ValueError(
+            f"{', '.join(sorted(beside))} are parameters of one module, and the adapter does not record their order; "
+            f"{GIVE_BASE}"
+        )
+    return module + ".base_layer" * (len(order) - 1 - order.index(beside[name]))

@@ -14,7 +14,7 @@ from torch import Tensor
 from flora.convert.adapter import Adapter, Entry
 from flora.convert.files import CONFIG, WEIGHTS, read_json, read_tensors, write_json, write_tensors
 from flora.convert.layout import Layout, from_shape, layout_from_json
-from flora.convert.names import PREFIX, check_prefix, exact_pattern, match_pattern, module_of
+from flora.convert.names import PREFIX, check_prefix, exact_pattern, match_pattern, module_of, nested
 from flora.tucker import Tucker, mode_product
 
 _KEY = re.compile(r"(?:(?P<module>.*)\.)?tucker_(?P<weight>[^.]+)\.(?P<part>core|factor_(?P<mode>\d+))")
@@ -120,10 +120,12 @@ def write(adapter: Adapter, folder: Path) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
-    tensors: dict[str, Tensor] = {PREFIX + name: value for name, value in adapter.extras.items()}
+    owners = {name.rpartition(".")[0] for name in adapter.weights}
+    tensors: dict[str, Tensor] = {PREFIX + _inside(name, owners): value for name, value in adapter.extras.items()}
+    layouts = {name: entry.layout for name, entry in adapter.weights.items()}
     forms = {name: whole_modes(entry.form) for name, entry in adapter.weights.items()}
     for name, form in forms.items():
-        stem = PREFIX + _stem(name, adapter.weights[name].layout)
+        stem = PREFIX + _stem(name, layouts)
         tensors[f"{stem}.core"] = form.core
         tensors.update({f"{stem}.factor_{mode}": f for mode, f in enumerate(form.factors) if f is not None})
     folder.mkdir()
@@ -131,26 +133,49 @@ def write(adapter: Adapter, folder: Path) -> None:
     write_json(folder / CONFIG, _config(adapter, forms))
 
 
-def _stem(name: str, layout: Layout | None) -> str:
-    module, _, leaf = name.rpartition(".")
+_ROWS = ("attention", "recurrent")  # kinds of modules that hold several adapted parameters in one wrapper
+
+
+def _stem(name: str, layouts: Mapping[str, Layout | None]) -> str:
+    """The path of a weight's tensors in the file."""
+    layout, leaf = layouts[name], name.rpartition(".")[2]
     if layout is not None and layout.kind == "attention" and leaf == "weight":
-        module, leaf = module.removesuffix("out_proj").rstrip("."), _ATTENTION_OUT
-    return f"{module}{'.' if module else ''}tucker_{leaf}"
+        return f"{_dotted(_owner_module(name, layout))}tucker_{_ATTENTION_OUT}"
+    raw = {
+        other: 0 if known is None else known.place
+        for other, known in layouts.items()
+        if not other.endswith("weight") and "." in other and (known is None or known.kind not in _ROWS)
+    }
+    return f"{_dotted(nested(name, raw) if name in raw else name.rpartition('.')[0])}tucker_{leaf}"
+
+
+def _dotted(module: str) -> str:
+    return f"{module}." if module else ""
+
+
+def _owner_module(name: str, layout: Layout | None) -> str:
+    """The module that is adapted: of an attention's output projection, the attention."""
+    module = name.rpartition(".")[0]
+    if layout is not None and layout.kind == "attention" and name.endswith(".weight"):
+        module = module.rpartition(".")[0]
+    return module
 
 
 def _config(adapter: Adapter, forms: Mapping[str, Tucker]) -> dict[str, Any]:
     kept = adapter.config if adapter.config.get("peft_type") == "TUCKER" else {}
     scales = {name: entry.scale for name, entry in adapter.weights.items()}
     common = Counter(scales.values()).most_common(1)[0][0] if scales else 1.0
-    modules = sorted({name.rpartition(".")[0] for name in forms if name.endswith(".weight")})
-    parameters = sorted(name for name in forms if not name.endswith(".weight"))
+    layouts = {name: entry.layout for name, entry in adapter.weights.items()}
+    rows = {name for name, layout in layouts.items() if layout is not None and layout.kind in _ROWS}
+    modules = sorted({_owner_module(name, layouts[name]) for name in forms if name.endswith(".weight") or name in rows})
+    parameters = sorted(name for name in forms if not name.endswith(".weight") and name not in rows)
     folds = {exact_pattern(name): e.layout.fold for name, e in adapter.weights.items() if e.layout and e.layout.fold}
-    layouts = adapter.recorded_layouts()
+    recorded = adapter.recorded_layouts()
     return {
         "task_type": adapter.config.get("task_type"),
         "base_model_name_or_path": adapter.config.get("base_model_name_or_path"),
         "modules_to_save": saved_modules(adapter) or None,
-        "bias": "none",
+        "bias": "tucker_only" if _has_biases(adapter) else "none",
         "r": 8,
         "kernel_r": None,
         "target_modules": modules or None,
@@ -162,7 +187,7 @@ def _config(adapter: Adapter, forms: Mapping[str, Tucker]) -> dict[str, Any]:
         "scale_pattern": {_owner(name): scale for name, scale in scales.items() if scale != common},
         "rank_pattern": {_owner(name): list(form.ranks) for name, form in forms.items()},
         **({"fold": folds} if folds else {}),
-        **({} if layouts is None else {"layout": layouts}),
+        **({} if recorded is None else {"layout": recorded}),
     }
 
 
@@ -171,9 +196,21 @@ def _owner(name: str) -> str:
     return exact_pattern(name.removesuffix(".weight"))
 
 
+def _inside(name: str, owners: set[str]) -> str:
+    """The key of a whole tensor: a bias of an adapted layer is inside its wrapper."""
+    module, _, leaf = name.rpartition(".")
+    return f"{module}.base_layer.{leaf}" if module in owners else name
+
+
+def _has_biases(adapter: Adapter) -> bool:
+    owners = {name.rpartition(".")[0] for name in adapter.weights}
+    return any(name.rpartition(".")[0] in owners for name in adapter.extras)
+
+
 def saved_modules(adapter: Adapter) -> list[str]:
     """The modules whose whole tensors are in ``extras``; those of a bias belong to ``bias``, as PEFT has it."""
     listed = adapter.config.get("modules_to_save")
     if listed:
         return list(listed)
-    return sorted({name.rpartition(".")[0] for name in adapter.extras})
+    owners = {name.rpartition(".")[0] for name in adapter.weights}
+    return sorted({name.rpartition(".")[0] for name in adapter.extras} - owners)
