@@ -198,7 +198,6 @@ def test_the_table_of_misfits_is_whole() -> None:
 
 
 @said_first
-@pytest.mark.xfail(strict=True, reason="PEFT injects before it reads the file; nothing takes the layers out again")
 @pytest.mark.parametrize(("build", "text"), MISFITS)
 def test_an_adapter_of_another_model_leaves_it_alone(build: Callable[[], nn.Module], text: str, saved: Path) -> None:
     model = build()
@@ -214,11 +213,10 @@ def truncate(folder: Path, kept: int) -> None:
 @pytest.mark.parametrize("kept", [0, 5, 100, -7])
 def test_a_truncated_file_is_refused(kept: int, saved: Path) -> None:
     truncate(saved, kept)
-    with pytest.raises(Exception, match=r"deserializing header|damaged"):
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is truncated or corrupt: .*; copy or download"):
         PeftModel.from_pretrained(network(), str(saved))
 
 
-@pytest.mark.xfail(strict=True, reason="PEFT injects before it reads the file; nothing takes the layers out again")
 @pytest.mark.parametrize("kept", [0, 5, 100, -7])
 def test_a_truncated_file_leaves_the_model_alone_and_is_named(kept: int, saved: Path) -> None:
     truncate(saved, kept)

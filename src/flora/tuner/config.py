@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
 
 from peft.config import PeftConfig
-from peft.utils import PeftType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
 from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
 
 from flora.initialize import INITIALIZERS
 from flora.ranks import check_rank, check_request
@@ -124,6 +126,29 @@ class FloraConfig(PeftConfig):
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform, which says which of the layers to adapt")
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """PEFT's own, after a look at the weights beside the config, which PEFT reads only once the model is changed.
+
+        Args:
+            pretrained_model_name_or_path: a folder or the id of a repository on the hub.
+            subfolder: of it.
+            **kwargs: for the download.
+
+        Raises:
+            ValueError: the folder's ``adapter_model.safetensors`` is truncated or corrupt.
+        """
+        weights = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        if weights.is_file():
+            try:
+                with safe_open(weights, framework="pt"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{weights} is truncated or corrupt: {error}; copy or download it again") from None
+        return cast(PeftConfig, super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs))
 
     def _check_scale(self) -> None:
         if self.scale is not None and self.alpha is not None:

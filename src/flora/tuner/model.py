@@ -95,6 +95,8 @@ class FloraModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         """PEFT's injection; then the first training step is watched for layers that are never called."""
+        if not any(isinstance(module, FloraLayer) for module in model.modules()):
+            self._trained = {name for name, value in model.named_parameters() if value.requires_grad}
         with (
             warnings.catch_warnings()
         ):  # PEFT does not know keys that name a weight; ours are checked in _prepare_model
@@ -102,6 +104,19 @@ class FloraModel(BaseTuner):
             super().inject_adapter(model, *args, **kwargs)
         if warn_if_uncalled not in model._forward_hooks.values():
             model.register_forward_hook(warn_if_uncalled)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = cast(nn.Module, super()._unload_and_optionally_merge(*args, **kwargs))
+        stop_watching(model)
+        return model
+
+    def _take_out(self, adapter_name: str) -> None:
+        """Undoes the injection of an adapter that could not be loaded."""
+        if len(self.peft_config) > 1:
+            self.delete_adapter(adapter_name)
+            return
+        for name, value in self.unload().named_parameters():
+            value.requires_grad_(name in self._trained)
 
     # ---- an adapter per sample -----------------------------------------------------------------------------------
 
@@ -220,26 +235,27 @@ class FloraModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """PEFT's renaming, then a check that every tensor of the file has its place in this base model."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        own = model.state_dict()
-        for key, value in remapped.items():
-            if f".{cls.prefix}" not in key:
-                continue
-            layer, _, tensor = key.partition(f".{cls.prefix}")
-            layer = layer.removeprefix("base_model.model.")
-            if key not in own:
-                raise ValueError(
-                    f"the adapter does not fit this base model: it has {tensor!r} for the layer {layer!r}, which the "
-                    f"base "
-                    "model lacks or adapts with other ranks; load it on the model it was trained on"
-                )
-            if own[key].shape != value.shape:
-                raise ValueError(
-                    f"the adapter does not fit this base model: {layer!r} has {tensor!r} of shape "
-                    f"{tuple(value.shape)} in "
-                    f"the file, but the base model needs {tuple(own[key].shape)}; load it on the model it was trained "
-                    f"on"
-                )
+        misfit = _find_misfit({key: value.shape for key, value in model.state_dict().items()}, remapped, cls.prefix)
+        if misfit:
+            tuner = getattr(model, "base_model", None)
+            if isinstance(tuner, cls):
+                tuner._take_out(adapter_name)
+            raise ValueError(
+                f"the adapter does not fit this base model: {misfit}; load it on the model it was trained on"
+            )
         return remapped
+
+
+def _find_misfit(own: Mapping[str, torch.Size], given: Mapping[str, Tensor], prefix: str) -> str | None:
+    """What is wrong with the first tensor that has no place in the model, or another shape there; None if all fit."""
+    for key, value in given.items():
+        layer, found, tensor = key.removeprefix("base_model.model.").partition(f".{prefix}")
+        if found and key not in own:
+            return f"it has {tensor!r} for the layer {layer!r}, which the base model lacks or adapts with other ranks"
+        if found and own[key] != value.shape:
+            here = f"of shape {tuple(value.shape)} in the file, but the base model needs {tuple(own[key])}"
+            return f"{layer!r} has {tensor!r} {here}"
+    return None
 
 
 def _copy_form(live: Tucker, form: Tucker) -> None:
@@ -258,13 +274,18 @@ def _called(module: nn.Module, args: Any) -> None:
     """A hook that does nothing: that a module has one keeps torch's fast paths from going round it."""
 
 
+def stop_watching(model: nn.Module) -> None:
+    """Takes the hook ``warn_if_uncalled`` off again."""
+    for key, hook in list(model._forward_hooks.items()):
+        if hook is warn_if_uncalled:
+            del model._forward_hooks[key]
+
+
 def warn_if_uncalled(model: nn.Module, args: Any, output: Any) -> None:
     """A forward hook on the base model: after its first training forward, names adapted layers that were not called."""
     if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
         return
-    for key, hook in list(model._forward_hooks.items()):
-        if hook is warn_if_uncalled:
-            del model._forward_hooks[key]
+    stop_watching(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, FloraLayer)}
     silent = [name for name, layer in layers.items() if not layer.called]
     if silent:
