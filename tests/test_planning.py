@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +12,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from flora import FloraConfig, Plan, plan
+from flora import FloraConfig, Plan, fused, plan
 from flora.tucker import count_params
 
 # layer, input for one sample, ranks, what plan() is told besides
@@ -29,9 +31,17 @@ COUNTED = [
 ]
 
 
+def product_flops(total: list[int], left: list[int], right: list[int], **_: object) -> int:
+    """Of a product, or a batch of them, that is added in place; torch's counter does not know these."""
+    return 2 * math.prod(left) * right[-1]
+
+
+IN_PLACE = {torch.ops.aten.addmm_: product_flops, torch.ops.aten.baddbmm_: product_flops}
+
+
 def step_flops(model: nn.Module, x: Tensor) -> int:
     """Of one forward and backward, to the input as well, as inside a network."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
         model(x.requires_grad_()).sum().backward()
     return int(counter.get_total_flops())
 
@@ -46,7 +56,8 @@ def measured(layer: nn.Module, x: Tensor, ranks: tuple[int, ...], path: str) -> 
 
 @pytest.mark.filterwarnings("ignore:the adapter has more parameters")  # small shapes, whole modes
 @pytest.mark.parametrize(("make", "size", "ranks", "told"), COUNTED)
-def test_flops_are_those_that_torch_counts(make, size, ranks, told) -> None:  # type: ignore[no-untyped-def]
+def test_flops_are_those_that_torch_counts(make, size, ranks, told, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(fused, "can_fuse", lambda *_: False)  # separate operations, nothing computed twice
     figures: dict[int, dict[str, tuple[int, int]]] = {}
     for batch in (2, 5):
         x = torch.randn(batch, *size)
@@ -63,6 +74,17 @@ def test_flops_are_those_that_torch_counts(make, size, ranks, told) -> None:  # 
         else:  # folding core and factors is left out of the plan: it does not grow with the input
             assert expected <= real
             assert real - expected == before - expected_before
+
+
+@pytest.mark.filterwarnings("ignore:the adapter has more parameters")
+@pytest.mark.parametrize(("make", "size", "ranks", "told"), COUNTED)
+def test_the_fused_way_computes_at_most_its_forward_again(make, size, ranks, told) -> None:  # type: ignore[no-untyped-def]
+    real = {batch: measured(make(), torch.randn(batch, *size), ranks, "factored") for batch in (2, 5)}
+    weight = make().weight
+    outs = {batch: make()(torch.randn(batch, *size)).numel() // weight.shape[0] for batch in (2, 5)}
+    expected = {batch: plan(weight.shape, ranks, positions=outs[batch], **told).flops["factored"] for batch in (2, 5)}
+    growth = (real[5] - real[2]) / (expected[5] - expected[2])
+    assert 1 <= growth <= 4 / 3
 
 
 def test_the_table_of_counted_layers_is_whole() -> None:
