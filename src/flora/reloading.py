@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from flora.folders import read_json
+from flora.progress import hidden_bars
 from flora.settings import FILE, read
 
 ADAPTER = "adapter_model.safetensors"
@@ -81,7 +83,8 @@ def load_base(folder: Path, base: str | None = None) -> PreTrainedModel:
         )  # the cache was cleared, or this is another machine: the recipe makes it again
         return settings.load_recipe().load_base(settings.task)
     try:
-        return cast("PreTrainedModel", _model_class(config, folder).from_pretrained(where))
+        with hidden_bars() if Path(where).is_dir() else nullcontext():  # a download has a bar
+            return cast("PreTrainedModel", _model_class(config, folder).from_pretrained(where))
     except OSError as error:
         reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(

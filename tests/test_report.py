@@ -1,0 +1,173 @@
+"""Tables, plots, cards, and the anatomy of an adapter against its dense updates."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+import flora
+import flora_cli
+from flora.convert import load
+from flora.report.anatomy import anatomy, anatomy_page, core_in_orthonormal_basis, mode_energy, top_half
+from flora.report.comparison import comparison_notes, comparison_page, comparison_table, size
+from flora.report.plots import accuracy_against_parameters, loss_curve
+from flora.report.provenance import provenance
+
+
+def row(method: str, values: list[float], **changes: object) -> dict[str, object]:
+    mean = sum(values) / len(values)
+    return {
+        "method": method,
+        "trainable_parameters": 1234567,
+        "learning_rate": 0.01,
+        "mean": mean,
+        "std": 0.01,
+        "values": values,
+        "search": {"0.001": 0.5, "0.01": 0.8, "0.1": 0.7},
+        "seconds": 4.25,
+        "file_bytes": 43700,
+        "merge_difference": None,
+        **changes,
+    }
+
+
+ROWS = [
+    row("frozen", [0.60, 0.62], learning_rate=0.1),
+    row("flora", [0.80, 0.90], merge_difference=1.5e-6),
+    row("lora", [0.845, 0.855], merge_difference=2e-6, std=0.005),
+]
+REPORT = {
+    "recipe": "digits",
+    "metric": "accuracy",
+    "seeds": [0, 1],
+    "budget": 8592,
+    "adapted_layers": {"flora": 14, "lora": 10},
+    "rows": ROWS,
+    **provenance(),
+}
+
+
+def test_the_table_has_a_line_per_method() -> None:
+    lines = comparison_table(ROWS, "accuracy").splitlines()
+    assert len(lines) == 2 + len(ROWS)
+    assert [cell.strip() for cell in lines[3].split("|")[1:-1]] == [
+        "flora", "1,234,567", "0.8500 ± 0.0100", "0.01", "4.2", "43.7 KB",
+    ]  # fmt: skip
+
+
+def test_the_notes_say_who_wins_and_what_was_not_searched() -> None:
+    notes = " ".join(comparison_notes(REPORT))
+    assert "frozen: the learning rate 0.1 is at the edge of the grid." in notes
+    assert "flora minus frozen: +0.2400 (more than the spread of 0.0100; better with 2 of 2 seeds)." in notes
+    assert "flora minus lora: +0.0000 (less than the spread of 0.0100; better with 1 of 2 seeds)." in notes
+    assert "flora: merged and unmerged agree, largest difference of the outputs 1.50e-06" in notes
+    assert "FLoRA adapts 14 layers; LoRA 10, as it refuses the grouped convolutions." in notes
+    assert "flora minus" not in " ".join(comparison_notes({**REPORT, "rows": ROWS[2:]}))
+
+
+def test_the_page_says_where_it_was_measured() -> None:
+    page = comparison_page(REPORT)
+    assert f"torch {torch.__version__}" in page
+    assert "![accuracy against trainable parameters](compare.png)" in page
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(999, "999 B"), (1000, "1.0 KB"), (420700, "420.7 KB"), (141 * 10**9, "141.0 GB")]
+)
+def test_sizes(count: int, text: str) -> None:
+    assert size(count) == text
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", data[16:24])  # type: ignore[return-value]
+
+
+def test_plots(tmp_path: Path) -> None:
+    history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 1.2}, {"step": 3, "x": 1}]
+    loss_curve(tmp_path / "loss.png", history, "loss")
+    loss_curve(tmp_path / "empty.png", [], "nothing was logged")
+    accuracy_against_parameters(tmp_path / "compare.png", ROWS, "accuracy", "digits")
+    for name in ("loss", "empty", "compare"):
+        assert min(png_size(tmp_path / f"{name}.png")) > 300
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(5, 11, 3)
+        self.deep = nn.Conv2d(11, 11, 7, groups=11)
+        self.linear = nn.Linear(13, 17)
+        self.head = nn.Linear(17, 2)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    config = flora.FloraConfig(
+        r=4, target_modules=["conv", "deep", "linear"], modules_to_save=["head"], init_weights=False, scale=0.7
+    )
+    get_peft_model(Net(), config).save_pretrained(str(tmp_path / "adapter"))
+    return tmp_path / "adapter"
+
+
+def test_norms_and_energies_are_those_of_the_dense_updates(folder: Path) -> None:
+    report = anatomy(folder)
+    adapter = load(folder)
+    assert len(report["layers"]) == 3
+    for layer in report["layers"]:
+        entry = adapter.weights[layer["weight"]]
+        dense = entry.dense().double()
+        assert layer["norm"] == pytest.approx(float(dense.norm()), rel=1e-5)
+        for mode, energy in enumerate(layer["energy"]):
+            expected = torch.linalg.svdvals(dense.movedim(mode, 0).flatten(1)) ** 2
+            expected = (expected / expected.sum())[: len(energy)]
+            torch.testing.assert_close(torch.tensor(energy), expected[: len(energy)].float(), rtol=1e-4, atol=1e-6)
+    assert report["extra_parameters"] == 17 * 2 + 2
+    assert report["parameters"] == sum(entry.form.num_params for entry in adapter.weights.values())
+
+
+def test_a_mode_kept_whole_and_a_zero_core() -> None:
+    form = flora.Tucker(torch.randn(3, 5), (torch.randn(7, 3), None))
+    core = core_in_orthonormal_basis(form)
+    assert float(core.norm()) == pytest.approx(float(form.to_dense().norm()), rel=1e-5)
+    assert sum(mode_energy(core, 1)) == pytest.approx(1)
+    assert mode_energy(torch.zeros(2, 3), 0) == [0, 0]
+    assert top_half([0.5, 0.3, 0.2]) == pytest.approx(0.8)
+
+
+def test_inspect_prints_a_line_per_weight_and_writes_a_page(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.html"
+    assert flora_cli.main(["inspect", str(folder), "--html", str(page)]) == 0
+    out = capsys.readouterr().out
+    assert "11x5x3x3" in out
+    assert "3 adapted weights" in out
+    text = page.read_text()
+    assert text.startswith("<!doctype html>")
+    assert text.count("<tr>") == 1 + 3
+    assert "deep.weight" in text
+    assert anatomy_page({**anatomy(folder), "folder": "<b>"}).count("&lt;b&gt;") == 2
+
+
+def test_inspect_of_a_corrupt_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    assert flora_cli.main(["inspect", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "adapter_model.safetensors" in error
+
+
+def test_where_a_number_comes_from_is_json() -> None:
+    found = json.loads(json.dumps(provenance()))
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["machine"]["cores"] >= 1
+    assert found["commit"] is None or len(found["commit"]) >= 40
