@@ -47,7 +47,7 @@ FOREIGN: dict[str, set[str]] = {
     "fused": set(),
     "experts": set(),
     "layers": {"transformers"},
-    "tuner": {"peft", "transformers"},
+    "tuner": {"peft", "safetensors", "transformers"},
     "convert": {"diffusers", "safetensors", "tqdm", "transformers"},  # never peft: a format is key names and shapes
     "flora": set(),
 }
