@@ -25,6 +25,9 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, ...
     "conv2d, reflect": (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), (2, 3, 4, 5), (2, 2, 2, 2)),
     "conv2d, same": (lambda: nn.Conv2d(3, 4, (2, 3), padding="same", bias=False), (2, 3, 4, 5), (2, 2, 2, 2)),
     "conv2d, 1x1": (lambda: nn.Conv2d(3, 4, 1, stride=2), (2, 3, 4, 5), (2, 2, 1, 1)),
+    "conv2d, 1x1, every pixel": (lambda: nn.Conv2d(5, 4, 1), (2, 5, 3, 4), (3, 2, 1, 1)),
+    "conv2d, 1x1, both whole": (lambda: nn.Conv2d(3, 2, 1), (2, 3, 3, 4), (2, 3, 1, 1)),
+    "conv3d, 1x1x1": (lambda: nn.Conv3d(5, 4, 1, stride=(1, 2, 1)), (2, 5, 2, 3, 4), (2, 3, 1, 1, 1)),
     "conv2d, out whole": (lambda: nn.Conv2d(3, 2, 3), (1, 3, 4, 5), (2, 2, 2, 2)),
     "conv2d, in whole": (lambda: nn.Conv2d(2, 5, 3), (1, 2, 4, 5), (2, 2, 2, 2)),
     "conv3d": (lambda: nn.Conv3d(3, 4, (1, 2, 2)), (1, 3, 2, 3, 3), (2, 2, 1, 2, 1)),
@@ -69,7 +72,7 @@ def leaves(x: Tensor, form: Tucker) -> list[Tensor]:
 
 
 def test_the_number_of_layers() -> None:
-    assert len(LAYERS) == 16
+    assert len(LAYERS) == 19
 
 
 @each_layer
@@ -112,7 +115,9 @@ def test_a_trained_bias_and_an_input_without_gradient(name: str) -> None:
     assert all(torch.allclose(value, other, atol=1e-10) for value, other in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("name", ["conv2d", "conv2d, reflect", "conv2d, 1x1", "transposed conv2d", "conv3d"])
+@pytest.mark.parametrize(
+    "name", ["conv2d", "conv2d, reflect", "conv2d, 1x1", "conv2d, 1x1, every pixel", "transposed conv2d", "conv3d"]
+)
 def test_channels_last(name: str) -> None:
     layer, x, form = make(name)
     layout = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
@@ -144,12 +149,15 @@ def kept(run: Callable[[], Tensor], known: list[Tensor]) -> int:
 
 
 @pytest.mark.parametrize("name", ["linear", "conv2d", "transposed conv2d", "conv3d"])
-def test_only_the_input_is_kept(name: str) -> None:
+def test_the_input_is_kept_and_little_else(name: str) -> None:
     torch.manual_seed(0)
     layer, _, form = make(name, torch.float32)
     x = torch.randn(64, *LAYERS[name][1][1:]).requires_grad_(True)
     middle = x * 1.0  # an activation, as the layer before would give it
     parameters = [layer.weight, layer.bias, *leaves(x, form)]
+    if name == "linear":
+        assert kept(lambda: through(layer, middle, form), parameters) == middle.nbytes + 4 * 64 * min(form.ranks)
+        return
     small = 4 * 2 * sum(value.numel() for value in leaves(x, form)[1:]) + 512  # products of core and kernel factors
     assert kept(lambda: through(layer, middle, form), parameters) <= middle.nbytes + small
 

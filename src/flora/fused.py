@@ -1,4 +1,4 @@
-"""The factored path beside a frozen layer, as one autograd function: nothing is kept but the input.
+"""The factored path beside a frozen layer, as one autograd function that keeps the input and little else.
 
 Written as separate operations, an adapter beside a layer reads and writes the activations again for each product,
 scaling and sum, and keeps every intermediate. Here the change is added in place into the layer's own output and into
@@ -41,9 +41,7 @@ def linear(weight: Tensor, bias: Tensor | None, form: Tucker, scale: float, x: T
     """``F.linear(x, weight + scale * form, bias)``. x: (..., in), weight and form: (out, in)."""
     out, inner = form.factors
     rows = x.reshape(-1, x.shape[-1])
-    y: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
-        rows, weight, bias, scale * form.core, inner, out
-    )
+    y: Tensor = _Linear.apply(rows, weight, bias, form.core, inner, out, scale)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -52,34 +50,44 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, core: Tensor, inner: Tensor | None, out: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        core: Tensor,
+        inner: Tensor | None,
+        out: Tensor | None,
+        scale: float,
     ) -> Tensor:
         y = F.linear(x, weight, bias)
-        up, down = _skinny(core, inner, out, x.dtype)
+        up, down = _skinny(scale * core, inner, out, x.dtype)
         hidden = x @ down.T.contiguous()
         if up is None:
             y += hidden
         else:
             y.addmm_(hidden, up.T)
-        ctx.save_for_backward(x, weight, bias, core, inner, out)
+        ctx.save_for_backward(x, weight, bias, core, inner, out, None if up is None else hidden)
+        ctx.scale = scale
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight, bias, core, inner, out = ctx.saved_tensors
+        x, weight, bias, core, inner, out, hidden = ctx.saved_tensors
+        scale = ctx.scale
         if torch.is_grad_enabled():
-            return _again(ctx, _plain_linear, (x, weight, bias, core, inner, out), (), grad)
+            return _again(ctx, _plain_linear, (x, weight, bias, core, inner, out), (scale,), grad)
         grad = grad.contiguous()
-        up, down = _skinny(core, inner, out, x.dtype)
+        up, down = _skinny(scale * core, inner, out, x.dtype)
         back = grad if up is None else grad @ up  # (T, J)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ weight
             grad_x.addmm_(back, down)
         grad_down = back.T @ x  # (J, I)
-        grad_up = None if up is None else ((x @ down.T.contiguous()).T @ grad).T  # (O, J)
-        small = _unfold(core, inner, out, grad_down, grad_up)
-        return grad_x, None, grad.sum(0) if ctx.needs_input_grad[2] else None, *small
+        grad_up = None if up is None else (hidden.T @ grad).T  # (O, J)
+        grad_core, grad_inner, grad_out = _unfold(scale * core, inner, out, grad_down, grad_up)
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
+        return grad_x, None, grad_bias, scale * grad_core, grad_inner, grad_out, None
 
 
 def _folds_down(core: Tensor, inner: Tensor | None) -> bool:
@@ -114,9 +122,15 @@ def _unfold(
 
 
 def _plain_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, core: Tensor, inner: Tensor | None, out: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    core: Tensor,
+    inner: Tensor | None,
+    out: Tensor | None,
+    scale: float,
 ) -> Tensor:
-    return F.linear(x, weight, bias) + kernels.linear(None, Tucker(core, (out, inner)), 1.0, x)
+    return F.linear(x, weight, bias) + kernels.linear(None, Tucker(core, (out, inner)), scale, x)
 
 
 def conv(base: Any, weight: Tensor, bias: Tensor | None, form: Tucker, scale: float, x: Tensor) -> Tensor:
@@ -158,10 +172,18 @@ def _conv(
     out: Tensor | None,
     geometry: Geometry,
 ) -> Tensor:
-    if inner is not None and core[0, 0].numel() == 1 and not geometry[3]:
-        # a 1x1 kernel: the core goes into the way down
-        core = (core.flatten(1) @ inner.T).reshape(core.shape[0], -1, *core.shape[2:])
-        inner = None
+    stride, padding, _, transposed = geometry[:4]
+    if core[0, 0].numel() == 1 and not transposed and not any(padding):
+        wide: Tensor = _Pointwise.apply(  # type: ignore[no-untyped-call]
+            x,
+            weight,
+            bias,
+            core.flatten(1) if inner is None else core.flatten(1) @ inner.T,
+            out,
+            tuple(stride),
+            geometry,
+        )
+        return wide
     y: Tensor = _Conv.apply(x, weight, bias, core, inner, out, geometry)  # type: ignore[no-untyped-call]
     return y
 
@@ -217,6 +239,71 @@ class _Conv(torch.autograd.Function):
         return grad_x, None, grad_bias, grad_core.to(core.dtype), grad_inner, grad_out, None
 
 
+class _Pointwise(torch.autograd.Function):
+    """A kernel of size 1: matrix products on the channels. down (Jo, I), out (O, Jo) or None."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        out: Tensor | None,
+        stride: tuple[int, ...],
+        geometry: Geometry,
+    ) -> Tensor:
+        y: Tensor = aten.convolution(x, weight, bias, *geometry)
+        seen = x[_steps(stride)]
+        if out is None:
+            _add_projected(y, down, seen)
+        else:
+            _add_projected(y, out, _project(down.T, seen))
+        ctx.save_for_backward(x, weight, bias, down, out)
+        ctx.stride, ctx.geometry = stride, geometry
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight, bias, down, out = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _again(ctx, _plain_pointwise, (x, weight, bias, down, out), (ctx.stride, ctx.geometry), grad)
+        steps = _steps(ctx.stride)
+        seen, back, grad_out = x[steps], grad, None
+        if out is not None:
+            grad_out = _outer(grad, _project(down.T, seen)).to(out.dtype)
+            back = _project(out, grad)
+        grad_down = _outer(seen, back).T.to(down.dtype)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = aten.convolution_backward(grad, x, weight, None, *ctx.geometry, [True, False, False])[0]
+            if all(step == 1 for step in ctx.stride):
+                _add_projected(grad_x, down.T, back)
+            else:
+                grad_x[steps] += _project(down, back)
+        grad_bias = grad.sum([dim for dim in range(grad.ndim) if dim != 1]) if ctx.needs_input_grad[2] else None
+        return grad_x, None, grad_bias, grad_down, grad_out, None, None
+
+
+def _steps(stride: tuple[int, ...]) -> tuple[slice, ...]:
+    """The positions that a kernel of size 1 sees."""
+    return (slice(None), slice(None), *(slice(None, None, step) for step in stride))
+
+
+def _plain_pointwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    out: Tensor | None,
+    stride: tuple[int, ...],
+    geometry: Geometry,
+) -> Tensor:
+    hidden = torch.einsum("bi...,ji->bj...", x[_steps(stride)], down.to(x.dtype))
+    change = hidden if out is None else torch.einsum("bj...,oj->bo...", hidden, out.to(x.dtype))
+    return aten.convolution(x, weight, bias, *geometry) + change  # type: ignore[no-any-return]
+
+
 def _hidden(small: Tensor, core: Tensor, geometry: Geometry) -> Tensor:
     return aten.convolution(small, core.to(small.dtype), None, *geometry)  # type: ignore[no-any-return]
 
@@ -260,6 +347,9 @@ def _add_projected(y: Tensor, matrix: Tensor, hidden: Tensor) -> None:
     rows = _rows(y)
     if rows is not None:
         rows.addmm_(hidden.movedim(1, -1).reshape(-1, hidden.shape[1]), matrix.T)
+        return
+    if not y.is_contiguous():
+        y += _project(matrix.T, hidden)
         return
     flat = hidden.reshape(*hidden.shape[:2], -1)
     y.view(*y.shape[:2], -1).baddbmm_(matrix.expand(y.shape[0], -1, -1), flat)
