@@ -333,6 +333,10 @@ class FloraLayer(nn.Module, BaseTunerLayer):
 
     def _weight(self, name: str) -> Tensor:
         if self.quantization_backend is not None:
+            if self.quantization_backend.backend_name == "bnb 4bit":
+                # For inference on a CPU bitsandbytes lays the weight out anew, and PEFT would read it wrongly; asking
+                # for the state dict puts it back.
+                self.get_base_layer().state_dict()
             return self.get_base_weight()
         return parameter(self.get_base_layer(), name).detach()
 
