@@ -271,9 +271,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The arguments; key=value items may also stand behind options, which argparse alone does not allow."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if strange := [item for item in rest if item.startswith("-") or not hasattr(args, "overrides")]:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb; errors of use are one line and exit code 2, bugs keep their traceback."""
-    args = build_parser().parse_args(argv)
+    args = parse(argv)
     try:
         return COMMANDS[args.verb](args)
     except ModuleNotFoundError as error:

@@ -25,6 +25,18 @@ def test_every_verb_has_a_function_arguments_and_an_example() -> None:
         assert f"flora {verb}" in (command.__doc__ or ""), verb
 
 
+def test_overrides_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    args = flora_cli.parse(
+        ["compare", "digits", "seed=1", "--methods", "flora,lora", "task.rotation=0", "--seeds", "3,4"]
+    )
+    assert (args.overrides, args.methods, args.seeds) == (["seed=1", "task.rotation=0"], ["flora", "lora"], [3, 4])
+    assert flora_cli.parse(["compare", "digits"]).methods == ["frozen", "flora", "lora", "full"]
+    for wrong in (["inspect", "folder", "seed=1"], ["train", "digits", "--seed"]):
+        with pytest.raises(SystemExit):
+            flora_cli.parse(wrong)
+        assert f"unrecognized arguments: {wrong[-1]}" in capsys.readouterr().err
+
+
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys, flora_cli\n"
