@@ -129,7 +129,7 @@ class Adapter:
         return Adapter(weights, dict(self.extras), dict(self.config))
 
     def recorded_layouts(self) -> dict[str, dict[str, Any]] | None:
-        """The field ``layout`` for adapter_config.json: what shapes do not tell; None if a layout is not known."""
+        """What shapes do not tell, for the metadata of a file; None if a layout is not known."""
         recorded = {}
         for name, entry in self.weights.items():
             if entry.layout is None:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 CONFIG = "adapter_config.json"
+NOTE = "flora"  # the key of a file's metadata under which the layouts are recorded; readers ignore it
 WEIGHTS = "adapter_model.safetensors"
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _BITS = {

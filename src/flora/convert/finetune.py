@@ -293,6 +293,8 @@ def _fit(delta: Tensor, ranks: Ranks) -> tuple[Tucker | None, float]:
     if isinstance(ranks, (list, tuple)) and 0 in ranks:
         return None, 1.0
     form = decompose(delta, ranks)
+    if form.num_params >= delta.numel():  # then the change itself is smaller, and exact
+        return Tucker(delta.contiguous(), (None,) * delta.ndim), 0.0
     return form, form.error
 
 

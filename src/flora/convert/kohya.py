@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from flora.convert.adapter import Adapter, Entry
-from flora.convert.files import open_tensors, read_tensors, write_tensors
+from flora.convert.files import NOTE, open_tensors, read_tensors, write_tensors
 from flora.convert.layout import Layout, layout_from_json
 from flora.convert.names import GIVE_BASE
 from flora.convert.pairs import pad, split, trim
 from flora.tucker import Tucker, mode_product
 
-NOTE = "flora"
 PREFIXES = ("lycoris", "lora_unet", "lora_te1", "lora_te2", "lora_te", "lora_transformer", "lora")
 _PARTS = ("lora_up.weight", "lora_down.weight", "lora_mid.weight", "alpha", "diff")
 _MATRICES = ("linear", "embedding", "embedding_bag", "attention", "recurrent")

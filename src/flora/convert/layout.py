@@ -44,7 +44,7 @@ class Layout:
         return self.kind == "conv" and self.axes[:2] == ("out", "in") and len(self.axes) in (3, 4, 5)
 
     def to_json(self) -> dict[str, Any]:
-        """The entry of ``layout`` in adapter_config.json."""
+        """What a file records of it."""
         entry: dict[str, Any] = {"kind": self.kind, "axes": list(self.axes)}
         return {
             **entry,
@@ -64,8 +64,7 @@ def layout_from_json(name: str, entry: object) -> Layout:
         axes, groups, place = tuple(map(str, entry["axes"])), int(entry.get("groups", 1)), int(entry.get("place", 0))
         return Layout(entry["kind"], axes, groups, entry.get("fold"), place)
     raise ValueError(
-        f"layout[{name!r}] in adapter_config.json is {entry!r}, expected a kind and a list of axes; "
-        "delete the field 'layout' and give the base model instead"
+        f"the recorded layout of {name} is {entry!r}, expected a kind and a list of axes; the file was edited"
     )
 
 
@@ -88,6 +87,11 @@ def is_usual(name: str, layout: Layout) -> bool:
     return from_shape(name, (1,) * len(layout.axes)) == layout
 
 
+def is_raw(name: str, layout: Layout | None) -> bool:
+    """Whether PEFT reaches a weight by ``target_parameters`` alone: it is not the ``weight`` of a layer it knows."""
+    return not name.endswith(".weight") or (layout is not None and layout.kind == "other")
+
+
 def of_module(model: nn.Module) -> dict[str, Layout]:
     """The layout of every weight of a model (which may be on the meta device), by full name, with its default fold."""
     layouts: dict[str, Layout] = {}
@@ -98,7 +102,8 @@ def of_module(model: nn.Module) -> dict[str, Layout]:
             folds = found[1].folds(module)
             for leaf, axes in found[1].weights(module).items():
                 kind, groups = _kind(module, found[1].kind), int(getattr(module, "groups", 1))
-                layouts[stem + leaf] = Layout(kind, axes, groups, folds.get(leaf))
+                # parents come first: the projection inside an attention belongs to the attention
+                layouts.setdefault(stem + leaf, Layout(kind, axes, groups, folds.get(leaf)))
         for place, (leaf, parameter) in enumerate(module.named_parameters(recurse=False)):
             name = stem + leaf
             known = layouts.get(name) or _of_parameter(name, module, tuple(parameter.shape))

@@ -16,14 +16,13 @@ from typing import Any
 from torch import Tensor
 
 from flora.convert.adapter import Adapter, Entry
-from flora.convert.files import CONFIG, WEIGHTS, read_json, read_tensors, write_json, write_tensors
-from flora.convert.layout import KERNEL_AXES, Layout, layout_from_json
+from flora.convert.files import CONFIG, NOTE, WEIGHTS, read_json, read_tensors, write_json, write_tensors
+from flora.convert.layout import KERNEL_AXES, Layout, is_raw, layout_from_json
 from flora.convert.names import GIVE_BASE, PREFIX, check_prefix, match_pattern, module_of, nested
-from flora.convert.native import saved_modules
+from flora.convert.native import lone_biases, saved_modules
 from flora.convert.pairs import join_stack, pad, split, split_stack, swap, trim
 from flora.tucker import Tucker
 
-NOTE = "flora"  # the key in the file's metadata under which layouts are recorded
 _REFUSED = ("use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication", "megatron_config")
 
 
@@ -48,7 +47,7 @@ def refusal(name: str, layout: Layout) -> str | None:
         return None
     if layout.kind == "attention" and name.endswith(".weight"):
         return "PEFT's LoRA does not reach the output projection inside nn.MultiheadAttention"
-    if len(layout.axes) == 2 and layout.kind in ("attention", "recurrent"):
+    if len(layout.axes) == 2 and layout.kind in ("attention", "recurrent", "other"):
         return None
     kind = layout.kind if layout.axes[:1] != ("in",) else f"transposed {layout.kind}"
     return f"PEFT's LoRA has no form for a {len(layout.axes)}-dimensional weight of kind '{kind}'"
@@ -91,8 +90,7 @@ def _check(adapter: Adapter, layouts: Mapping[str, Layout]) -> None:
                 f"{name} cannot become LoRA: {reason}; merge the adapter (flora merge), or write --to kohya or "
                 "--to dense"
             )
-    owners = {name.rpartition(".")[0] for name in layouts}
-    biases = [name for name in adapter.extras if name.rpartition(".")[0] in owners or "trainable_tokens" in name]
+    biases = lone_biases(adapter) + [name for name in adapter.extras if "trainable_tokens" in name]
     if biases:
         more = f" and {len(biases) - 1} more" if biases[1:] else ""
         raise ValueError(
@@ -100,7 +98,7 @@ def _check(adapter: Adapter, layouts: Mapping[str, Layout]) -> None:
             "LoRA (bias='none') cannot hold; merge the adapter (flora merge), or leave them out with --drop-extras"
         )
     transposed = [name for name, layout in layouts.items() if _is_transposed(layout)]
-    raw = [name for name in layouts if _is_raw(name)]
+    raw = [name for name, layout in layouts.items() if is_raw(name, layout)]
     if transposed and raw:
         raise ValueError(
             f"{transposed[0]} is stored as (in, out) and {raw[0]} is a raw parameter; PEFT's LoRA cannot hold both "
@@ -110,11 +108,6 @@ def _check(adapter: Adapter, layouts: Mapping[str, Layout]) -> None:
 
 def _is_transposed(layout: Layout) -> bool:
     return layout.kind == "linear" and layout.axes == ("in", "out")
-
-
-def _is_raw(name: str) -> bool:
-    """Whether PEFT reaches the weight by ``target_parameters``: it is not the ``weight`` of a layer."""
-    return not name.endswith(".weight")
 
 
 def _pair(entry: Entry, layout: Layout) -> _Pair:
@@ -140,13 +133,13 @@ def _tensors(pair: _Pair, rank: int) -> dict[str, Tensor]:
 
 def _stem(name: str, layouts: Mapping[str, Layout]) -> str:
     """Where PEFT keeps the pair."""
-    if not _is_raw(name):
+    if not is_raw(name, layouts[name]):
         return name.removesuffix(".weight")
-    return nested(name, {other: layout.place for other, layout in layouts.items() if _is_raw(other)})
+    return nested(name, {other: layout.place for other, layout in layouts.items() if is_raw(other, layout)})
 
 
 def _config(adapter: Adapter, layouts: Mapping[str, Layout], rank: int) -> dict[str, Any]:
-    raw = sorted(name for name in layouts if _is_raw(name))
+    raw = sorted(name for name, layout in layouts.items() if is_raw(name, layout))
     kept = {
         key: adapter.config.get(key) for key in ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
     }
@@ -165,7 +158,7 @@ def _config(adapter: Adapter, layouts: Mapping[str, Layout], rank: int) -> dict[
         "inference_mode": True,
         "fan_in_fan_out": any(_is_transposed(layout) for layout in layouts.values()),
         "modules_to_save": saved_modules(adapter) or None,
-        "target_modules": sorted(name.removesuffix(".weight") for name in layouts if not _is_raw(name)),
+        "target_modules": sorted(name.removesuffix(".weight") for name in layouts if name not in raw),
         "target_parameters": raw or None,
     }
 
@@ -253,6 +246,8 @@ def _identify(
         return f"{module}.weight", Layout("embedding", ("vocab", "dim"))
     raw = [name for name in config.get("target_parameters") or [] if _names_parameter(module, name)]
     if not raw or any(f"{module}.weight".endswith(name) for name in raw if name.endswith(".weight")):
+        if layouts is not None and f"{module}.weight" in layouts:
+            return f"{module}.weight", layouts[f"{module}.weight"]
         if ndim > 2:
             return f"{module}.weight", Layout("conv", ("out", "in", *KERNEL_AXES[ndim - 2]))
         return f"{module}.weight", Layout("linear", ("in", "out") if config.get("fan_in_fan_out") else ("out", "in"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -12,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from flora.convert.adapter import Adapter, Entry
-from flora.convert.files import CONFIG, WEIGHTS, read_json, read_tensors, write_json, write_tensors
-from flora.convert.layout import Layout, from_shape, layout_from_json
+from flora.convert.files import CONFIG, NOTE, WEIGHTS, read_json, read_tensors, write_json, write_tensors
+from flora.convert.layout import Layout, from_shape, is_raw, layout_from_json
 from flora.convert.names import PREFIX, check_prefix, exact_pattern, match_pattern, module_of, nested
 from flora.tucker import Tucker, mode_product
 
@@ -36,7 +37,8 @@ def read(path: Path) -> Adapter:
     config = read_json(path / CONFIG)
     if config.get("peft_type") != "TUCKER":
         raise ValueError(f"{path / CONFIG} has peft_type {config.get('peft_type')!r}, expected 'TUCKER'")
-    tensors, _ = read_tensors(path / WEIGHTS)
+    tensors, metadata = read_tensors(path / WEIGHTS)
+    recorded = json.loads(metadata[NOTE]) if NOTE in metadata else config.get("layout")
     check_prefix(tensors, path / WEIGHTS)
     parts: dict[str, dict[str, Tensor]] = {}
     extras: dict[str, Tensor] = {}
@@ -55,13 +57,15 @@ def read(path: Path) -> Adapter:
         raise ValueError(
             f"{path / WEIGHTS} has no Tucker tensors (keys with '.tucker_<weight>.core'); it is empty or not ours"
         )
-    weights = {name: _entry(name, tensors, config) for name, tensors in sorted(parts.items())}
+    weights = {name: _entry(name, tensors, config, recorded) for name, tensors in sorted(parts.items())}
     for name in inner:
         weights[name] = replace(weights[name], layout=Layout("attention", ("out", "in")))
     return Adapter(weights, extras, config)
 
 
-def _entry(name: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> Entry:
+def _entry(
+    name: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], recorded: Mapping[str, Any] | None
+) -> Entry:
     if "core" not in parts:
         raise ValueError(f"{name} has factors but no core in {WEIGHTS}; the file is incomplete, copy it again")
     core = parts["core"]
@@ -72,13 +76,12 @@ def _entry(name: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]) ->
         form = Tucker(core, tuple(modes.get(mode) for mode in range(core.ndim)))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    return Entry(form, scale_for(config, name), _layout(name, form, config))
+    return Entry(form, scale_for(config, name), _layout(name, form, config, recorded))
 
 
-def _layout(name: str, form: Tucker, config: Mapping[str, Any]) -> Layout | None:
-    """What the config says: its field ``layout`` (which leaves out the usual ones) and its folds."""
+def _layout(name: str, form: Tucker, config: Mapping[str, Any], recorded: Mapping[str, Any] | None) -> Layout | None:
+    """What the file's metadata or the config record (the usual layouts are left out), and the folds of the config."""
     fold = _lookup(config.get("fold") or {}, name)
-    recorded = config.get("layout")
     if recorded is None and fold is None:
         return None
     if recorded is not None and name in recorded:
@@ -129,7 +132,9 @@ def write(adapter: Adapter, folder: Path) -> None:
         tensors[f"{stem}.core"] = form.core
         tensors.update({f"{stem}.factor_{mode}": f for mode, f in enumerate(form.factors) if f is not None})
     folder.mkdir()
-    write_tensors(folder / WEIGHTS, tensors)
+    recorded = adapter.recorded_layouts()
+    note = {} if recorded is None else {NOTE: json.dumps(recorded, sort_keys=True)}
+    write_tensors(folder / WEIGHTS, tensors, note)
     write_json(folder / CONFIG, _config(adapter, forms))
 
 
@@ -167,15 +172,15 @@ def _config(adapter: Adapter, forms: Mapping[str, Tucker]) -> dict[str, Any]:
     common = Counter(scales.values()).most_common(1)[0][0] if scales else 1.0
     layouts = {name: entry.layout for name, entry in adapter.weights.items()}
     rows = {name for name, layout in layouts.items() if layout is not None and layout.kind in _ROWS}
-    modules = sorted({_owner_module(name, layouts[name]) for name in forms if name.endswith(".weight") or name in rows})
-    parameters = sorted(name for name in forms if not name.endswith(".weight") and name not in rows)
+    layered = {name for name in forms if name in rows or not is_raw(name, layouts[name])}
+    modules = sorted({_owner_module(name, layouts[name]) for name in layered})
+    parameters = sorted(forms.keys() - layered)
     folds = {exact_pattern(name): e.layout.fold for name, e in adapter.weights.items() if e.layout and e.layout.fold}
-    recorded = adapter.recorded_layouts()
     return {
         "task_type": adapter.config.get("task_type"),
         "base_model_name_or_path": adapter.config.get("base_model_name_or_path"),
         "modules_to_save": saved_modules(adapter) or None,
-        "bias": "tucker_only" if _has_biases(adapter) else "none",
+        "bias": _bias(adapter),
         "r": 8,
         "kernel_r": None,
         "target_modules": modules or None,
@@ -187,13 +192,12 @@ def _config(adapter: Adapter, forms: Mapping[str, Tucker]) -> dict[str, Any]:
         "scale_pattern": {_owner(name): scale for name, scale in scales.items() if scale != common},
         "rank_pattern": {_owner(name): list(form.ranks) for name, form in forms.items()},
         **({"fold": folds} if folds else {}),
-        **({} if recorded is None else {"layout": recorded}),
     }
 
 
 def _owner(name: str) -> str:
-    """The pattern for a weight: its module's name when it is the module's ``weight``, else its own."""
-    return exact_pattern(name.removesuffix(".weight"))
+    """The pattern for a weight: its module's name, but for the inner weight of an attention."""
+    return exact_pattern(name if name.endswith("out_proj.weight") else name.removesuffix(".weight"))
 
 
 def _inside(name: str, owners: set[str]) -> str:
@@ -202,9 +206,28 @@ def _inside(name: str, owners: set[str]) -> str:
     return f"{module}.base_layer.{leaf}" if module in owners else name
 
 
-def _has_biases(adapter: Adapter) -> bool:
-    owners = {name.rpartition(".")[0] for name in adapter.weights}
-    return any(name.rpartition(".")[0] in owners for name in adapter.extras)
+def _bias(adapter: Adapter) -> str:
+    """The word of the config for the biases in ``extras``: of adapted layers only, of others too, or none."""
+    adapted = {name.rpartition(".")[0] for name in adapter.weights}
+    lone = lone_biases(adapter)
+    if any(name.rpartition(".")[0] not in adapted for name in lone):
+        return "all"
+    return "tucker_only" if lone else "none"
+
+
+def lone_biases(adapter: Adapter) -> list[str]:
+    """The tensors in ``extras`` that are not part of a whole module: biases, and what adapted layers have."""
+    adapted = {name.rpartition(".")[0] for name in adapter.weights}
+    leaves: dict[str, set[str]] = {}
+    for name in adapter.extras:
+        leaves.setdefault(name.rpartition(".")[0], set()).add(name.rpartition(".")[2])
+    listed = set(adapter.config.get("modules_to_save") or ())
+    return [
+        name
+        for name in adapter.extras
+        if (owner := name.rpartition(".")[0]) in adapted
+        or (leaves[owner] == {"bias"} and not any(owner == key or owner.endswith(f".{key}") for key in listed))
+    ]
 
 
 def saved_modules(adapter: Adapter) -> list[str]:
@@ -212,5 +235,5 @@ def saved_modules(adapter: Adapter) -> list[str]:
     listed = adapter.config.get("modules_to_save")
     if listed:
         return list(listed)
-    owners = {name.rpartition(".")[0] for name in adapter.weights}
-    return sorted({name.rpartition(".")[0] for name in adapter.extras} - owners)
+    lone = set(lone_biases(adapter))
+    return sorted({name.rpartition(".")[0] for name in adapter.extras if name not in lone})
