@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flora import fused
+from flora import fused, fused_conv
 from flora.layers import find_layer
 from flora.tucker import Tucker
 
@@ -75,8 +76,12 @@ def test_the_number_of_layers() -> None:
     assert len(LAYERS) == 19
 
 
+@pytest.mark.parametrize("sums", [True, False])  # a convolution runs with W + dW, or adds to output and gradient
 @each_layer
-def test_output_and_gradients_equal_those_of_the_dense_weight(name: str) -> None:
+def test_output_and_gradients_equal_those_of_the_dense_weight(
+    name: str, sums: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_conv, "SUM_PAYS_FROM", 0 if sums else math.inf)
     layer, x, form = make(name)
     out, expected = through(layer, x, form), dense(layer, x, form)
     assert torch.allclose(out, expected, atol=1e-12)
@@ -85,6 +90,16 @@ def test_output_and_gradients_equal_those_of_the_dense_weight(name: str) -> None
     for value, other in zip(found, torch.autograd.grad((expected * weight).sum(), leaves(x, form)), strict=True):
         assert value.shape == other.shape
         assert torch.allclose(value, other, atol=1e-11)
+
+
+def test_both_ways_of_a_convolution_are_reached() -> None:
+    _, x, form = make("conv2d")
+    geometry = (None, None, None, False)
+    weight = torch.zeros(5, 3, 3, 2)
+    assert not fused_conv._sums_weights(x, weight, geometry)
+    assert fused_conv._sums_weights(torch.zeros(2, 3, 40, 50), weight, geometry)
+    assert not fused_conv._sums_weights(torch.zeros(2, 3, 40, 50), weight.bfloat16(), geometry)
+    assert form.ranks == (3, 2, 2, 2)
 
 
 @each_layer

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
-from flora import fused, kernels
+from flora import fused, fused_conv, kernels
 from flora.tucker import Tucker
 
 Axes = tuple[str, ...]
@@ -103,7 +103,7 @@ def _fused_linear(module: Any, form: Tucker, scale: float, input: Tensor) -> Ten
 def _fused_conv(module: Any, form: Tucker, scale: float, input: Tensor) -> Tensor | None:
     if module.groups > 1 or input.ndim != module.weight.ndim or not fused.can_fuse(input, module.weight):
         return None
-    return fused.conv(module, module.weight, module.bias, form, scale, input)
+    return fused_conv.conv(module, module.weight, module.bias, form, scale, input)
 
 
 def _fused_conv_transpose(
@@ -111,7 +111,7 @@ def _fused_conv_transpose(
 ) -> Tensor | None:
     if module.groups > 1 or input.ndim != module.weight.ndim or not fused.can_fuse(input, module.weight):
         return None
-    return fused.conv_transpose(module, module.weight, module.bias, form, scale, input, output_size)
+    return fused_conv.conv_transpose(module, module.weight, module.bias, form, scale, input, output_size)
 
 
 def _attention_weights(module: nn.MultiheadAttention) -> dict[str, Axes]:

@@ -2,7 +2,11 @@
 
 Two ways: *rebuild* forms the dense update and runs the layer once with W + dW; its extra cost is that of the gradient
 of a full weight. *factored* adds two skinny products (linear) or 1x1 -> core -> 1x1 (convolution) beside the frozen
-layer. Costs are those of one training step beyond the frozen layer's own forward and backward to its input.
+layer. Figures are those of one training step beyond the frozen layer's own forward and backward to its input.
+
+The choice goes by time, not by operations alone: skinny products do few operations for each number they read. So the
+cost of a path is ``flops / rate + bytes moved / bandwidth``, with the rates of one CPU core below. They were fitted to
+the step times of a grid of layers; only their ratios matter.
 """
 
 from __future__ import annotations
@@ -15,6 +19,11 @@ from flora.ranks import check_rank
 from flora.tucker import count_params
 
 KINDS = ("linear", "conv", "embedding")
+WIDE_RATE = 150e9  # operations per second of a product of two large matrices, or of a convolution
+SKINNY_RATE = 80e9  # of one with a side as narrow as a rank
+BANDWIDTH = 8e9  # bytes per second, read or written once
+SUM_PAYS_FROM = 8  # activations per weight from which a convolution of one group runs with W + dW in either path
+BUILD_PASSES = 20  # how often the dense update is read or written while it is built, added and differentiated
 
 
 @dataclass(frozen=True)
@@ -26,8 +35,9 @@ class Plan:
         num_params: trainable parameters of the form.
         positions: output positions per step (tokens, or batch times output pixels) that the figures hold for.
         flops: path -> floating point operations per training step beyond the frozen layer's.
-        kept: path -> bytes kept for backward beyond the frozen layer's.
-        path: "rebuild" or "factored".
+        kept: path -> bytes kept for backward beyond the frozen layer's weights.
+        seconds: path -> time estimate per step on one CPU core; the ratio is what counts.
+        path: "rebuild" or "factored", the faster by that estimate.
     """
 
     shape: tuple[int, ...]
@@ -36,6 +46,7 @@ class Plan:
     positions: int
     flops: dict[str, int]
     kept: dict[str, int]
+    seconds: dict[str, float]
     path: str
 
     def __str__(self) -> str:
@@ -48,8 +59,9 @@ class Plan:
             mark = "->" if path == self.path else "  "
             lines.append(
                 f"{mark} {path:<9} {self.flops[path] / 1e6:>12,.1f} MFLOP {self.kept[path] / 2**20:>10,.2f} MiB kept"
+                f" {1e3 * self.seconds[path]:>10,.2f} ms"
             )
-        lines.append(f"path: {self.path}, the fewer operations")
+        lines.append(f"path: {self.path}, the faster by operations and bytes moved")
         return "\n".join(lines)
 
 
@@ -98,15 +110,26 @@ def plan(
     build = 3 * _build_flops(shape, ranks)  # forward, and backward to the core and to the factors
     factored = _factored_flops(kind, shape, ranks, positions, positions * stride, groups)
     rebuild = build + (dense if kind == "embedding" else 2 * positions * dense)
-    hidden = _hidden_per_position(kind, shape, ranks, stride, groups)
     inputs = 0 if kind == "embedding" else positions * stride * shape[1] * groups
+    outputs = positions * shape[1 if kind == "embedding" else 0]
     flops = {"rebuild": rebuild, "factored": factored}
-    kept = {
-        "rebuild": element_size * (inputs + dense),
-        "factored": element_size * (inputs + positions * hidden),
+    hidden = _hidden_per_position(kind, shape, ranks, stride, groups)
+    kept = {"rebuild": element_size * (inputs + dense), "factored": element_size * (inputs + positions * hidden)}
+    # rebuild reads input and gradient once more; factored reads or writes them four times, a convolution the input
+    five, # or both twice where it adds into a copy of the weight and not into output and gradient
+    rebuilt = element_size * (inputs + outputs + BUILD_PASSES * dense)
+    passes = 4 * inputs + 4 * outputs
+    if kind == "conv":
+        passes += inputs + 4 * positions * hidden
+        if groups == 1 and inputs + outputs > SUM_PAYS_FROM * dense:
+            passes = 2 * inputs + 2 * outputs + BUILD_PASSES * dense
+    beside = element_size * passes
+    seconds = {
+        "rebuild": rebuild / WIDE_RATE + rebuilt / BANDWIDTH,
+        "factored": factored / SKINNY_RATE + beside / BANDWIDTH,
     }
-    path = min(flops, key=flops.__getitem__)
-    return Plan(shape, ranks, count_params(shape, ranks), positions, flops, kept, path)
+    path = min(seconds, key=seconds.__getitem__)
+    return Plan(shape, ranks, count_params(shape, ranks), positions, flops, kept, seconds, path)
 
 
 def _build_flops(shape: Sequence[int], ranks: Sequence[int]) -> int:
@@ -122,7 +145,7 @@ def _build_flops(shape: Sequence[int], ranks: Sequence[int]) -> int:
 def _factored_flops(
     kind: str, shape: Sequence[int], ranks: Sequence[int], positions: int, inputs: int, groups: int
 ) -> int:
-    """Forward, backward to the input and to the form, three times the forward's products."""
+    """Forward, backward to the input and to the form: three times the forward's products."""
     if kind == "embedding":
         return 3 * 2 * positions * ranks[0] * shape[1]
     inner = min(ranks)
@@ -135,8 +158,10 @@ def _factored_flops(
 
 
 def _hidden_per_position(kind: str, shape: Sequence[int], ranks: Sequence[int], stride: int, groups: int) -> int:
-    """Activations that the factored path keeps per output position, besides the layer's input."""
+    """Activations kept per output position besides the input; a convolution of one group computes its own once more."""
     if kind != "conv":
         return min(ranks)
+    if groups == 1:
+        return 0
     down = stride * ranks[1] * groups if ranks[1] != shape[1] else 0
     return down + (ranks[0] * groups if ranks[0] != shape[0] else 0)
