@@ -115,8 +115,8 @@ def plan(
     flops = {"rebuild": rebuild, "factored": factored}
     hidden = _hidden_per_position(kind, shape, ranks, stride, groups)
     kept = {"rebuild": element_size * (inputs + dense), "factored": element_size * (inputs + positions * hidden)}
-    # rebuild reads input and gradient once more; factored reads or writes them four times, a convolution the input
-    five, # or both twice where it adds into a copy of the weight and not into output and gradient
+    # Rebuild reads input and gradient once more. Factored reads or writes them four times, a convolution the input
+    # five; or both twice where it adds into a copy of the weight and not into output and gradient.
     rebuilt = element_size * (inputs + outputs + BUILD_PASSES * dense)
     passes = 4 * inputs + 4 * outputs
     if kind == "conv":
