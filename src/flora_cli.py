@@ -136,21 +136,58 @@ def merge(args: argparse.Namespace) -> int:
     """Write base + adapter as one ordinary model, verified before it is written.
 
     The outputs of the merged and the unmerged model are compared on random inputs; only if they agree up to rounding,
-    and every weight is finite, the folder is written, whole or not at all.
+    and every weight is finite, the folder is written, whole or not at all. With --stream, and for several adapters or
+    those of other formats, the base folder is streamed tensor by tensor instead and compared layer by layer.
 
     Examples:
       flora merge outputs/digits --out outputs/digits-merged
       flora merge my-adapter --out merged --base ./base-model --overwrite
+      flora merge style.safetensors subject --weights 0.8 -0.3 --base ./base-model --out merged
     """
+    if args.stream or args.weights or len(args.folder) > 1 or Path(args.folder[0]).is_file():
+        from flora.convert.commands import run_merge
+
+        return run_merge(args)
     from flora.merging import merge
 
-    merged = merge(Path(args.folder), Path(args.out), base=args.base, overwrite=args.overwrite)
+    merged = merge(Path(args.folder[0]), Path(args.out), base=args.base, overwrite=args.overwrite)
     print(
         f"merged and unmerged agree: largest difference of the outputs {merged.difference:.2e} "
         f"(outputs up to {merged.magnitude:.2f})"
     )
     print(f"written to {merged.folder}")
     return 0
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Convert an adapter to another format, exactly, and print the largest error and the sizes.
+
+    Reads FLoRA and PEFT LoRA folders, LyCORIS/Kohya and dense files, and the checkpoints of the paper's authors; which
+    one SRC is is seen from its files. What was written is read back and compared before it appears.
+
+    Examples:
+      flora convert my-adapter --to lora --out my-adapter-lora
+      flora convert my-adapter --to kohya --prefix lora_unet --out style.safetensors
+      flora convert authors.pth --scale 4 --base ./base-model --to flora --out my-adapter
+    """
+    from flora.convert.commands import run_convert
+
+    return run_convert(args)
+
+
+def extract(args: argparse.Namespace) -> int:
+    """Make an adapter out of a full fine-tune, layer by layer, and print the error of each.
+
+    Both models are folders with safetensors, sharded or not. An extraction that is cut short goes on when run again.
+
+    Examples:
+      flora extract ./base ./tuned --rank 16 --out my-adapter
+      flora extract ./base ./tuned --energy 0.9 --carry --out my-adapter
+      flora extract ./base ./tuned --budget 2000000 --out my-adapter
+    """
+    from flora.convert.commands import run_extract
+
+    return run_extract(args)
 
 
 def recipes(args: argparse.Namespace) -> int:
@@ -221,6 +258,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "plan": plan,
     "inspect": inspect,
     "merge": merge,
+    "convert": convert,
+    "extract": extract,
     "recipes": recipes,
 }
 ARGUMENTS: dict[str, list[Argument]] = {
@@ -245,9 +284,35 @@ ARGUMENTS: dict[str, list[Argument]] = {
     ],
     "inspect": [FOLDER, argument("--html", metavar="FILE", help="write a page as well")],
     "merge": [
-        FOLDER,
+        argument("folder", nargs="+", metavar="FOLDER", help="adapters, of any format that convert reads"),
         argument("--out", required=True, metavar="DIR", help="the folder to write"),
         argument("--base", help="a local folder or hub id instead of the base model that the adapter names"),
+        argument("--overwrite", action="store_true", help="replace DIR"),
+        argument("--weights", type=float, nargs="+", metavar="W", help="one number for each adapter"),
+        argument("--stream", action="store_true", help="never hold the whole model in memory"),
+    ],
+    "convert": [
+        argument("source", metavar="SRC", help="the folder or file of an adapter"),
+        argument("--to", required=True, choices=("flora", "lora", "kohya", "dense"), help="the format to write"),
+        argument(
+            "--out", required=True, metavar="DST", help="a folder (flora, lora) or .safetensors file (kohya, dense)"
+        ),
+        argument("--base", help="the base model's folder, where the adapter does not record what its layers are"),
+        argument("--scale", type=float, help="of the authors' checkpoints, which do not store it"),
+        argument("--prefix", help="of Kohya keys: lycoris (the default), lora_unet, lora_te, ..."),
+        argument("--no-mid", action="store_true", help="no lora_mid in Kohya files, for sd-scripts and diffusers"),
+        argument("--drop-extras", action="store_true", help="leave out biases and modules_to_save"),
+        argument("--overwrite", action="store_true", help="replace DST"),
+    ],
+    "extract": [
+        argument("base", metavar="BASE", help="the base model's folder"),
+        argument("tuned", metavar="TUNED", help="the fine-tuned model's folder"),
+        argument("--rank", type=int, help="the rank of every channel mode"),
+        argument("--energy", type=float, help="instead, the fraction of each change's squared norm to keep"),
+        argument("--budget", type=int, help="instead, parameters to spend where they lower the total error most"),
+        argument("--kernel-r", type=int, help="with --rank, the rank of the kernel modes (default: kept whole)"),
+        argument("--carry", action="store_true", help="take along biases, norms and new tensors that differ, whole"),
+        argument("--out", required=True, metavar="DIR", help="the folder to write"),
         argument("--overwrite", action="store_true", help="replace DIR"),
     ],
     "recipes": [

@@ -174,12 +174,29 @@ def staged(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         FileExistsError: ``target`` exists and ``overwrite`` is not set.
     """
     check_target(target, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+    work = _fresh_folder(target)
     try:
         yield work / target.name
         if target.exists():
             target.rename(work / "replaced")
         (work / target.name).rename(target)
+    except OSError as error:
+        raise _named(error, target) from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _fresh_folder(target: Path) -> Path:
+    """An empty folder on the same disk as ``target``."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+    except OSError as error:
+        raise _named(error, target) from None
+
+
+def _named(error: OSError, target: Path) -> OSError:
+    """The system's error with the name of the target; one of ours says all it has to."""
+    if error.errno is None:
+        return error
+    return OSError(f"cannot write {target}: {error.strerror}; nothing was left behind")
