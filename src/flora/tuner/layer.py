@@ -170,6 +170,11 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         active = [name for name in self.active_adapters if name in self.settings]
         if self.disable_adapters or self.merged or not active:
             return self.base_layer(*args, **kwargs)
+        if "_fsdp_wrapped_module" in self.base_layer._modules:
+            raise ValueError(
+                "the base layer of an adapted layer is wrapped by FSDP on its own, apart from its adapter: "
+                f"{self.base_layer}; wrap whole blocks (auto_wrap_policy by the class of the transformer block)"
+            )
         return self._adapted(active, *args, **kwargs)
 
     def _adapted(self, active: list[str], *args: Any, **kwargs: Any) -> Any:

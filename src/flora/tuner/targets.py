@@ -157,7 +157,9 @@ def spend_budget(config: FloraConfig, sites: list[Site], model: nn.Module) -> No
     """Solves the ranks that the budget buys, after the user's own entries, and writes them into ``rank_pattern``."""
     if config.budget is None:
         return
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(
+        math.prod(getattr(value, "ds_shape", value.shape)) for value in model.parameters()
+    )  # ZeRO-3: partitioned
     budget = int(config.budget * total) if config.budget < 1 else int(config.budget)
     free: dict[str, Weight] = {}
     for site in sites:
