@@ -45,6 +45,18 @@ def test_half_the_ranks_lose_no_more_than_tensorly_hooi(shape: tuple[int, ...], 
     assert ours.error == pytest.approx(float((dense - ours.to_dense()).norm() / dense.norm()), abs=1e-9)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.5, 2.0])
+def test_large_matrices_are_as_near_as_their_svd(decay: float) -> None:
+    """Found by subspace iteration: within a hundredth of the optimum, with a flat spectrum too."""
+    left, right = (torch.linalg.qr(torch.randn(size, 521))[0] for size in (701, 523))
+    values = torch.arange(1, 522).double().pow(-decay).float()
+    dense = left * values @ right.T
+    form = decompose(dense, (7, 7))
+    assert form.error <= 1.01 * float(values[7:].norm() / values.norm())
+    exact = decompose(left[:, :7] * (1 + values[:7]) @ right[:, :7].T, (7, 7))
+    assert exact.error < 1e-5
+
+
 def test_factors_are_orthonormal_and_whole_modes_have_none() -> None:
     form = decompose(torch.randn(7, 5, 3), (4, 2, 3))
     assert form.factors[2] is None

@@ -3,7 +3,7 @@
 HOSVD takes for each mode the leading left singular vectors of that mode's unfolding (De Lathauwer et al. 2000a); HOOI
 improves them in turn, each on the tensor projected by all the others (2000b, algorithm 4.2). The vectors come from an
 eigen-decomposition of the smaller Gram matrix of the unfolding, in float64 and in blocks, so that a layer needs little
-memory beyond its own.
+memory beyond its own. Few vectors of a large unfolding come from a subspace iteration instead.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from flora.ranks import Ranks, resolve
 from flora.tucker import Tucker, mode_product
 
 BLOCK = 1 << 22  # entries turned to float64 at a time
+LARGE = 512  # from this size on, a few singular vectors are cheaper by iteration
+ITERATIONS = 6
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,8 +96,22 @@ def _project(tensor: Tensor, factors: dict[int, Tensor]) -> Tensor:
 
 
 def leading_vectors(tensor: Tensor, mode: int, rank: int) -> Tensor:
-    """The leading left singular vectors of the mode's unfolding, (In, K), float64; K = rank, or all there are."""
-    return spectrum(tensor, mode)[1][:, :rank]
+    """The leading left singular vectors of the mode's unfolding, (In, K), float64; K = rank, or all there are.
+
+    A few vectors of a large unfolding are found by subspace iteration (Halko et al. 2011, algorithm 4.4), which costs
+    products with the tensor alone; the others by the eigen-decomposition.
+    """
+    unfolded = tensor.movedim(mode, 0).reshape(tensor.shape[mode], -1)
+    if min(unfolded.shape) < LARGE or rank > min(unfolded.shape) // 16:
+        return spectrum(tensor, mode)[1][:, :rank]
+    random = torch.Generator().manual_seed(0)
+    width = 2 * rank + 8
+    right = torch.randn(unfolded.shape[1], width, generator=random, dtype=tensor.dtype)
+    for _ in range(ITERATIONS):
+        left = torch.linalg.qr(unfolded @ right)[0]
+        right = torch.linalg.qr(unfolded.T @ left)[0]
+    left = torch.linalg.svd((unfolded @ right).double(), full_matrices=False)[0]
+    return left[:, :rank]
 
 
 def spectrum(tensor: Tensor, mode: int) -> tuple[Tensor, Tensor]:

@@ -35,17 +35,23 @@ def run_extract(args: argparse.Namespace) -> int:
     out = Path(args.out)
     check_target(out, args.overwrite)
     work = out.with_name(f".{out.name}.extract")
-    found = extract(
-        args.base,
-        args.tuned,
-        rank=args.rank,
-        energy=args.energy,
-        budget=args.budget,
-        kernel_r=args.kernel_r,
-        carry=args.carry,
-        work=work,
-        progress=sys.stderr.isatty(),
-    )
+    resumed = work.exists()
+    try:
+        found = extract(
+            args.base,
+            args.tuned,
+            rank=args.rank,
+            energy=args.energy,
+            budget=args.budget,
+            kernel_r=args.kernel_r,
+            carry=args.carry,
+            work=work,
+            progress=sys.stderr.isatty(),
+        )
+    except ValueError:  # of the request or the models: there is nothing to go on with
+        if not resumed:
+            shutil.rmtree(work, ignore_errors=True)
+        raise
     report = save(found, out, overwrite=args.overwrite)
     shutil.rmtree(work)
     print(found.table())
