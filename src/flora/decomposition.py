@@ -110,8 +110,8 @@ def leading_vectors(tensor: Tensor, mode: int, rank: int) -> Tensor:
     for _ in range(ITERATIONS):
         left = torch.linalg.qr(unfolded @ right)[0]
         right = torch.linalg.qr(unfolded.T @ left)[0]
-    left = torch.linalg.svd((unfolded @ right).double(), full_matrices=False)[0]
-    return left[:, :rank]
+    vectors: Tensor = torch.linalg.svd((unfolded @ right).double(), full_matrices=False)[0]
+    return vectors[:, :rank]
 
 
 def spectrum(tensor: Tensor, mode: int) -> tuple[Tensor, Tensor]:
