@@ -1,0 +1,54 @@
+"""The authors' scheme, written from its description: dW is formed at every forward, and a second full-size run adds it.
+
+Their own code takes plain convolutions and linear layers only; here the same scheme runs on groups and transposed
+convolutions too, so that every row has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class AuthorsScheme(nn.Module):
+    """``base(x) + op(x, scale * G x1 A1 ... xN AN)`` with a dense second run.
+
+    Args:
+        base: the frozen layer.
+        ranks: one per dimension of its weight; every mode has a factor, also where the rank equals the size.
+        scale: the constant of the paper.
+    """
+
+    def __init__(self, base: nn.Module, ranks: Sequence[int], scale: float = 1.0) -> None:
+        super().__init__()
+        self.base, self.scale = base.requires_grad_(False), scale
+        sizes = zip(base.weight.shape, ranks, strict=True)
+        self.core = nn.Parameter(torch.randn(*ranks).to(base.weight))
+        self.factors = nn.ParameterList(
+            (torch.randn(size, rank) * (2 * rank) ** -0.5).to(base.weight) for size, rank in sizes
+        )
+
+    def dense(self) -> Tensor:
+        """The update, by one mode product after the other."""
+        update: Tensor = self.core
+        for mode, factor in enumerate(self.factors):
+            update = torch.tensordot(factor, update, dims=([1], [mode])).movedim(0, mode)
+        return self.scale * update
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The frozen layer's output plus that of the same layer with the update as its weight."""
+        return self.base(x) + run_with(self.base, self.dense(), x)
+
+
+def run_with(base: Any, weight: Tensor, x: Tensor) -> Tensor:
+    """What the layer computes with another weight and no bias."""
+    if isinstance(base, nn.Linear):
+        return F.linear(x, weight)
+    if isinstance(base, nn.ConvTranspose2d):
+        padding = (base.stride, base.padding, base.output_padding, base.groups, base.dilation)
+        return F.conv_transpose2d(x, weight, None, *padding)
+    return base._conv_forward(x, weight, None)

@@ -1,0 +1,49 @@
+"""The part of the page about a CUDA device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.tables import DASH, MIB, NAMES, markdown
+from benchmarks.verdicts import Row
+
+SHOWN = ("frozen", "full", "flora", "lora", "authors")
+MODES = ("eager", "compiled")
+
+
+def section(result: Row) -> list[str]:
+    """Times and peak memory, eager and compiled."""
+    rows = [*result["rows"], *result["models"]]
+    parts = ["## On a GPU", f"{result['machine']['device']}, {result['dtype']}."]
+    for mode in MODES:
+        parts += [f"### {mode.capitalize()}", times(rows, mode), "Peak memory of a step, MiB:", peaks(rows, mode)]
+    return parts
+
+
+def times(rows: Sequence[Row], mode: str) -> str:
+    """The frozen step in milliseconds, the others relative to it."""
+    lines = []
+    for row in rows:
+        if "skipped" in row:
+            lines.append([row["case"], row["skipped"], *[DASH] * len(SHOWN)])
+            continue
+        frozen = row["methods"]["frozen"]["ms"][mode]["median"]
+        others = [row["methods"].get(name, {}).get("ms", {}).get(mode) for name in SHOWN[1:]]
+        ratios = [f"{found['median'] / frozen:.2f}" if found else DASH for found in others]
+        lines.append([row["case"], f"{row['size']}, r = {row['rank']}", f"{frozen:.2f}", *ratios])
+    return markdown(lines, ["what", "input", "frozen, ms", *(NAMES[name] for name in SHOWN[1:])])
+
+
+def peaks(rows: Sequence[Row], mode: str) -> str:
+    """Peak memory of a step."""
+    lines = [
+        [row["case"], *(_peak(row["methods"].get(name, {}), mode) for name in SHOWN)]
+        for row in rows
+        if "skipped" not in row
+    ]
+    return markdown(lines, ["what", *(NAMES[name] for name in SHOWN)])
+
+
+def _peak(method: Row, mode: str) -> str:
+    size = method.get("peak", {}).get(mode)
+    return DASH if size is None else f"{size / MIB:.0f}"

@@ -1,0 +1,123 @@
+"""docs/benchmarks.md, written from the results and from nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks import gpu_tables, plots, results, tables
+from benchmarks.verdicts import Row, slow_choices, verdicts
+
+DOCS = results.ROOT / "docs"
+HEAD = """# Benchmarks
+
+Written by `make bench` from the files in [benchmarks/results](../benchmarks/results), not by hand.
+
+A *step* is the forward and the backward to the input and to what a method trains, in float32; there is no optimiser in
+it. The limit of every adapter is the *frozen* layer's own step, so times are given relative to it. Within every repeat
+the methods take turns in an order drawn anew; figures are medians, ± is half the interquartile range. One thread is the
+headline. With one thread the processor time of the process is read beside the wall clock; the two part where other work
+holds the machine.
+
+*FLoRA* is what `get_peft_model` gives, *rebuild* and *factored* are its two paths by themselves. *LoRA, equal
+parameters* has the rank whose parameters are nearest to FLoRA's. *authors' scheme* is our own writing of it: dW formed
+at every forward, and a second full-size run of the layer with it. Adapters start from random values, so that no zero is
+ever a short cut.
+"""
+
+
+MISSING = {
+    "gpu": """## On a GPU
+
+Not measured: no CUDA device was at hand. `python benchmarks/gpu.py` measures there, eager and compiled."""
+}
+
+
+def write(folder: Path, out: Path) -> list[Path]:
+    """The page and the plot, from the results in ``folder``."""
+    found = results.read(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    written = [out / "benchmarks.md"]
+    written[0].write_text(render(found), encoding="utf-8")
+    if "layers" in found:
+        written.append(out / "benchmarks.png")
+        plots.step_times(found["layers"]["rows"], written[1])
+    return written
+
+
+def render(found: Mapping[str, Row]) -> str:
+    """The page as Markdown."""
+    parts = [HEAD, tables.origin(found), *_asked(found)]
+    for question, section in SECTIONS.items():
+        parts += (
+            section(found[question]) if question in found else [MISSING.get(question, f"## Not measured: {question}")]
+        )
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _asked(found: Mapping[str, Row]) -> list[str]:
+    judged = list(verdicts(found))
+    parts = ["## What the issue asks for and what was measured", tables.verdict_table(judged)]
+    failing = [check for check, said in judged if any(not verdict.holds for verdict in said)]
+    reasons = [f"* {check.line}: {check.reason}" for check in failing if check.reason]
+    return parts + (["Why lines fail:", "\n".join(reasons)] if reasons else [])
+
+
+def _layers(result: Row) -> list[str]:
+    rows, threads = result["rows"], [str(count) for count in result["machine"]["threads"]]
+    slow = slow_choices(rows)
+    chosen = [f"* {name}: {times:.2f} times the better path." for name, times in slow.items()]
+    parts = ["## One layer", "![step times](benchmarks.png)", tables.times(rows, threads[0])]
+    parts += ["Dashes:", "\n".join(tables.refusals(rows))]
+    parts += ["### FLoRA row by row", tables.per_row(rows)]
+    parts += ["Rows where the chosen path is more than a tenth slower than the better one:"]
+    parts += ["\n".join(chosen) if chosen else "None."]
+    parts += ["### Trainable parameters", tables.parameters(rows)]
+    for count in threads[1:]:
+        parts += [f"### With {count} threads", tables.times(rows, count)]
+    return parts
+
+
+def _counts(result: Row) -> list[str]:
+    flops, kept = (tables.ledger(result["rows"], key, unit) for key, unit in (("flops", 1e9), ("kept", tables.MIB)))
+    return [
+        "## What needs no clock",
+        "Operations of a step (GFLOP), by `torch.utils.flop_counter`, products that are added in place counted too:",
+        flops,
+        "MiB that forward keeps for backward, each storage once, parameters left out:",
+        kept,
+        "### How they grow",
+        "One thing at a time, from a 3x3 convolution with 128 channels on 28 x 28 and a linear layer of width 768.",
+        tables.growth(result["growth"], ("full", "flora", "lora", "authors")),
+    ]
+
+
+def _models(result: Row) -> list[str]:
+    rows, threads = result["rows"], [str(count) for count in result["machine"]["threads"]]
+    parts = [
+        "## Whole models",
+        "Random weights. Every method trains the head and takes the gradient to the model's input (to the embeddings' "
+        "output where the input is ids); *frozen* trains only the head. FLoRA adapts `all`, LoRA those of its layers "
+        "that PEFT can adapt.",
+        tables.models(rows, threads[0]),
+    ]
+    for count in threads[1:]:
+        parts += [f"### With {count} threads", tables.models(rows, count)]
+    return [*parts, "### Merged", tables.inference(rows)]
+
+
+def _attach(result: Row) -> list[str]:
+    text = (
+        f"A Llama of {result['parameters']:,} parameters in {result['dtype']}, all linear layers, r = {result['rank']}."
+    )
+    return ["## Attaching and saving", text, tables.attach(result)]
+
+
+SECTIONS: dict[str, Any] = {
+    "layers": _layers,
+    "counts": _counts,
+    "models": _models,
+    "attach": _attach,
+    "gpu": gpu_tables.section,
+}

@@ -1,0 +1,201 @@
+"""What the issue asks for, line by line, and what the results say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, Any]
+CLOCKS = {"median": "wall clock", "cpu_median": "processor time"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the issue.
+
+    Attributes:
+        line: in words.
+        question: the result that answers it.
+        of: which rows count.
+        value: (row, clock) -> the figure, or None where a row has none.
+        limit: of the figure.
+        over: "geomean" of the rows, or "every" row.
+        sense: "<=" or ">=".
+        timed: whether the figure is a time.
+        reason: why it fails, printed where it does.
+    """
+
+    line: str
+    question: str
+    of: Callable[[Row], bool]
+    value: Callable[[Row, str], float | None]
+    limit: float
+    over: str = "every"
+    sense: str = "<="
+    timed: bool = True
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A check and what was found: the geometric mean or the worst row."""
+
+    check: Check
+    clock: str
+    figure: float
+    rows: int
+    worst: str
+
+    @property
+    def holds(self) -> bool:
+        """Whether the line is met."""
+        figure, limit = self.figure, self.check.limit
+        return figure <= limit if self.check.sense == "<=" else figure >= limit
+
+
+def time_of(row: Row, method: str, clock: str, threads: str | None = None) -> float | None:
+    """The median of a method on a row, by default with the headline's threads; None where it refused."""
+    times = row["methods"].get(method, {}).get("ms")
+    return times[threads or next(iter(times))][clock] if times else None
+
+
+def times(method: str, other: str) -> Callable[[Row, str], float | None]:
+    """The ratio of two methods' times."""
+
+    def value(row: Row, clock: str) -> float | None:
+        first, second = time_of(row, method, clock), time_of(row, other, clock)
+        return first / second if first and second else None
+
+    return value
+
+
+def kept(method: str, other: str | None = None) -> Callable[[Row, str], float | None]:
+    """The ratio of two methods' kept bytes; without another, to what the frozen layer keeps and the input."""
+
+    def value(row: Row, clock: str) -> float | None:
+        own = row["methods"][method].get("kept")
+        limit = row["frozen_and_input"] if other is None else row["methods"].get(other, {}).get("kept")
+        return own / limit if own is not None and limit else None
+
+    return value
+
+
+def in_group(*groups: str) -> Callable[[Row], bool]:
+    """Rows of these groups."""
+    return lambda row: row["group"] in groups
+
+
+def always(row: Row) -> bool:
+    """Every row."""
+    return True
+
+
+def merged(row: Row, clock: str) -> float | None:
+    """How far the merged model's time lies above the slower of two runs of the base model's, in units of their noise.
+
+    The noise is the larger of the base's interquartile range and the difference of the two.
+    """
+    figures = row.get("inference_ms")
+    if not figures:
+        return None
+    base, again, ours = (figures[name] for name in ("base", "base again", "merged"))
+    noise = max(base["q3"] - base["q1"], again["q3"] - again["q1"], abs(base["median"] - again["median"]))
+    return max(0.0, ours["median"] - max(base["median"], again["median"])) / noise
+
+
+def _attach(row: Row, clock: str) -> float | None:
+    return row["methods"]["flora"]["attach_ms"][clock] / row["methods"]["lora"]["attach_ms"][clock]
+
+
+def _saved(row: Row, clock: str) -> float | None:
+    return float(row["methods"]["flora"]["saves_without_base_weights"])
+
+
+def _compiled(row: Row, clock: str) -> float | None:
+    first, second = (time_of(row, method, clock, "compiled") for method in ("flora", "frozen"))
+    return first / second if first and second else None
+
+
+LINEAR, CONV, MOE = in_group("linear"), in_group("conv"), in_group("moe")
+CHECKS = [
+    Check("Linear grid, FLoRA / LoRA at equal rank", "layers", LINEAR, times("flora", "lora"), 0.85, "geomean"),
+    Check("Linear grid, FLoRA / frozen", "layers", LINEAR, times("flora", "frozen"), 1.20, "geomean"),
+    Check("Conv grid, FLoRA / LoRA at equal rank", "layers", CONV, times("flora", "lora"), 0.90, "geomean"),
+    Check("Conv grid, FLoRA / LoRA at equal parameters", "layers", CONV, times("flora", "lora-params"), 1.0, "geomean"),
+    Check("Conv grid, FLoRA / frozen", "layers", CONV, times("flora", "frozen"), 1.30, "geomean"),
+    Check("Conv grid, FLoRA / full fine-tuning, every row", "layers", CONV, times("flora", "full"), 1.0),
+    Check("The authors' scheme / FLoRA, every row", "layers", always, times("authors", "flora"), 2.0, sense=">="),
+    Check("MoE, FLoRA / LoRA, time", "layers", MOE, times("flora", "lora"), 1.0),
+    Check("Whole models, FLoRA / LoRA, every model", "models", always, times("flora", "lora"), 1.0),
+    Check("Whole models, FLoRA / frozen", "models", always, times("flora", "frozen"), 1.25, "geomean"),
+    Check("Bytes kept, FLoRA / LoRA, every row", "counts", always, kept("flora", "lora"), 1.0, timed=False),
+    Check(
+        "Bytes kept, FLoRA / (frozen layer's and its input once), every conv row",
+        "counts",
+        in_group("conv", "other"),
+        kept("flora"),
+        1.05,
+        timed=False,
+    ),
+    Check("MoE, FLoRA / LoRA, bytes kept", "counts", MOE, kept("flora", "lora"), 1.0, timed=False),
+    Check("Merged inference above the base model, in units of its noise", "models", always, merged, 1.0, timed=False),
+    Check("Attaching to a model of a billion parameters, FLoRA / LoRA", "attach", always, _attach, 1.0),
+    Check("Saving without base weights (1: yes)", "attach", always, _saved, 1.0, sense=">=", timed=False),
+    Check("GPU, linear layers, compiled, FLoRA / frozen", "gpu", LINEAR, _compiled, 1.10, "geomean", timed=False),
+    Check(
+        "Largest relative error against the dense W + dW, float32, every row",
+        "layers",
+        always,
+        lambda row, clock: row["error"],
+        1e-5,
+        timed=False,
+    ),
+]
+
+
+def verdicts(results: Mapping[str, Row]) -> Iterator[tuple[Check, list[Verdict]]]:
+    """Each line with its verdicts, one for each clock; none where nothing was measured."""
+    for check in CHECKS:
+        clocks = list(CLOCKS) if check.timed else ["median"]
+        found = [judge(check, results[check.question], clock) for clock in clocks if check.question in results]
+        yield check, [verdict for verdict in found if verdict is not None]
+
+
+def judge(check: Check, result: Row, clock: str) -> Verdict | None:
+    """One line by one clock."""
+    rows = {name_of(row): check.value(row, clock) for row in rows_of(result) if "skipped" not in row and check.of(row)}
+    values = {name: value for name, value in rows.items() if value is not None}
+    if not values:
+        return None
+    worst = (max if check.sense == "<=" else min)(values, key=values.__getitem__)
+    figure = geomean(list(values.values())) if check.over == "geomean" else values[worst]
+    return Verdict(check, clock, figure, len(values), f"{worst} ({values[worst]:.3g})")
+
+
+def rows_of(result: Row) -> list[Row]:
+    """The rows of a result; a result without rows is one."""
+    return result.get("rows") or [{**result, "group": "attach"}]
+
+
+def name_of(row: Row) -> str:
+    """Of a layer, a model or the only row."""
+    return row.get("case") or row.get("model") or "Llama"
+
+
+def geomean(values: list[float]) -> float:
+    """The geometric mean."""
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def slow_choices(rows: list[Row], clock: str = "median") -> dict[str, float]:
+    """Rows where the path that "auto" takes is more than a tenth slower than the best one -> how many times."""
+    found = {}
+    for row in rows:
+        paths = {name: time_of(row, name, clock) for name in ("flora-rebuild", "flora-factored")}
+        chosen = paths.get(f"flora-{row['methods']['flora']['note']}")
+        known = [value for value in paths.values() if value]
+        if chosen and known and chosen > 1.1 * min(known):
+            found[row["case"]] = chosen / min(known)
+    return found
