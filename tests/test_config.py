@@ -17,7 +17,8 @@ from flora import FloraConfig
 
 # INTERFACE: the fields that users rely on, beside what PeftConfig has.
 FIELDS = {
-    "r", "kernel_r", "scale", "alpha", "dropout", "init", "init_weights", "target_modules", "exclude_modules",
+    "r", "kernel_r",
+    "layout", "scale", "alpha", "dropout", "init", "init_weights", "target_modules", "exclude_modules",
     "target_parameters", "layers_to_transform", "layers_pattern", "modules_to_save", "bias", "trainable_token_indices",
     "rank_pattern", "scale_pattern", "fold", "budget", "path",
 }  # fmt: skip
@@ -134,9 +135,10 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"init": "paper_cnn"},
         ValueError,
-        "init is 'paper_cnn', expected one of orthogonal, paper_conv, paper_nlu, paper_llm; did you mean 'paper_conv'?",
+        "init is 'paper_cnn', expected one of zero_first, orthogonal, paper_conv, paper_nlu, paper_llm; "
+        "did you mean 'paper_conv'?",
     ),
-    ({"init": "zzz"}, ValueError, "init is 'zzz', expected one of orthogonal, paper_conv, paper_nlu, paper_llm"),
+    ({"init": "zzz"}, ValueError, "init is 'zzz', expected one of zero_first, orthogonal, paper_conv, paper_nlu"),
     (
         {"path": "factor"},
         ValueError,

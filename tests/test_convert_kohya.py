@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from convert_cases import conv_adapter, difference, random_adapter, random_form
 from flora.convert import Adapter, Entry, Layout, load, save
-from flora.convert.layout import of_module
+from flora.layout import of_module
 
 
 class Convs(nn.Module):

@@ -45,7 +45,7 @@ def test_dense_is_scale_times_the_form() -> None:
 
 
 def test_the_form_holds_the_live_parameters() -> None:
-    delta = TuckerDelta((11, 7), (4, 3))
+    delta = TuckerDelta((11, 7), (4, 3), init="orthogonal")
     assert isinstance(delta.form, Tucker)
     assert delta.form.core is delta.core
     with torch.no_grad():

@@ -82,7 +82,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"init": "ortogonal", "target_modules": ["conv1"]},
         ValueError,
-        "init is 'ortogonal', expected one of orthogonal,",
+        "init is 'ortogonal', expected one of zero_first, orthogonal,",
     ),
     (
         {"target_modules": ["conv3", "hed"]},

@@ -13,6 +13,7 @@ from torch import Tensor
 from flora import INITIALIZERS, Tucker, TuckerDelta
 from flora.initialize import initialize
 
+ZERO_CORE = ["orthogonal", "paper_conv", "paper_nlu", "paper_llm"]
 SIZES_AND_RANKS = [(20_011, 5), (10_007, 13), (4_001, 37)]  # large, so that a sample's std is within a per cent
 
 
@@ -35,10 +36,10 @@ def kurtosis(sample: Tensor) -> float:
 
 
 def test_the_initialisers_are_these() -> None:
-    assert list(INITIALIZERS) == ["orthogonal", "paper_conv", "paper_nlu", "paper_llm"]
+    assert list(INITIALIZERS) == ["zero_first", *ZERO_CORE]
 
 
-@pytest.mark.parametrize("name", INITIALIZERS)
+@pytest.mark.parametrize("name", ZERO_CORE)
 def test_the_core_is_zero_and_every_factor_is_random(name: str) -> None:
     form = filled(name, (29, 23, 5), (7, 3, 2))
     assert torch.count_nonzero(form.core) == 0
@@ -49,15 +50,15 @@ def test_the_core_is_zero_and_every_factor_is_random(name: str) -> None:
         assert torch.linalg.matrix_rank(factor) == factor.shape[1]
 
 
-@pytest.mark.parametrize("name", INITIALIZERS)
-def test_at_the_first_step_only_the_core_has_a_gradient(name: str) -> None:
+@pytest.mark.parametrize(("name", "trained"), [("zero_first", "factor_0"), *((name, "core") for name in ZERO_CORE)])
+def test_at_the_first_step_only_what_is_zero_has_a_gradient(name: str, trained: str) -> None:
     delta = TuckerDelta((11, 7, 3), (5, 3, 2), init=name)
     (delta.dense() * torch.randn(11, 7, 3)).sum().backward()
     gradients = {key: parameter.grad for key, parameter in delta.named_parameters()}
     assert gradients.keys() == {"core", "factor_0", "factor_1", "factor_2"}
     for key, gradient in gradients.items():
         assert gradient is not None
-        assert (torch.count_nonzero(gradient) > 0) == (key == "core"), key
+        assert (torch.count_nonzero(gradient) > 0) == (key == trained), key
 
 
 @pytest.mark.parametrize(("size", "rank"), SIZES_AND_RANKS)
@@ -107,25 +108,42 @@ def shapes_and_ranks(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @given(shapes_and_ranks(), st.floats(0.01, 8))
-def test_our_default_gives_rms_of_the_update_equal_to_s_times_that_of_the_core(
+def test_orthogonal_gives_rms_of_the_update_equal_to_s_times_that_of_the_core(
     drawn: tuple[tuple[int, ...], tuple[int, ...]], scale: float
 ) -> None:
     shape, ranks = drawn
-    delta = TuckerDelta(shape, ranks, scale=scale, dtype=torch.float64)
+    delta = TuckerDelta(shape, ranks, scale=scale, init="orthogonal", dtype=torch.float64)
     with torch.no_grad():
         delta.core.normal_()
     assert rms(delta.dense()) == pytest.approx(scale * rms(delta.core), rel=1e-9)
 
 
-def test_our_default_has_orthogonal_columns_of_length_root_size_over_rank() -> None:
+def test_orthogonal_has_columns_of_length_root_size_over_rank() -> None:
     factor = filled("orthogonal", (31, 5), (7, 2), torch.float64).factors[0]
     assert factor is not None
     torch.testing.assert_close(factor.T @ factor, torch.eye(7, dtype=torch.float64) * 31 / 7)
 
 
+@given(shapes_and_ranks(), st.floats(0.01, 8))
+def test_our_default_starts_at_zero_and_steps_by_s_times_the_first_factor(
+    drawn: tuple[tuple[int, ...], tuple[int, ...]], scale: float
+) -> None:
+    """The rest of the form has orthogonal rows of one length, where rank 0 is no more than the others can reach."""
+    shape, ranks = drawn
+    ranks = (min(ranks[0], math.prod(ranks[1:])), *ranks[1:])
+    delta = TuckerDelta(shape, ranks, scale=scale, dtype=torch.float64)
+    assert torch.count_nonzero(delta.dense()) == 0
+    if "factor_0" not in dict(delta.named_parameters()):
+        assert torch.count_nonzero(delta.core) == 0
+        return
+    with torch.no_grad():
+        delta.factor_0.normal_()
+    assert rms(delta.dense()) == pytest.approx(scale * rms(delta.factor_0), rel=1e-9)
+
+
 def test_not_identity_fills_the_core() -> None:
     core, factors = torch.zeros(40, 50), [torch.zeros(60, 40), torch.zeros(70, 50)]
-    initialize(core, factors, "orthogonal", identity=False)
+    initialize(core, factors, "zero_first", identity=False)
     assert core.std().item() == pytest.approx(0.05, rel=0.1)
     assert torch.count_nonzero(Tucker(core, tuple(factors)).to_dense()) > 0
 

@@ -24,6 +24,7 @@ LEVELS: list[set[str]] = [
     {"fused"},
     {"fused_conv"},
     {"layers"},
+    {"layout"},
     {"tuner", "convert"},
     {"flora"},
     {"progress"},
@@ -49,6 +50,7 @@ FOREIGN: dict[str, set[str]] = {
     "fused_conv": set(),
     "experts": set(),
     "layers": {"transformers"},
+    "layout": set(),
     "tuner": {"peft", "safetensors", "transformers"},
     "convert": {"diffusers", "safetensors", "tqdm", "transformers"},  # never peft: a format is key names and shapes
     "flora": set(),

@@ -3,6 +3,8 @@
 Importing ``flora`` registers the method with PEFT; ``FloraConfig`` then works wherever PEFT takes a config.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from flora.delta import TuckerDelta
 from flora.initialize import INITIALIZERS
 from flora.layers import LAYERS
@@ -14,5 +16,40 @@ register()
 
 from flora.tuner.config import FloraConfig  # noqa: E402  (needs the registered type)
 
-__all__ = ["INITIALIZERS", "LAYERS", "FloraConfig", "Plan", "Tucker", "TuckerDelta", "plan"]
+if TYPE_CHECKING:
+    from flora.convert import Adapter, load, save
+    from flora.convert.finetune import extract
+    from flora.decomposition import decompose
+
+__all__ = [
+    "INITIALIZERS",
+    "LAYERS",
+    "Adapter",
+    "FloraConfig",
+    "Plan",
+    "Tucker",
+    "TuckerDelta",
+    "decompose",
+    "extract",
+    "load",
+    "plan",
+    "save",
+]
 __version__ = "0.1.0"
+
+_LATER = {
+    "Adapter": "flora.convert",
+    "load": "flora.convert",
+    "save": "flora.convert",
+    "extract": "flora.convert.finetune",
+    "decompose": "flora.decomposition",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """What works on files is imported when it is first used, so that ``import flora`` adds little to PEFT's."""
+    if name not in _LATER:
+        raise AttributeError(f"module 'flora' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_LATER[name]), name)

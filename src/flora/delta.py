@@ -46,7 +46,7 @@ class TuckerDelta(nn.Module):
         *,
         scale: float = 1.0,
         fold: str | Fold | None = None,
-        init: str = "orthogonal",
+        init: str = "zero_first",
         init_weights: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -65,8 +65,7 @@ class TuckerDelta(nn.Module):
         for name, size, rank in zip(self._factor_names, sizes, ranks, strict=True):
             if name is not None:
                 self.register_parameter(name, nn.Parameter(torch.empty(size, rank, device=device, dtype=dtype)))
-        factors = [factor for factor in self.form.factors if factor is not None]
-        initialize(self.core, factors, init, identity=init_weights)
+        initialize(self.core, self.form.factors, init, identity=init_weights)
 
     @property
     def form(self) -> Tucker:

@@ -1,7 +1,7 @@
-"""How a new adapter starts: ``INITIALIZERS[name]`` fills a zero core and random factors, so dW = 0 at the start.
+"""How a new adapter starts: ``INITIALIZERS[name]`` fills core and factors, one of them with zeros, so that dW = 0.
 
-With a zero core only the core has a gradient at the first step (paper, section 3). The variants are not
-interchangeable in learning rate, because the size of the factors sets the size of dW for a given core.
+Only what is zero has a gradient at the first step: the core in the authors' variants (paper, section 3), the first
+factor in ours. The variants are not interchangeable in learning rate: the size of the random parts sets that of dW.
 """
 
 from __future__ import annotations
@@ -12,39 +12,63 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-Initializer = Callable[[Tensor, Sequence[Tensor]], None]
+Initializer = Callable[[Tensor, Sequence[Tensor | None]], None]
 
 
-def orthogonal(core: Tensor, factors: Sequence[Tensor]) -> None:
-    """Our default: orthogonal columns of length ``sqrt(In / Jn)``, so rms(dW) = s * rms(core) at any ranks."""
+def zero_first(core: Tensor, factors: Sequence[Tensor | None]) -> None:
+    """Our default, LoRA's start: the first factor (of the outputs) is zero, the rest is random and orthogonal.
+
+    The space of the outputs is then learned from the first step on, where a zero core has to train inside a random one.
+    Lengths are such that rms(dW) = s * rms(first factor) at any ranks. If the first mode is whole, the core is zero.
+    """
+    if factors[0] is None:
+        orthogonal(core, factors)
+        return
+    unfolded = core.view(core.shape[0], -1)
+    nn.init.orthogonal_(unfolded, gain=math.sqrt(max(unfolded.shape) / unfolded.shape[0]))
+    _orthogonal_columns(factors[1:])
+    nn.init.zeros_(factors[0])
+
+
+def orthogonal(core: Tensor, factors: Sequence[Tensor | None]) -> None:
+    """A zero core, and orthogonal columns of length ``sqrt(In / Jn)``: rms(dW) = s * rms(core) at any ranks."""
     nn.init.zeros_(core)
-    for factor in factors:
+    _orthogonal_columns(factors)
+
+
+def _orthogonal_columns(factors: Sequence[Tensor | None]) -> None:
+    for factor in _given(factors):
         size, rank = factor.shape
         nn.init.orthogonal_(factor, gain=math.sqrt(size / rank))
 
 
-def paper_conv(core: Tensor, factors: Sequence[Tensor]) -> None:
+def _given(factors: Sequence[Tensor | None]) -> list[Tensor]:
+    return [factor for factor in factors if factor is not None]
+
+
+def paper_conv(core: Tensor, factors: Sequence[Tensor | None]) -> None:
     """The authors' conv code: ``kaiming_normal_(a=sqrt 3)`` on (In, Jn), std = sqrt(1 / (2 Jn)), for a constant s."""
     nn.init.zeros_(core)
-    for factor in factors:
+    for factor in _given(factors):
         nn.init.kaiming_normal_(factor, a=math.sqrt(3))
 
 
-def paper_nlu(core: Tensor, factors: Sequence[Tensor]) -> None:
+def paper_nlu(core: Tensor, factors: Sequence[Tensor | None]) -> None:
     """The authors' NLU code: factors from N(0, 0.02^2); used with s = alpha / r."""
     nn.init.zeros_(core)
-    for factor in factors:
+    for factor in _given(factors):
         nn.init.normal_(factor, std=0.02)
 
 
-def paper_llm(core: Tensor, factors: Sequence[Tensor]) -> None:
+def paper_llm(core: Tensor, factors: Sequence[Tensor | None]) -> None:
     """The authors' LLM code: ``kaiming_uniform_(a=sqrt 5)`` on (In, Jn), bound = 1 / sqrt(Jn), for s = alpha / r."""
     nn.init.zeros_(core)
-    for factor in factors:
+    for factor in _given(factors):
         nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
 
 
 INITIALIZERS: dict[str, Initializer] = {
+    "zero_first": zero_first,
     "orthogonal": orthogonal,
     "paper_conv": paper_conv,
     "paper_nlu": paper_nlu,
@@ -52,18 +76,20 @@ INITIALIZERS: dict[str, Initializer] = {
 }
 
 
-def initialize(core: Tensor, factors: Sequence[Tensor], name: str, *, identity: bool = True) -> None:
+def initialize(core: Tensor, factors: Sequence[Tensor | None], name: str, *, identity: bool = True) -> None:
     """Fills ``core`` and ``factors`` in place by the initialiser ``name``.
 
     Args:
         core: shape ``(J1, ..., JN)``.
-        factors: the matrices ``(In, Jn)`` of the modes that have one.
+        factors: the matrices ``(In, Jn)``, None for the modes that are whole.
         name: a key of :data:`INITIALIZERS`.
-        identity: False adds a random core (std 0.05), so that dW is not zero: for tests.
+        identity: False is for tests: a random core (std 0.05) and orthogonal factors, so that dW is not zero.
     """
     if core.is_meta:  # loading with low_cpu_mem_usage: the values come from the file
         return
     with torch.no_grad():
-        INITIALIZERS[name](core, factors)
-        if not identity:
+        if identity:
+            INITIALIZERS[name](core, factors)
+        else:
+            _orthogonal_columns(factors)
             nn.init.normal_(core, std=0.05)

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from flora.convert.layout import Layout, fold_groups, from_shape, is_usual
 from flora.convert.names import GIVE_BASE
 from flora.fold import Fold
+from flora.layout import Layout, fold_groups, from_shape, is_usual
 from flora.tucker import Tucker
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from flora.convert.adapter import Adapter, Entry
 from flora.convert.allocation import Choice, choices, for_energy, spend
 from flora.convert.finetune import Extracted, Row, check_request
-from flora.convert.layout import Layout
 from flora.decomposition import decompose
+from flora.layout import Layout
 from flora.ranks import Ranks
 from flora.tucker import Tucker, concatenate, mode_product
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from flora.convert.files import check_exists, read_json
-from flora.convert.layout import Layout, of_module
+from flora.layout import Layout, of_module
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flora.convert.adapter import Adapter, Entry
 from flora.convert.files import open_tensors, read_tensors, write_tensors
-from flora.convert.layout import Layout, layout_from_json
+from flora.layout import Layout, layout_from_json
 from flora.tucker import Tucker
 
 MARK = "flora_dense"  # in the metadata: the layouts that are known

@@ -20,11 +20,11 @@ from flora.convert.allocation import Choice, choices, for_energy, spend
 from flora.convert.base import Base, open_base
 from flora.convert.checkpoint import Checkpoint
 from flora.convert.filemap import FileMap
-from flora.convert.layout import Layout, from_shape
 from flora.convert.report import table
 from flora.convert.store import Store
 from flora.decomposition import decompose
 from flora.fold import parse_fold
+from flora.layout import Layout, from_shape
 from flora.ranks import Ranks, resolve
 from flora.tucker import Tucker, count_params
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from flora.convert.adapter import Adapter, Entry
 from flora.convert.files import NOTE, open_tensors, read_tensors, write_tensors
-from flora.convert.layout import Layout, layout_from_json
 from flora.convert.names import GIVE_BASE
 from flora.convert.pairs import pad, split, trim
+from flora.layout import Layout, layout_from_json
 from flora.tucker import Tucker, mode_product
 
 PREFIXES = ("lycoris", "lora_unet", "lora_te1", "lora_te2", "lora_te", "lora_transformer", "lora")

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from flora.convert.adapter import Adapter, Entry
 from flora.convert.files import CONFIG, NOTE, WEIGHTS, read_json, read_tensors, write_json, write_tensors
-from flora.convert.layout import KERNEL_AXES, Layout, is_raw, layout_from_json
 from flora.convert.names import GIVE_BASE, PREFIX, check_prefix, match_pattern, module_of, nested
 from flora.convert.native import lone_biases, saved_modules
 from flora.convert.pairs import join_stack, pad, split, split_stack, swap, trim
+from flora.layout import KERNEL_AXES, Layout, is_raw, layout_from_json
 from flora.tucker import Tucker
 
 _REFUSED = ("use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication", "megatron_config")

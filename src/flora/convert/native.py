@@ -14,8 +14,8 @@ from torch import Tensor
 
 from flora.convert.adapter import Adapter, Entry
 from flora.convert.files import CONFIG, NOTE, WEIGHTS, read_json, read_tensors, write_json, write_tensors
-from flora.convert.layout import Layout, from_shape, is_raw, layout_from_json
 from flora.convert.names import PREFIX, check_prefix, exact_pattern, match_pattern, module_of, nested
+from flora.layout import Layout, from_shape, is_raw, layout_from_json
 from flora.tucker import Tucker, mode_product
 
 _KEY = re.compile(r"(?:(?P<module>.*)\.)?tucker_(?P<weight>[^.]+)\.(?P<part>core|factor_(?P<mode>\d+))")

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from flora.convert.adapter import Adapter, Entry
 from flora.convert.files import open_tensors, read_pickled, read_tensors
-from flora.convert.layout import Layout
 from flora.convert.pairs import swap
+from flora.layout import Layout
 from flora.tucker import Tucker
 
 _CONV = re.compile(r"(?P<module>.+)\.flora_layer\.param_(?P<part>G|\d+)")

@@ -59,6 +59,8 @@ class FloraConfig(PeftConfig):
             einops' notation: ``{"qkv": "(three heads dim) in, three=3 heads=12"}``; ranks are then those of that space.
         budget: trainable parameters to spend on the adapter, a fraction of the model's below 1, a count from 1; ranks
             are solved per weight and written into ``rank_pattern``.
+        layout: weight -> kind, axes and groups where name and shape do not tell them, for conversion to other formats;
+            filled in when the adapter is put into a model.
         path: how the forward is computed: "rebuild", "factored" or, by the plan, "auto".
 
     Raises:
@@ -74,7 +76,7 @@ class FloraConfig(PeftConfig):
     scale: float | None = field(default=None, metadata={"help": "The constant s of the paper (1 by default)."})
     alpha: float | None = field(default=None, metadata={"help": "Instead of scale: s = alpha / r."})
     dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the adapter's input."})
-    init: str = field(default="orthogonal", metadata={"help": "A key of flora.INITIALIZERS."})
+    init: str = field(default="zero_first", metadata={"help": "A key of flora.INITIALIZERS."})
     init_weights: bool = field(default=True, metadata={"help": "False: a random, non-identity start, for tests."})
     target_modules: list[str] | str | None = field(
         default=None,
@@ -100,6 +102,10 @@ class FloraConfig(PeftConfig):
     )
     budget: float | int | None = field(
         default=None, metadata={"help": "Trainable parameters to spend: a fraction below 1, a count from 1."}
+    )
+    layout: dict[str, dict[str, Any]] | None = field(
+        default=None,
+        metadata={"help": "What the dimensions of unusual weights mean; filled in by the tuner."},
     )
     path: Literal["auto", "rebuild", "factored"] = field(
         default="auto", metadata={"help": "How the forward is computed."}

@@ -48,6 +48,7 @@ class FloraModel(BaseTuner):
             find.explain_no_match(peft_config, model)
             return
         find.record_folds(peft_config, sites)
+        find.record_layouts(peft_config, sites)
         find.spend_budget(peft_config, sites, model)
         find.warn_if_larger(peft_config, sites)
         find.warn_unmatched(peft_config, model)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from flora.fold import parse_fold
 from flora.layers import Layer, parameter, refusal, weight_shape
+from flora.layout import is_usual, of_module
 from flora.ranks import Weight, resolve, solve_budget
 from flora.tucker import count_params
 from flora.tuner.config import FloraConfig
@@ -151,6 +152,17 @@ def record_folds(config: FloraConfig, sites: list[Site]) -> None:
 def exact_pattern(name: str) -> str:
     """A pattern for one weight and no other whose name ends like it (``conv.weight`` is also a suffix of others)."""
     return f"^{re.escape(name)}"
+
+
+def record_layouts(config: FloraConfig, sites: list[Site]) -> None:
+    """Writes into the config what the dimensions of a weight mean, where its name and shape do not tell."""
+    config.layout = {}
+    for site in sites:
+        found = of_module(site.module)
+        for weight in site.row.weights(site.module):
+            name = f"{site.name}.{weight}"
+            if weight in found and not is_usual(name, found[weight]):
+                config.layout[name] = found[weight].to_json()
 
 
 def spend_budget(config: FloraConfig, sites: list[Site], model: nn.Module) -> None:
