@@ -215,3 +215,43 @@ def test_bfloat16_with_a_float32_adapter(name: str) -> None:
     assert form.core.grad.dtype == torch.float32
     assert low.grad is not None
     assert low.grad.dtype == torch.bfloat16
+
+
+DEPTHWISE: dict[str, Callable[[], nn.Conv2d]] = {
+    "7x7": lambda: nn.Conv2d(5, 5, 7, padding=3, groups=5),
+    "5x7, strided, dilated": lambda: nn.Conv2d(3, 3, (5, 7), stride=2, dilation=(1, 2), padding=(2, 6), groups=3),
+    "no bias": lambda: nn.Conv2d(3, 3, 5, padding=2, groups=3, bias=False),
+}
+
+
+@pytest.mark.parametrize("name", DEPTHWISE)
+def test_a_large_depthwise_kernel(name: str) -> None:
+    torch.manual_seed(0)
+    layer = DEPTHWISE[name]().double()
+    x = torch.randn(2, layer.in_channels, 11, 13, dtype=torch.float64).requires_grad_(True)
+    wanted = [x, *layer.parameters()]
+    assert fused_conv.is_slow_depthwise(layer, layer.weight, x)
+    out = row(layer).apply(layer, layer.weight, layer.bias, x)
+    assert torch.equal(out, layer(x))
+    found = torch.autograd.grad(out.square().sum(), wanted)
+    for value, other in zip(found, torch.autograd.grad(layer(x).square().sum(), wanted), strict=True):
+        assert torch.allclose(value, other, atol=1e-10)
+    given = [x[:, :, :10, :10].detach().requires_grad_(True), *wanted[1:]]
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return fused_conv.depthwise(layer, weight, bias, x)
+
+    assert torch.autograd.gradcheck(run, given, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, given, fast_mode=True)
+
+
+def test_where_a_depthwise_kernel_is_left_to_torch() -> None:
+    layer, x = nn.Conv2d(5, 5, 7, padding=3, groups=5), torch.randn(2, 5, 11, 13)
+    assert fused_conv.is_slow_depthwise(layer, layer.weight, x)
+    assert not fused_conv.is_slow_depthwise(layer, layer.weight, x[:, :, :9, :9])
+    assert not fused_conv.is_slow_depthwise(layer, layer.weight.detach(), x)
+    assert not fused_conv.is_slow_depthwise(layer, layer.weight, x.to(memory_format=torch.channels_last))
+    small = nn.Conv2d(5, 5, 3, groups=5)
+    assert not fused_conv.is_slow_depthwise(small, small.weight, x)
+    dense = nn.Conv2d(5, 5, 7)
+    assert not fused_conv.is_slow_depthwise(dense, dense.weight, x)

@@ -25,9 +25,13 @@ from flora.tucker import Tucker
 
 def can_fuse(x: Tensor, weight: Tensor) -> bool:
     """Whether the fused function does what separate operations would: eager mode, one dtype, a frozen weight."""
+    return not weight.requires_grad and in_plain_eager(x, weight)
+
+
+def in_plain_eager(x: Tensor, weight: Tensor) -> bool:
+    """Whether nothing watches or rewrites the operations: no compiler, autocast, functorch or forward-mode gradient."""
     return not (
         torch.compiler.is_compiling()
-        or weight.requires_grad
         or x.dtype != weight.dtype
         or torch.is_autocast_enabled(x.device.type)
         or torch._C._are_functorch_transforms_active()

@@ -9,11 +9,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flora import kernels
-from flora.fused import again
+from flora.fused import again, in_plain_eager
 from flora.planning import SUM_PAYS_FROM
 from flora.tucker import Tucker, mode_product
 
 aten = torch.ops.aten
+LARGE_KERNEL = 25  # entries of a depthwise kernel, and
+LARGE_MAP = 100  # pixels of its input, from which its gradient is faster on channels-last copies
 Geometry = tuple[Any, ...]  # stride, padding, dilation, transposed, output padding, groups
 
 
@@ -268,3 +270,47 @@ def _outer(wide: Tensor, narrow: Tensor) -> Tensor:
         return (narrow.movedim(1, -1).reshape(-1, narrow.shape[1]).T @ rows).T
     first, second = (part.reshape(*part.shape[:2], -1) for part in (narrow, wide))
     return torch.bmm(first, second.transpose(1, 2)).sum(0).T
+
+
+def is_slow_depthwise(module: Any, weight: Tensor, x: Tensor) -> bool:
+    """Whether torch computes the gradient of this depthwise kernel faster on channels-last copies.
+
+    On a CPU that is so, by a factor of two to three, for large kernels (ConvNeXt's 7x7) on maps that are not tiny.
+    """
+    depthwise = x.ndim == weight.ndim == 4 and weight.shape[1] == 1 and module.groups == weight.shape[0] > 1
+    large = depthwise and weight[0].numel() >= LARGE_KERNEL and x.shape[2] * x.shape[3] >= LARGE_MAP
+    plain = large and x.device.type == "cpu" and weight.requires_grad and x.is_contiguous()
+    return (
+        plain and module.padding_mode == "zeros" and not isinstance(module.padding, str) and in_plain_eager(x, weight)
+    )
+
+
+def depthwise(module: Any, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """A depthwise convolution whose kernel is trained: the gradient of the kernel is taken on channels-last copies."""
+    geometry = (module.stride, module.padding, module.dilation, False, (0, 0), module.groups)
+    y: Tensor = _Depthwise.apply(x, weight, bias, geometry)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Depthwise(torch.autograd.Function):
+    """Shapes: x (B, C, H, W), weight (C, 1, *K) -> (B, C, H', W')."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.geometry = geometry
+        return aten.convolution(x, weight, bias, *geometry)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return again(ctx, aten.convolution, (x, weight, bias), ctx.geometry, grad)
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = aten.convolution_backward(grad, x, weight, None, *ctx.geometry, [True, False, False])[0]
+        last = [part.contiguous(memory_format=torch.channels_last) for part in (grad, x)]
+        grad_weight = aten.convolution_backward(*last, weight, None, *ctx.geometry, [False, True, False])[1]
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.sum((0, 2, 3))
+        return grad_x, grad_weight, grad_bias, None

@@ -75,6 +75,8 @@ def _linear_transposed(module: nn.Module, weight: Tensor, bias: Tensor | None, x
 
 
 def _conv(module: Any, weight: Tensor, bias: Tensor | None, input: Tensor) -> Tensor:
+    if fused_conv.is_slow_depthwise(module, weight, input):
+        return fused_conv.depthwise(module, weight, bias, input)
     return module._conv_forward(input, weight, bias)  # type: ignore[no-any-return]
 
 
