@@ -10,7 +10,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+RUN := $(VENV)/.installed-run
+DEV := $(VENV)/.installed-dev
 CONFIG ?= digits
 OUTPUT ?= outputs/$(CONFIG)
 
@@ -21,37 +22,41 @@ OUTPUT ?= outputs/$(CONFIG)
 help:
 	@sed -n 's/^#   //p' Makefile
 
-install: $(STAMP)
+install: $(DEV)
 
 # Written last, so that an interrupted installation is taken up again; a venv without a working pip is built anew.
-$(STAMP): pyproject.toml constraints.txt
+$(RUN): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[recipes]'
+	@touch $@
+
+$(DEV): $(RUN)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[recipes,dev]'
 	@touch $@
 
-run: $(STAMP)
+run: $(RUN)
 	$(BIN)/flora compare $(CONFIG) --methods frozen,flora,lora,full --seeds 0,1,2
 	$(BIN)/flora train $(CONFIG) overwrite=true
 	$(BIN)/flora eval $(OUTPUT)
 	$(BIN)/flora merge $(OUTPUT) --out $(OUTPUT)-merged --overwrite
 
-test: $(STAMP)
+test: $(DEV)
 	$(BIN)/python -m pytest -n 2
 
-test-slow: $(STAMP)
+test-slow: $(DEV)
 	$(BIN)/python -m pytest -m slow
 
-lint: $(STAMP)
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)
+bench: $(DEV)
 	@test -f benchmarks/run.py || { echo "benchmarks/run.py does not exist yet: there is nothing to measure" >&2; exit 1; }
 	$(BIN)/python benchmarks/run.py
 
-docs: $(STAMP)
+docs: $(DEV)
 	$(BIN)/python docs/generate.py
 	$(BIN)/python -m pytest tests/test_docs.py
