@@ -11,6 +11,7 @@ import dis
 import inspect as introspection
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -350,6 +351,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb; errors of use are one line and exit code 2, bugs keep their traceback."""
     args = parse(argv)
+    # PEFT asks transformers for an attribute that it has renamed: nothing that who types a command could change
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     try:
         return COMMANDS[args.verb](args)
     except ModuleNotFoundError as error:

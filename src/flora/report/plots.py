@@ -8,6 +8,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+MARKERS = "osD^vPX*"
+APART = 1.12  # methods of the same size are drawn side by side, by this factor
+
 
 def loss_curve(path: Path, history: Sequence[dict[str, Any]], title: str) -> None:
     """The training loss, and the evaluation loss where there is one, against the step.
@@ -34,6 +37,8 @@ def loss_curve(path: Path, history: Sequence[dict[str, Any]], title: str) -> Non
 def accuracy_against_parameters(path: Path, rows: Sequence[dict[str, Any]], metric: str, title: str) -> None:
     """Each method's mean with its standard deviation as error bar, the single seeds as dots; parameters on a log axis.
 
+    Methods of the same size stand side by side.
+
     Args:
         path: the PNG to write.
         rows: of ``compare.summarise``.
@@ -43,13 +48,20 @@ def accuracy_against_parameters(path: Path, rows: Sequence[dict[str, Any]], metr
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     for index, row in enumerate(rows):
-        colour = f"C{index}"
-        size = row["trainable_parameters"]
-        axes.errorbar(size, row["mean"], yerr=row["std"], fmt="o", capsize=4, color=colour, label=row["method"])
-        axes.scatter([size] * len(row["values"]), row["values"], s=10, alpha=0.4, color=colour)
+        colour, place = f"C{index}", apart(rows, index)
+        bar = {"fmt": MARKERS[index % len(MARKERS)], "capsize": 4, "color": colour, "label": row["method"]}
+        axes.errorbar(place, row["mean"], yerr=row["std"], **bar)
+        axes.scatter([place] * len(row["values"]), row["values"], s=10, alpha=0.4, color=colour)
     axes.set_xscale("log")
     axes.margins(x=0.12)
     axes.set(xlabel="trainable parameters", ylabel=f"{metric} (test)", title=title)
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False, loc="lower right")
     figure.savefig(path, dpi=120)
+
+
+def apart(rows: Sequence[dict[str, Any]], index: int) -> float:
+    """Where a method is drawn: at its parameters, or beside the earlier methods of the same size (to 5 %)."""
+    size = rows[index]["trainable_parameters"]
+    same = [other for other, row in enumerate(rows) if abs(row["trainable_parameters"] / size - 1) < 0.05]
+    return float(size * APART ** (same.index(index) - (len(same) - 1) / 2))
