@@ -22,6 +22,8 @@ from torch.nn import functional as F
 from flora import kernels
 from flora.tucker import Tucker
 
+SUM_PAYS_ABOVE = 1.5  # tokens per width of the input (or output) from which a linear layer runs with W + dW
+
 
 def can_fuse(x: Tensor, weight: Tensor) -> bool:
     """Whether the fused function does what separate operations would: eager mode, one dtype, a frozen weight."""
@@ -61,13 +63,17 @@ class _Linear(torch.autograd.Function):
         out: Tensor | None,
         scale: float,
     ) -> Tensor:
-        y = F.linear(x, weight, bias)
         up, down = _skinny(scale * core, inner, out, x.dtype)
-        hidden = x @ down.T.contiguous()
-        if up is None:
-            y += hidden
+        hidden = None
+        if _sums_weights(x.shape[0], x.shape[1], weight):
+            y = F.linear(x, _stand_in(weight, up, down), bias)
         else:
-            y.addmm_(hidden, up.T)
+            y = F.linear(x, weight, bias)
+            hidden = x @ down.T.contiguous()
+            if up is None:
+                y += hidden
+            else:
+                y.addmm_(hidden, up.T)
         ctx.save_for_backward(x, weight, bias, core, inner, out, None if up is None else hidden)
         ctx.scale = scale
         return y
@@ -83,13 +89,32 @@ class _Linear(torch.autograd.Function):
         back = grad if up is None else grad @ up  # (T, J)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ weight
-            grad_x.addmm_(back, down)
+            if _sums_weights(x.shape[0], grad.shape[1], weight):
+                grad_x = grad @ _stand_in(weight, up, down)
+            else:
+                grad_x = grad @ weight
+                grad_x.addmm_(back, down)
         grad_down = back.T @ x  # (J, I)
-        grad_up = None if up is None else (hidden.T @ grad).T  # (O, J)
+        grad_up = None
+        if up is not None:
+            hidden = x @ down.T.contiguous() if hidden is None else hidden
+            grad_up = (hidden.T @ grad).T  # (O, J)
         grad_core, grad_inner, grad_out = _unfold(scale * core, inner, out, grad_down, grad_up)
         grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
         return grad_x, None, grad_bias, scale * grad_core, grad_inner, grad_out, None
+
+
+def _sums_weights(tokens: int, width: int, weight: Tensor) -> bool:
+    """Whether one product with W + dW is cheaper than adding into the (tokens, other) result of the one with W.
+
+    The sum has ``width`` rows of that many entries. Not in half precision: it would round a small dW away.
+    """
+    return weight.dtype in (torch.float32, torch.float64) and tokens > SUM_PAYS_ABOVE * width
+
+
+def _stand_in(weight: Tensor, up: Tensor | None, down: Tensor) -> Tensor:
+    """W + dW by one product into a copy of W."""
+    return weight + down if up is None else torch.addmm(weight, up, down)
 
 
 def _folds_down(core: Tensor, inner: Tensor | None) -> bool:
