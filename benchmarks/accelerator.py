@@ -57,7 +57,7 @@ def model_row(model: Model, options: Options, device: str, dtype: torch.dtype) -
     except UnavailableError as error:
         return {**named, "skipped": str(error)}
     inputs = {key: moved(value, device, dtype) for key, value in model.inputs(options.quick).items()}
-    built = {name: make(copy.deepcopy(base), model) for name, make in models.METHODS.items()}
+    built = {name: models.METHODS[name](copy.deepcopy(base), model) for name in NAMES if name in models.METHODS}
     found: dict[str, Any] = {
         name: {"parameters": sum(p.numel() for p in module.parameters() if p.requires_grad), "ms": {}, "peak": {}}
         for name, module in built.items()

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     from benchmarks import accelerator, results
 
-    options = results.Options(asked.quick, (1,), asked.seed)
+    options = results.Options(asked.quick, (1,), asked.seed, results.load())
     folder = asked.out or (results.QUICK if asked.quick else results.RESULTS)
     print(f"written {results.write('gpu', accelerator.measure(options), options, folder)}")
     return 0

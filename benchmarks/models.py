@@ -49,6 +49,8 @@ def row(model: Model, options: Options) -> dict[str, Any]:
 def training(base: nn.Module, model: Model, inputs: dict[str, Tensor], options: Options) -> dict[str, Any]:
     """Times of a step under every method, parameters, bytes kept and the growth of the peak memory."""
     built = {name: make(copy.deepcopy(base), model) for name, make in METHODS.items()}
+    if adapted_layers(built["flora-same"]) == adapted_layers(built["flora"]):
+        del built["flora-same"]
     steps = {name: training_step(module, model, inputs) for name, module in built.items()}
     found: dict[str, Any] = {}
     with clock.threads(options.threads[0]):
@@ -117,11 +119,20 @@ def lora_all(base: nn.Module, model: Model) -> nn.Module:
     return get_peft_model(base, lora_config(base, model))
 
 
+def flora_on_loras_layers(base: nn.Module, model: Model) -> nn.Module:
+    """FLoRA on those layers only that LoRA adapts too."""
+    _entered(base, model)
+    config = flora_config(model)
+    config.target_modules, config.exclude_modules = set(lora_targets(base, model)), None
+    return get_peft_model(base, config)
+
+
 METHODS: dict[str, Callable[[nn.Module, Model], nn.Module]] = {
     "frozen": frozen,
     "full": full,
     "flora": flora_all,
     "lora": lora_all,
+    "flora-same": flora_on_loras_layers,  # where LoRA cannot adapt every layer
 }
 
 
@@ -132,13 +143,18 @@ def flora_config(model: Model) -> flora.FloraConfig:
     )
 
 
-def lora_config(base: nn.Module, model: Model) -> LoraConfig:
-    """Of a model, with its targets named one by one."""
-    names = [
+def lora_targets(base: nn.Module, model: Model) -> list[str]:
+    """FLoRA's targets that PEFT's LoRA can adapt, named one by one."""
+    return [
         name
         for name, part in base.named_modules()
         if isinstance(part, LORA_TAKES) and name != model.head and model.rank % getattr(part, "groups", 1) == 0
     ]
+
+
+def lora_config(base: nn.Module, model: Model) -> LoraConfig:
+    """At FLoRA's channel rank."""
+    names = lora_targets(base, model)
     return LoraConfig(r=model.rank, lora_alpha=model.rank, target_modules=names, modules_to_save=[model.head])
 
 

@@ -59,8 +59,11 @@ def render(found: Mapping[str, Row]) -> str:
 def _asked(found: Mapping[str, Row]) -> list[str]:
     judged = list(verdicts(found))
     parts = ["## What the issue asks for and what was measured", tables.verdict_table(judged)]
-    failing = [check for check, said in judged if any(not verdict.holds for verdict in said)]
-    reasons = [f"* {check.line}: {check.reason}" for check in failing if check.reason]
+    failing = [verdict for _, said in judged for verdict in said[:1] if not verdict.holds]
+    reasons = [
+        f"* {verdict.check.line}; beyond the limit: {', '.join(verdict.beyond)}. {verdict.check.reason}"
+        for verdict in failing
+    ]
     return parts + (["Why lines fail:", "\n".join(reasons)] if reasons else [])
 
 
@@ -99,7 +102,7 @@ def _models(result: Row) -> list[str]:
         "## Whole models",
         "Random weights. Every method trains the head and takes the gradient to the model's input (to the embeddings' "
         "output where the input is ids); *frozen* trains only the head. FLoRA adapts `all`, LoRA those of its layers "
-        "that PEFT can adapt.",
+        "that PEFT can adapt; where these are fewer, *FLoRA on LoRA's layers* adapts the same ones.",
         tables.models(rows, threads[0]),
     ]
     for count in threads[1:]:

@@ -7,14 +7,13 @@ import json
 import os
 import platform
 import re
+import subprocess
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-
-from flora.report.provenance import commit
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -30,11 +29,13 @@ class Options:
         quick: a smoke run: small inputs, few repeats.
         threads: thread counts to time with; the first is the headline.
         seed: of weights, inputs and orders.
+        load: of the machine before the question was asked, averaged over the last minute.
     """
 
     quick: bool = False
     threads: tuple[int, ...] = (1, 2)
     seed: int = 0
+    load: float | None = None
 
 
 def provenance(options: Options) -> dict[str, Any]:
@@ -47,13 +48,33 @@ def provenance(options: Options) -> dict[str, Any]:
             "cores": os.cpu_count(),
             "threads": list(options.threads),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+            "load_before": options.load,
             "python": platform.python_version(),
         },
         "versions": versions(),
         "seed": options.seed,
         "quick": options.quick,
     }
+
+
+def commit() -> str | None:
+    """Of the checkout, marked "-dirty" where the library or a script differs from it; None without git."""
+    try:
+        head = _git("rev-parse", "HEAD")
+        changed = _git("status", "--porcelain", "--", "src", "benchmarks/*.py")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head + ("-dirty" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()
+
+
+def load() -> float | None:
+    """Processes that want a core, averaged over the last minute; None where the system does not tell."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def cpu() -> str:
@@ -89,5 +110,6 @@ def dumps(content: dict[str, Any]) -> str:
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
-    """Every result of a folder, by question."""
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    """Every result of a folder, by question; files that answer none are left alone."""
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    return {name: content for name, content in found.items() if content.get("question") == name}

@@ -81,7 +81,7 @@ def answer(options: argparse.Namespace) -> int:
     quiet.settle()
     from benchmarks import results
 
-    asked = results.Options(options.quick, options.threads, options.seed)
+    asked = results.Options(options.quick, options.threads, options.seed, results.load())
     measured = importlib.import_module(f"benchmarks.{options.only[0]}").measure(asked)
     path = results.write(options.only[0], measured, asked, folder(options))
     print(f"written {path}")
@@ -90,6 +90,9 @@ def answer(options: argparse.Namespace) -> int:
 
 def page(options: argparse.Namespace) -> int:
     """Writes the page and the plot from the results that are there."""
+    from benchmarks import quiet
+
+    quiet.settle()
     from benchmarks import page as pages
 
     where = folder(options)

@@ -22,6 +22,7 @@ NAMES = {
     "lycoris": "LyCORIS Tucker",
     "authors": "authors' scheme",
 }
+MODEL_NAMES = {**NAMES, "flora-same": "FLoRA on LoRA's layers"}
 DASH = "-"
 MIB = 2**20
 
@@ -40,8 +41,8 @@ def origin(results: Mapping[str, Row]) -> str:
         versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
         commit = (result["commit"] or "unknown")[:12] + ("-dirty" if "dirty" in str(result["commit"]) else "")
         where = f"{machine['cpu']}, {machine['cores']} cores, {machine['device']}"
-        rows.append([name, result["date"], f"`{commit}`", where, f"{machine['load']}", result["seed"], versions])
-    return markdown(rows, ["question", "date", "commit", "machine", "load at the end", "seed", "versions"])
+        rows.append([name, result["date"], f"`{commit}`", where, f"{machine['load_before']}", result["seed"], versions])
+    return markdown(rows, ["question", "date", "commit", "machine", "load before", "seed", "versions"])
 
 
 def verdict_table(found: Sequence[tuple[Check, list[Verdict]]]) -> str:
@@ -59,7 +60,7 @@ def verdict_table(found: Sequence[tuple[Check, list[Verdict]]]) -> str:
 def _verdict(verdict: Verdict | None) -> str:
     if verdict is None:
         return DASH
-    figure = f"{verdict.figure:.1e}" if 0 < verdict.figure < 1e-3 else f"{verdict.figure:.2f}"
+    figure = f"{verdict.figure:.1e}" if 0 < verdict.figure < 1e-3 else f"{verdict.figure:.3f}"
     return f"{figure} holds" if verdict.holds else f"**{figure} fails**"
 
 
@@ -171,7 +172,7 @@ def models(rows: Sequence[Row], threads: str) -> str:
             continue
         frozen = row["methods"]["frozen"]["ms"][threads]["median"]
         lines += [
-            [f"{row['model']}, {row['size']}, r = {row['rank']}", NAMES[name], *_model(method, threads, frozen)]
+            [f"{row['model']}, {row['size']}, r = {row['rank']}", MODEL_NAMES[name], *_model(method, threads, frozen)]
             for name, method in row["methods"].items()
         ]
     heads = ["parameters", "layers", "step, ms", "/ frozen", "MiB kept", "peak growth, MiB", "attach, ms"]

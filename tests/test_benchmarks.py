@@ -127,6 +127,7 @@ def test_verdicts_follow_the_times(flora_ms: float, holds: bool) -> None:
     assert [verdict.holds for verdict in linear] == [holds, holds]
     assert linear[0].figure == pytest.approx(flora_ms / 14)
     assert said["Conv grid, FLoRA / frozen"] == []
+    assert linear[0].beyond == ([] if holds else ["x (0.929)"])
     assert bool(verdicts.slow_choices(result["layers"]["rows"])) is not holds
 
 
