@@ -58,7 +58,7 @@ def render(found: Mapping[str, Row]) -> str:
 
 def _asked(found: Mapping[str, Row]) -> list[str]:
     judged = list(verdicts(found))
-    parts = ["## What the issue asks for and what was measured", tables.verdict_table(judged)]
+    parts = ["## What was aimed at and what was measured", tables.verdict_table(judged)]
     failing = [verdict for _, said in judged for verdict in said[:1] if not verdict.holds]
     reasons = [
         f"* {verdict.check.line}; beyond the limit: {', '.join(verdict.beyond)}. {verdict.check.reason}"

@@ -131,12 +131,12 @@ def _compiled(row: Row, clock: str) -> float | None:
 
 
 NARROW_LORA = (
-    "LoRA's own step lies so near the frozen one on the rows beyond the limit that a smaller rank would be needed to take "
-    "that much off it: both adapters do nearly the same skinny products there."
+    "There LoRA's own step lies near the frozen one; both adapters do nearly the same skinny products, and what FLoRA saves "
+    "by adding in place is small beside the frozen step."
 )
 DENSE_RUN = (
-    "On these rows the rank is a large part of the channels, or the activations far outnumber the weights, so that each "
-    "pass over them costs a good part of the frozen step; the scheme's second full run costs no more than on other rows."
+    "There the rank is a large part of the channels, or the activations far outnumber the weights: each pass over them "
+    "costs a good part of the frozen step, while the scheme's second full run costs no more than on other rows."
 )
 LORA_LEAVES_OUT = "PEFT's LoRA takes no depthwise convolution and leaves those layers out; see the line below."
 LINEAR, CONV, MOE = in_group("linear"), in_group("conv"), in_group("moe")
