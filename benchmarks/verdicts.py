@@ -131,8 +131,8 @@ def _compiled(row: Row, clock: str) -> float | None:
 
 
 NARROW_LORA = (
-    "There LoRA's own step lies near the frozen one; both adapters do nearly the same skinny products, and what FLoRA saves "
-    "by adding in place is small beside the frozen step."
+    "There LoRA's own step lies near the frozen one; both adapters do nearly the same skinny products, and what FLoRA "
+    "saves by adding in place is small beside the frozen step."
 )
 DENSE_RUN = (
     "There the rank is a large part of the channels, or the activations far outnumber the weights: each pass over them "
