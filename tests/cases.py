@@ -173,6 +173,11 @@ CASES: dict[str, Row] = {
     "rnn": Row(lambda: nn.RNN(7, 11), x(5, 3, 7), 3, factored=False),
     "lstm cell": Row(lambda: nn.LSTMCell(7, 11), x(3, 7), 3, factored=False),
     "gru cell": Row(lambda: nn.GRUCell(7, 11), x(3, 7), 3, factored=False),
+    "rnn cell": Row(lambda: nn.RNNCell(7, 11), x(3, 7), 3, factored=False),
+    "group norm": Row(lambda: nn.GroupNorm(3, 15), x(2, 15, 5), [15], factored=False),
+    "rms norm": Row(lambda: nn.RMSNorm(11), x(3, 11), [11], factored=False),
+    "batch norm 1d": Row(lambda: nn.BatchNorm1d(7), x(5, 7, 3), [7], factored=False),
+    "batch norm 3d": Row(lambda: nn.BatchNorm3d(5), x(2, 5, 3, 2, 7), [5], factored=False),
     "layer norm": Row(lambda: nn.LayerNorm(11), x(3, 11), [11], factored=False),
     "batch norm": Row(lambda: nn.BatchNorm2d(7), x(5, 7, 3, 2), [7], factored=False),
     "experts": Row(

@@ -31,20 +31,21 @@ ROWS = [
     for path in (("rebuild", "factored") if row.factored else ("rebuild",))
 ]
 each_row = pytest.mark.parametrize(("name", "path"), ROWS)
+DTYPES = [torch.float32, torch.bfloat16]
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 
 
 def test_the_number_of_cases_and_that_every_row_of_the_table_has_one() -> None:
     kinds = {type(row.build()) for row in CASES.values()} | {
         cls for row in CASES.values() for cls in type(row.build()).__mro__
     }
-    uncovered = set(LAYERS) - kinds
-    assert {cls.__name__ for cls in uncovered} == {"RNNCell", "GroupNorm", "RMSNorm", "BatchNorm1d", "BatchNorm3d"}
-    assert len(CASES) == 46
-    assert len(ROWS) == 76
+    assert set(LAYERS) <= kinds
+    assert len(CASES) == 51
+    assert len(ROWS) == 81
 
 
 @each_row
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@each_dtype
 def test_output_equals_the_oracle(name: str, path: str, dtype: torch.dtype) -> None:
     row = CASES[name]
     model = adapted(row, path, dtype)
@@ -58,10 +59,11 @@ def test_output_equals_the_oracle(name: str, path: str, dtype: torch.dtype) -> N
 
 
 @each_row
-def test_gradients_of_core_and_factors_equal_the_oracles(name: str, path: str) -> None:
+@each_dtype
+def test_gradients_of_core_and_factors_equal_the_oracles(name: str, path: str, dtype: torch.dtype) -> None:
     row = CASES[name]
-    model = adapted(row, path)
-    model(*inputs_of(row), **row.kwargs).square().sum().backward()
+    model = adapted(row, path, dtype)
+    model(*inputs_of(row, dtype), **row.kwargs).float().square().sum().backward()
     expected = gradients(row, model)
     found = {
         f"{weight}.{tensor}": value.grad
@@ -71,46 +73,53 @@ def test_gradients_of_core_and_factors_equal_the_oracles(name: str, path: str) -
     }
     assert found.keys() == expected.keys()
     assert len(found) >= 1
-    for key, value in found.items():
-        assert close(value, expected[key]), key
+    for key, value in found.items():  # rounding adds up over the steps and layers of an LSTM
+        assert close(value, expected[key], dtype, slack=4 if "lstm" in name else 1), key
 
 
 @each_row
-def test_a_zero_core_leaves_the_output_bit_for_bit(name: str, path: str) -> None:
+@each_dtype
+def test_a_zero_core_leaves_the_output_bit_for_bit(name: str, path: str, dtype: torch.dtype) -> None:
     row = CASES[name]
-    plain = base_model(row)(*inputs_of(row), **row.kwargs)
-    assert torch.equal(adapted(row, path, init_weights=True)(*inputs_of(row), **row.kwargs), plain)
+    plain = base_model(row, dtype)(*inputs_of(row, dtype), **row.kwargs)
+    for init in ("zero_first", "orthogonal"):
+        model = adapted(row, path, dtype, init_weights=True, init=init)
+        assert torch.equal(model(*inputs_of(row, dtype), **row.kwargs), plain)
 
 
 @each_row
-def test_merge_then_unmerge(name: str, path: str) -> None:
+@each_dtype
+def test_merge_then_unmerge(name: str, path: str, dtype: torch.dtype) -> None:
     row = CASES[name]
-    model = adapted(row, path)
+    model = adapted(row, path, dtype)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    out = model(*inputs_of(row), **row.kwargs)
+    out = model(*inputs_of(row, dtype), **row.kwargs)
     for safe in (True, False):
         model.merge_adapter(safe_merge=safe)
-        assert close(copy.deepcopy(model)(*inputs_of(row), **row.kwargs), out)
+        assert close(copy.deepcopy(model)(*inputs_of(row, dtype), **row.kwargs), out, dtype)
         model.unmerge_adapter()
         after = model.state_dict()
         assert after.keys() == before.keys()
         for key, value in before.items():
             if safe and "parametrizations" not in key:
                 assert torch.equal(after[key], value), key
-            assert torch.allclose(after[key], value, atol=1e-6), key
+            assert torch.allclose(
+                after[key], value, atol=1e-6 if dtype == torch.float32 else 2e-2 * value.abs().max().item()
+            ), key
     merged = model.merge_and_unload()
-    assert type(merged.layer) is type(base_model(row).layer) or "Parametrized" in type(merged.layer).__name__
-    assert close(merged(*inputs_of(row), **row.kwargs), out)
+    assert type(merged.layer) is type(base_model(row, dtype).layer) or "Parametrized" in type(merged.layer).__name__
+    assert close(merged(*inputs_of(row, dtype), **row.kwargs), out, dtype)
 
 
 @torch.no_grad()  # attention has another kernel without gradients
 @each_row
-def test_saved_and_loaded_under_another_name(name: str, path: str, tmp_path: Path) -> None:
+@each_dtype
+def test_saved_and_loaded_under_another_name(name: str, path: str, dtype: torch.dtype, tmp_path: Path) -> None:
     row = CASES[name]
-    model = adapted(row, path)
+    model = adapted(row, path, dtype)
     model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(base_model(row), tmp_path, adapter_name="other").eval()
-    assert torch.equal(again(*inputs_of(row), **row.kwargs), model(*inputs_of(row), **row.kwargs))
+    again = PeftModel.from_pretrained(base_model(row, dtype), tmp_path, adapter_name="other").eval()
+    assert torch.equal(again(*inputs_of(row, dtype), **row.kwargs), model(*inputs_of(row, dtype), **row.kwargs))
 
 
 @each_row
@@ -130,26 +139,29 @@ def test_mode_ranks_of_the_update(name: str, path: str) -> None:
 
 @torch.no_grad()
 @each_row
-def test_two_adapters(name: str, path: str) -> None:
+@each_dtype
+def test_two_adapters(name: str, path: str, dtype: torch.dtype) -> None:
     row = CASES[name]
-    model = adapted(row, path)
-    first = model(*inputs_of(row), **row.kwargs)
+    model = adapted(row, path, dtype)
+    first = model(*inputs_of(row, dtype), **row.kwargs)
     seeded(3)
     model.add_adapter("second", config_of(row, path))
     model.eval()
-    assert torch.equal(model(*inputs_of(row), **row.kwargs), first)
+    assert torch.equal(model(*inputs_of(row, dtype), **row.kwargs), first)
     model.set_adapter("second")
-    second = model(*inputs_of(row), **row.kwargs)
-    assert close(second, oracle(row, model, ("second",))(*inputs_of(row), **row.kwargs))
+    second = model(*inputs_of(row, dtype), **row.kwargs)
+    assert close(second, oracle(row, model, ("second",))(*inputs_of(row), **row.kwargs), dtype)
     assert not torch.equal(first, second)
     model.base_model.set_adapter(["default", "second"])
-    both = model(*inputs_of(row), **row.kwargs)
-    assert close(both, oracle(row, model, ("default", "second"))(*inputs_of(row), **row.kwargs))
+    both = model(*inputs_of(row, dtype), **row.kwargs)
+    assert close(both, oracle(row, model, ("default", "second"))(*inputs_of(row), **row.kwargs), dtype)
     with model.disable_adapter():
-        assert close(model(*inputs_of(row), **row.kwargs), base_model(row)(*inputs_of(row), **row.kwargs))
+        assert close(
+            model(*inputs_of(row, dtype), **row.kwargs), base_model(row, dtype)(*inputs_of(row, dtype), **row.kwargs)
+        )
     model.set_adapter("default")
     model.delete_adapter("second")
-    assert torch.equal(model(*inputs_of(row), **row.kwargs), first)
+    assert torch.equal(model(*inputs_of(row, dtype), **row.kwargs), first)
 
 
 @each_row
@@ -185,13 +197,14 @@ COMPILED = [
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it where its graph breaks
 @pytest.mark.parametrize(("name", "path"), COMPILED)
-def test_compiled_gives_the_same(name: str, path: str) -> None:
+@each_dtype
+def test_compiled_gives_the_same(name: str, path: str, dtype: torch.dtype) -> None:
     row = CASES[name]
     torch.compiler.reset()
-    model = adapted(row, path)
+    model = adapted(row, path, dtype)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=name.startswith(("linear", "conv", "gpt-2")))
-    out = compiled(*inputs_of(row), **row.kwargs)
-    assert close(out, model(*inputs_of(row), **row.kwargs))
+    out = compiled(*inputs_of(row, dtype), **row.kwargs)
+    assert close(out, model(*inputs_of(row, dtype), **row.kwargs), dtype)
 
 
 @pytest.mark.parametrize(
