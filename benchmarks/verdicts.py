@@ -113,8 +113,12 @@ def merged(row: Row, clock: str) -> float | None:
 
 
 def _same_layers(row: Row, clock: str) -> float | None:
-    same = "flora-same" if "flora-same" in row["methods"] else "flora"
-    return times(same, "lora")(row, clock)
+    """FLoRA over LoRA where both adapt the same layers; None where that was not measured."""
+    found = row["methods"]
+    alike = [
+        name for name in ("flora-same", "flora") if name in found and found[name]["layers"] == found["lora"]["layers"]
+    ]
+    return times(alike[0], "lora")(row, clock) if alike else None
 
 
 def _attach(row: Row, clock: str) -> float | None:
