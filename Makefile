@@ -33,7 +33,7 @@ $(RUN): pyproject.toml constraints.txt
 	@touch $@
 
 $(DEV): $(RUN)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[recipes,dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	@touch $@
 
 run: $(RUN)

@@ -32,6 +32,7 @@ def train(args: argparse.Namespace) -> int:
       flora train digits
       flora train digits adapter.r=4 training.learning_rate=1e-3 output=outputs/small
       flora train my.yaml resume=true
+      accelerate launch --num_processes 4 -m flora_cli train my.yaml
     """
     from flora.settings import read, split_flags
     from flora.training import train
@@ -39,6 +40,8 @@ def train(args: argparse.Namespace) -> int:
     flags, overrides = split_flags(args.overrides)
     settings = read(args.config, overrides)
     metrics = train(settings, **flags)
+    if not metrics:  # one of several processes, and not the first
+        return 0
     for split in ("validation", "test"):
         print(f"{split:<11}", _line(metrics[split]))
     trained, total = metrics["trainable_parameters"], metrics["total_parameters"]
@@ -358,7 +361,7 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "flora":
             raise
-        return _fail(f'{args.verb} needs {error.name}, which is not installed: pip install "flora-peft[recipes]"')
+        return _fail(f'{args.verb} needs {error.name}, which is not installed: pip install "flora-peft[all]"')
     except (ValueError, TypeError, OSError) as error:
         if not _raised_on_purpose(error.__traceback__):
             raise

@@ -133,7 +133,7 @@ def test_a_missing_extra_is_named(capsys: pytest.CaptureFixture[str], monkeypatc
     monkeypatch.setitem(flora_cli.COMMANDS, "recipes", needs)
     code, _, err = run(capsys, "recipes")
     assert code == 2
-    assert 'pip install "flora-peft[recipes]"' in err
+    assert 'pip install "flora-peft[all]"' in err
 
 
 def test_recipes_are_listed_and_copied(

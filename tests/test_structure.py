@@ -28,6 +28,7 @@ LEVELS: list[set[str]] = [
     {"tuner", "convert"},
     {"flora"},
     {"progress"},
+    {"samples", "sources"},
     {"recipes", "report"},
     {"settings"},
     {"methods", "reloading"},
@@ -55,7 +56,11 @@ FOREIGN: dict[str, set[str]] = {
     "convert": {"diffusers", "safetensors", "tqdm", "transformers"},  # never peft: a format is key names and shapes
     "flora": set(),
 }
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "numpy": "scikit-learn"}  # which brings numpy along
+DISTRIBUTIONS = {  # scikit-learn brings numpy and scipy along
+    "sklearn": "scikit-learn", "yaml": "pyyaml", "numpy": "scikit-learn", "scipy": "scikit-learn", "PIL": "pillow",
+    "lycoris": "lycoris-lora",
+}  # fmt: skip
+IN_ALL = {"recipes", "samples", "sources"}  # rooms that may import what the extra ``all`` brings
 OPTIONAL = {
     "flora.convert.base": {"diffusers"}
 }  # imported where a model asks for it, with a message if it is not there
@@ -147,15 +152,20 @@ def test_the_core_stays_light() -> None:
 
 
 def test_every_package_that_is_imported_is_declared() -> None:
-    """The core needs only ``dependencies``; what comes after it may need the extra ``recipes`` too."""
+    """The core needs only ``dependencies``; the verbs the extra ``recipes`` too, recipes and samples ``all``."""
     project = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
-    needed, extra = (project.partition(f"\n{key} = [")[2].partition("]\n")[0] for key in ("dependencies", "recipes"))
-    core, recipes = (set(re.findall(r'"([\w-]+)', text)) for text in (needed, extra))
-    assert len(core) > 4
-    assert len(recipes) > 4
+    groups = {}
+    for key in ("dependencies", "recipes", "all"):
+        text = project.partition(f"\n{key} = [")[2].partition("\n]")[0].partition("]\n")[0]
+        groups[key] = set(re.findall(r'"([\w-]+)', text))
+        assert len(groups[key]) > 4
     undeclared = set()
     for module, targets in IMPORTS.items():
-        declared = core | (set() if room_of(module) in FOREIGN else recipes) | OPTIONAL.get(module, set())
+        declared = groups["dependencies"] | OPTIONAL.get(module, set())
+        if room_of(module) not in FOREIGN:
+            declared |= groups["recipes"]
+        if room_of(module) in IN_ALL:
+            declared |= groups["all"]
         packages = {target.partition(".")[0] for target in targets if not ours(target)} - set(sys.stdlib_module_names)
         undeclared |= {(module, name) for name in packages if DISTRIBUTIONS.get(name, name) not in declared}
     assert not undeclared

@@ -16,6 +16,11 @@ WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.
 CHECKPOINT_FILES = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept: the environment's ``FLORA_CACHE``, or ``~/.cache/flora``."""
+    return Path(os.environ.get("FLORA_CACHE") or Path.home() / ".cache" / "flora").expanduser().resolve()
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a file so that a reader, or a killed writer, sees the old text or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)

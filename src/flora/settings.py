@@ -11,10 +11,9 @@ from typing import Any, cast
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
-from transformers import TrainingArguments
 
 from flora.folders import write_text
-from flora.recipes import Recipe, config_path, load_recipe
+from flora.recipes import Recipe, config_path, load_recipe, optional
 from flora.tuner.config import FloraConfig
 
 FILE = "config.yaml"
@@ -110,7 +109,7 @@ def read(config: str, overrides: Iterable[str] = ()) -> Settings:
     groups: dict[str, Any] = {
         "task": recipe.Task,
         "adapter": FloraConfig,
-        "training": TrainingArguments,
+        "training": optional(recipe, "ARGUMENTS"),
         "compare": Comparison,
     }
     _check_keys(given, groups, path)

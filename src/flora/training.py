@@ -10,14 +10,14 @@ from typing import Any, cast
 
 import torch
 from peft import get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, set_seed
 
 from flora.folders import last_checkpoint, read_json, replace_folder, staged_files, write_json, write_text
 from flora.methods import trainable
 from flora.progress import show_loss
-from flora.recipes import Data, Recipe
+from flora.recipes import Data, Recipe, optional
 from flora.reloading import ADAPTER, ADAPTER_CONFIG, load_adapter, load_base
 from flora.report.card import model_card
 from flora.report.plots import loss_curve
@@ -31,23 +31,25 @@ SAME = 1e-6  # an evaluation of the same model on the same data may differ by th
 
 def make_trainer(model: nn.Module, recipe: Recipe, data: Data, arguments: TrainingArguments) -> Trainer:
     """A Trainer for this model and recipe; quiet but for a progress bar with the loss."""
-    trainer = Trainer(
+    trainer = optional(recipe, "TRAINER")(
         model,
         arguments,
         data_collator=data.collate,
         train_dataset=data.train,
         eval_dataset=data.validation,
+        processing_class=data.processor,
         compute_metrics=recipe.compute_metrics,
+        preprocess_logits_for_metrics=optional(recipe, "preprocess_logits"),
     )
     show_loss(trainer)
-    return trainer
+    return cast("Trainer", trainer)
 
 
 def training_arguments(settings: Settings, output: Path, **changes: Any) -> TrainingArguments:
     """The Trainer's arguments: those of the config over a few defaults, ``changes`` over both."""
-    defaults = {"dataloader_pin_memory": torch.cuda.is_available(), "label_names": ["labels"]}
+    defaults = {"dataloader_pin_memory": torch.cuda.is_available(), "label_names": ["labels"], "report_to": "none"}
     given = {**defaults, **settings.training, "seed": settings.seed, **changes}
-    return TrainingArguments(str(output), **given)
+    return cast("TrainingArguments", optional(settings.load_recipe(), "ARGUMENTS")(str(output), **given))
 
 
 def measure(trainer: Trainer, dataset: Dataset[Any]) -> dict[str, float]:
@@ -69,7 +71,7 @@ def train(settings: Settings, *, resume: bool = False, overwrite: bool = False) 
         overwrite: replace a run that is in the output folder.
 
     Returns:
-        What is in ``metrics.json``.
+        What is in ``metrics.json``; of several processes only the first one writes it, the others return nothing.
 
     Raises:
         ValueError: the output folder is occupied, or the run to resume has other settings.
@@ -78,17 +80,19 @@ def train(settings: Settings, *, resume: bool = False, overwrite: bool = False) 
     checkpoint = last_checkpoint(folder) if resume else None
     if resume and _is_finished(folder, settings):
         return _finish(folder, settings.output)
+    arguments = training_arguments(settings, folder)
     set_seed(settings.seed)
     recipe = settings.load_recipe()
-    data = recipe.load_data(settings.task, settings.seed)
-    base = recipe.load_base(settings.task)
+    with arguments.main_process_first(local=False, desc="data and base model"):  # what is cached is made once
+        data = recipe.load_data(settings.task, settings.seed)
+        base = recipe.load_base(settings.task)
     set_seed(settings.seed)
     model = get_peft_model(base, FloraConfig(**settings.adapter))
-    arguments = training_arguments(settings, folder)
-    if not resume and folder.exists():
-        shutil.rmtree(folder)
-    settings.save(folder)
-    if resume:
+    if arguments.process_index == 0:
+        if not resume and folder.exists():
+            shutil.rmtree(folder)
+        settings.save(folder)
+    if resume and arguments.process_index == 0:
         print(
             f"resuming from {checkpoint}" if checkpoint else f"no complete checkpoint in {folder}, starting at step 0"
         )
@@ -109,10 +113,13 @@ def train(settings: Settings, *, resume: bool = False, overwrite: bool = False) 
         "resumed_at": int(checkpoint.name.rpartition("-")[2]) if checkpoint else None,
         **provenance(),
     }
-    if trainer.is_world_process_zero():
-        _write(trainer, metrics, folder, settings)
-        return _finish(folder, settings.output)
-    return metrics
+    state = trainer.accelerator.get_state_dict(
+        trainer.model_wrapped
+    )  # where it is sharded, every process gives its part
+    if not trainer.is_world_process_zero():
+        return {}
+    _write(trainer, state, metrics, folder, settings)
+    return _finish(folder, settings.output)
 
 
 def _place(settings: Settings, *, resume: bool, overwrite: bool) -> Path:
@@ -165,10 +172,14 @@ def _finish(folder: Path, output: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", read_json(output / METRICS))
 
 
-def _write(trainer: Trainer, metrics: dict[str, Any], folder: Path, settings: Settings) -> None:
+def _write(
+    trainer: Trainer, state: dict[str, Tensor], metrics: dict[str, Any], folder: Path, settings: Settings
+) -> None:
     """The files that a finished run has besides its checkpoints; ``metrics.json`` last."""
     with staged_files(folder, METRICS) as staged:
-        cast("Any", trainer.model).save_pretrained(staged)
+        cast("Any", trainer.model).save_pretrained(staged, state_dict=state)
+        if trainer.processing_class is not None:
+            cast("Any", trainer.processing_class).save_pretrained(staged)
         metrics["adapter_bytes"] = (staged / ADAPTER).stat().st_size
         trainer.state.save_to_json(str(staged / "trainer_state.json"))
         loss_curve(staged / "loss.png", trainer.state.log_history, f"{settings.recipe}: loss")

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import pkgutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from torch.utils.data import Dataset
-from transformers import EvalPrediction, PreTrainedModel
+from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
 
 CONFIGS = Path(__file__).parent / "configs"
 SPLITS = ("train", "validation", "test")
@@ -28,12 +30,14 @@ class Data:
     Attributes:
         train, validation, test: datasets of dicts that the model takes as keyword arguments.
         collate: a list of samples -> a batch; None is transformers' default collator.
+        processor: the tokenizer or image processor, saved beside the adapter.
     """
 
     train: Dataset[Any]
     validation: Dataset[Any]
     test: Dataset[Any]
     collate: Callable[[list[Any]], dict[str, Any]] | None = None
+    processor: Any = None
 
     def split(self, name: str) -> Dataset[Any]:
         """The dataset of that name.
@@ -47,11 +51,14 @@ class Data:
 
 
 class Recipe(Protocol):
-    """The names that a recipe's module has.
+    """The names that a recipe's module has, and three that it may have besides (``OPTIONAL``).
 
     Attributes:
         Task: a dataclass, the settings of data and base model; its fields are the ``task`` keys of a config.
         METRIC: the key of ``compute_metrics`` that methods are compared by; larger is better.
+        TRAINER: optional, a subclass of Trainer where its own loss or optimiser is not what the task needs.
+        ARGUMENTS: optional, the class of that Trainer's arguments; its fields are the ``training`` keys of a config.
+        preprocess_logits: optional, ``(logits, labels) -> what is kept of them`` for ``compute_metrics``.
     """
 
     Task: Callable[..., Any]
@@ -70,6 +77,15 @@ class Recipe(Protocol):
         """The metrics of a split from the model's predictions and the labels."""
 
 
+REQUIRED = ("Task", "METRIC", "load_base", "load_data", "compute_metrics")
+OPTIONAL: dict[str, Any] = {"TRAINER": Trainer, "ARGUMENTS": TrainingArguments, "preprocess_logits": None}
+
+
+def optional(recipe: Recipe, name: str) -> Any:
+    """What the recipe has under one of the names of ``OPTIONAL``, or the default."""
+    return getattr(recipe, name, OPTIONAL[name])
+
+
 def recipe_names() -> list[str]:
     """The names of the recipes, by listing the folder."""
     return sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))
@@ -81,15 +97,32 @@ def config_names() -> list[str]:
 
 
 def load_recipe(name: str) -> Recipe:
-    """Imports a recipe.
+    """Imports a recipe: a packaged one by its name, or one of the user's own by the path of its file.
 
     Raises:
-        ValueError: no recipe has this name; the message names the nearest.
+        FileNotFoundError: the file does not exist.
+        ValueError: no recipe has this name (the message names the nearest), or the file lacks a name of ``Recipe``.
     """
+    if name.endswith(".py"):
+        return _load_file(Path(name))
     names = recipe_names()
     if name not in names:
-        raise ValueError(f"recipe is {name!r}, expected one of {', '.join(names)}{nearest(name, names)}")
+        raise ValueError(
+            f"recipe is {name!r}, expected one of {', '.join(names)}, or a file my_recipe.py{nearest(name, names)}"
+        )
     return cast("Recipe", importlib.import_module(f"{__name__}.{name}"))
+
+
+def _load_file(path: Path) -> Recipe:
+    if not path.is_file():
+        raise FileNotFoundError(f"the recipe {path} does not exist")
+    spec = cast("Any", importlib.util.spec_from_file_location(path.stem, path))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look their own module up there
+    spec.loader.exec_module(module)
+    if missing := [item for item in REQUIRED if not hasattr(module, item)]:
+        raise ValueError(f"the recipe {path} has no {', '.join(missing)}; see flora.recipes.Recipe for the contract")
+    return cast("Recipe", module)
 
 
 def config_path(config: str) -> Path:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,7 +31,7 @@ from transformers import (
     set_seed,
 )
 
-from flora.folders import staged_folder
+from flora.folders import cache_folder, staged_folder
 from flora.progress import hidden_bars, show_loss
 from flora.recipes import Data
 
@@ -125,11 +124,10 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def base_folder(task: Task) -> Path:
-    """Where the base model of these settings is cached: under ``FLORA_CACHE``, or ``~/.cache/flora``."""
+    """Where the base model of these settings is cached."""
     settings = {key: value for key, value in asdict(task).items() if key in BASE_FIELDS}
     key = hashlib.sha256(json.dumps([settings, SIZES, SPLIT_SEED], sort_keys=True).encode()).hexdigest()[:12]
-    cache = os.environ.get("FLORA_CACHE") or Path.home() / ".cache" / "flora"
-    return Path(cache).expanduser().resolve() / f"digits-{key}"
+    return cache_folder() / f"digits-{key}"
 
 
 def load_base(task: Task) -> ConvNextV2ForImageClassification:

@@ -1,0 +1,197 @@
+"""Data from a local folder or file, or by hub id, checked before training: what is bad is named, file and line."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+from tqdm import tqdm
+
+Value = TypeVar("Value")
+Bad = Literal["error", "skip"]
+SHOWN = 3  # bad items that a message names
+SPLIT_NAMES = {  # a split -> what folders, files and hub data sets call it
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval"),
+}
+HELD_OUT = 0.15  # of the training data, for a split that is not given
+SPLIT_SEED = 0
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class Item(Generic[Value]):
+    """A piece of data with the place it comes from, as messages name it: a file, or ``file:line``."""
+
+    place: str
+    value: Value
+
+
+def sift(items: Iterable[Item[Value]], check: Callable[[Value], object], *, bad: Bad, what: str) -> list[Item[Value]]:
+    """The items that pass a check.
+
+    Args:
+        items: to look at.
+        check: raises ValueError or OSError, with the reason, for an item that cannot be used.
+        bad: "error" raises if there is a bad item; "skip" leaves bad items out and prints how many.
+        what: the items are, in the plural, for messages.
+
+    Raises:
+        ValueError: there are bad items and ``bad`` is "error", or no item is left. Names the first, with the reason.
+    """
+    if bad not in ("error", "skip"):
+        raise ValueError(f"task.bad_data is {bad!r}, expected error or skip")
+    items, good, reasons = list(items), [], []
+    for item in tqdm(items, desc=f"checking {what}", delay=2, leave=False):
+        reason = _reason(item.value, check)
+        if reason is None:
+            good.append(item)
+        else:
+            reasons.append(f"{item.place}: {reason}")
+    if reasons:
+        more = f" (and {len(reasons) - SHOWN} more)" if len(reasons) > SHOWN else ""
+        told = f"{len(reasons)} of {len(items)} {what} cannot be used: {'; '.join(reasons[:SHOWN])}{more}"
+        if bad == "error":
+            raise ValueError(f"{told}. Repair or remove them, or set task.bad_data=skip")
+        print(f"left out: {told}", flush=True)
+    if not good:
+        raise ValueError(f"there are no {what} to use; check task.data")
+    return good
+
+
+def _reason(value: Value, check: Callable[[Value], object]) -> str | None:
+    """Why the check refuses a value."""
+    try:
+        check(value)
+    except (ValueError, OSError, SyntaxError, KeyError, TypeError) as error:  # Pillow raises SyntaxError for PNGs
+        return " ".join(str(error).split()) or type(error).__name__
+    return None
+
+
+def json_lines(path: Path) -> list[Item[str]]:
+    """The lines of a JSONL file that are not blank, unparsed: give :func:`parsed` to ``sift``."""
+    text = path.read_text(encoding="utf-8")
+    return [Item(f"{path}:{at}", line) for at, line in enumerate(text.splitlines(), start=1) if line.strip()]
+
+
+def parsed(line: str, required: Sequence[str] = ()) -> dict[str, Any]:
+    """One line of a JSONL file as a dict.
+
+    Raises:
+        ValueError: it is not a JSON object, or lacks a required key.
+    """
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON ({error.msg} at column {error.colno})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, got {type(value).__name__}")
+    if missing := [key for key in required if key not in value]:
+        raise ValueError(f"lacks {', '.join(map(repr, missing))}; it has {', '.join(map(repr, value))}")
+    return value
+
+
+def class_folders(folder: Path, endings: Sequence[str] = IMAGES) -> tuple[list[Item[Path]], list[str]]:
+    """The files of a folder with one sub-folder for each class, and the names of the classes in order.
+
+    Raises:
+        ValueError: there is no class folder, or one of them has no file with these endings.
+    """
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not classes:
+        raise ValueError(f"{folder} has no sub-folders; put the files of each class into a folder of its name")
+    items: list[Item[Path]] = []
+    for name in classes:
+        files = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in endings)
+        if not files:
+            raise ValueError(f"the class folder {folder / name} has no files ({', '.join(endings)}); fill or remove it")
+        items += [Item(str(path), path) for path in files]
+    return items, classes
+
+
+def check_image(path: Path) -> None:
+    """Decodes an image file.
+
+    Raises:
+        OSError, ValueError, SyntaxError: it cannot be decoded.
+    """
+    from PIL import Image
+
+    with Image.open(path) as image:
+        image.load()
+
+
+def split_paths(root: Path, ending: str = "") -> dict[str, Path]:
+    """The parts of a local data set by the names of ``SPLIT_NAMES``: sub-folders, or files with that ending.
+
+    A data set that is a single folder of another layout, or a single file, is its own training part.
+
+    Raises:
+        FileNotFoundError: ``root`` does not exist.
+    """
+    if not root.exists():
+        raise FileNotFoundError(
+            f"task.data is {str(root)!r}: no such file or folder here; a hub id is NAME or ORG/NAME"
+        )
+    found = {}
+    for split, names in SPLIT_NAMES.items():
+        paths = [root / f"{name}{ending}" for name in names]
+        existing = [path for path in paths if path.exists()]
+        if existing:
+            found[split] = existing[0]
+    return found if "train" in found else {"train": root}
+
+
+def is_local(where: str) -> bool:
+    """Whether a data set or model is a path of this machine: it exists, or is written as a path."""
+    return (
+        Path(where).exists() or where.startswith((".", "/", "~")) or Path(where).suffix in (".json", ".jsonl", ".csv")
+    )
+
+
+def hub(where: str, name: str | None = None) -> dict[str, Any]:
+    """A data set of the hub, by the splits of ``SPLIT_NAMES`` that it has.
+
+    Args:
+        where: its id.
+        name: of a configuration of it.
+
+    Raises:
+        FileNotFoundError: it cannot be loaded; says why.
+        ValueError: it has no training split.
+    """
+    from datasets import load_dataset
+
+    try:
+        loaded = load_dataset(where, name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(f"the data set {where!r} is no local path and cannot be loaded ({reason})") from None
+    found = {split: loaded[own] for split, names in SPLIT_NAMES.items() for own in names if own in loaded}
+    if "train" not in found:
+        raise ValueError(f"the data set {where!r} has the splits {', '.join(loaded)}, but no train split")
+    return found
+
+
+def with_held_out(parts: dict[str, list[Value]]) -> dict[str, list[Value]]:
+    """Train, validation and test; what is missing is held out of the training part, always the same items.
+
+    Raises:
+        ValueError: there are too few items to hold some out.
+    """
+    parts = dict(parts)
+    for split in ("validation", "test"):
+        if parts.get(split):
+            continue
+        train = list(parts["train"])
+        count = max(1, round(HELD_OUT * len(train)))
+        if count >= len(train):
+            raise ValueError(f"task.data has no {split} part and only {len(train)} items to hold some out of")
+        random.Random(SPLIT_SEED).shuffle(train)
+        parts[split], parts["train"] = train[:count], train[count:]
+    return {split: parts[split] for split in SPLIT_NAMES}
