@@ -14,8 +14,9 @@ from tqdm import trange
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import flora
-from benchmarks import clock, memory
+from benchmarks import clock
 from benchmarks.results import Options
+from flora import memory
 
 RANK = 8
 REPEATS = 7

@@ -11,8 +11,8 @@ from peft import LoKrConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import flora
-from benchmarks.authors import AuthorsScheme
 from benchmarks.grid import Case
+from flora.authors import AuthorsScheme
 from flora.tuner.layer import FloraLayer
 
 

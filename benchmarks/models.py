@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import flora
-from benchmarks import clock, ledger, memory
+from benchmarks import clock, ledger
 from benchmarks.architectures import MODELS, Model, UnavailableError
 from benchmarks.results import Options
+from flora import memory
 
 STEPS = (clock.Budget(2, 7, 20, 30.0), clock.Budget(1, 5, 12, 12.0))  # of the headline's threads, of the others
 INFERENCE = clock.Budget(2, 9, 40, 8.0)

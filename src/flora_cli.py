@@ -79,7 +79,7 @@ def compare(args: argparse.Namespace) -> int:
 
     Examples:
       flora compare digits --methods frozen,flora,lora,full --seeds 0,1,2
-      flora compare my.yaml --methods flora,lora --seeds 0,1,2,3,4 compare.lora_r=16
+      flora compare my.yaml --methods all --seeds 0,1,2,3,4 'compare.budgets=[50000, 200000]'
     """
     from flora.compare import compare
     from flora.report.comparison import comparison_notes, comparison_table
@@ -272,7 +272,7 @@ ARGUMENTS: dict[str, list[Argument]] = {
     "compare": [
         CONFIG,
         OVERRIDES,
-        argument("--methods", type=words, default="frozen,flora,lora,full", help="default: %(default)s"),
+        argument("--methods", type=words, default="frozen,flora,lora,full", help="default: %(default)s; or all"),
         argument("--seeds", type=numbers, default="0,1,2", help="default: %(default)s"),
     ],
     "plan": [

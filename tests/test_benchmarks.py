@@ -12,14 +12,13 @@ import pytest
 import torch
 from torch import nn
 
+from flora.authors import AuthorsScheme
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # the benchmarks are no package of the distribution
-authors, clock, counts, grid, layers, ledger, methods, page, results, tables, verdicts = (
+clock, counts, grid, layers, ledger, methods, page, results, tables, verdicts = (
     importlib.import_module(f"benchmarks.{name}")
-    for name in (
-        *("authors", "clock", "counts", "grid", "layers", "ledger", "methods", "page", "results", "tables"),
-        "verdicts",
-    )
+    for name in ("clock", "counts", "grid", "layers", "ledger", "methods", "page", "results", "tables", "verdicts")
 )
 
 SMALL = [
@@ -45,7 +44,7 @@ def test_the_grid_is_that_of_the_targets() -> None:
 def test_the_authors_scheme_computes_what_flora_does(case: Any) -> None:
     adapted = methods.flora_rebuild(case)
     delta = methods.flora_layers(adapted.module)[0].delta("default")
-    scheme = authors.AuthorsScheme(adapted.module[0].get_base_layer(), delta.form.ranks, delta.scale)
+    scheme = AuthorsScheme(adapted.module[0].get_base_layer(), delta.form.ranks, delta.scale)
     with torch.no_grad():
         scheme.core.copy_(delta.form.core)
         for own, given in zip(scheme.factors, delta.form.factors, strict=True):

@@ -6,11 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flora import compare as module
 from flora.compare import compare
 from flora.folders import read_json
-from flora.methods import METHODS, Request, lora_targets, targets, trainable
+from flora.matching import match_ranks, trainable
+from flora.methods import METHODS
+from flora.report.comparison import against, comparison_notes, comparison_page
+from flora.rivals import RefusedError, Request, default_budget, targets
 from flora.settings import Settings, read
 from flora.training import evaluate
 
@@ -50,8 +56,10 @@ def test_what_is_written(done: tuple[Settings, dict[str, Any]]) -> None:
 def test_adapters_are_matched_in_trainable_parameters(done: tuple[Settings, dict[str, Any]]) -> None:
     counts = {row["method"]: row["trainable_parameters"] for row in done[1]["rows"]}
     assert counts["frozen"] == 16 * 10 + 10
-    assert counts["lora"] == done[1]["budget"] + counts["frozen"]
-    assert 0.95 * counts["lora"] < counts["flora"] <= counts["lora"] < counts["full"]
+    (budget,) = done[1]["budgets"]
+    for method in ("flora", "lora"):
+        assert 0.95 * budget < counts[method] - counts["frozen"] <= budget
+    assert counts["full"] > counts["lora"]
 
 
 def test_the_learning_rate_is_the_best_of_the_grid_on_validation(done: tuple[Settings, dict[str, Any]]) -> None:
@@ -59,7 +67,8 @@ def test_the_learning_rate_is_the_best_of_the_grid_on_validation(done: tuple[Set
     for row in done[1]["rows"]:
         assert row["search"][f"{row['learning_rate']:g}"] == max(row["search"].values())
         for rate, score in row["search"].items():
-            stored = read_json(folder / "runs" / f"search-{row['method']}-lr{rate}-seed0.json")
+            size = "" if row["budget"] is None else f"-{row['budget']}"
+            stored = read_json(folder / "runs" / f"search-{row['method']}{size}-lr{rate}-seed0.json")
             assert stored["validation"]["accuracy"] == score
             assert "test" not in stored
 
@@ -97,28 +106,124 @@ def test_a_run_with_the_same_settings_is_not_run_again(
     assert len(ran) == 2 + 1
 
 
-def test_what_each_method_trains(cache: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("budget", [900, 1500])
+def test_what_each_method_trains(cache: None, tmp_path: Path, budget: int) -> None:
     settings = tiny(tmp_path)
     recipe = settings.load_recipe()
-    request = Request(settings.adapter, settings.comparison, budget=1500)
+    request = Request(settings.adapter, 2.0, budget)
     base = recipe.load_base(settings.task)
-    everything = trainable(base)
-    trained = {}
+    head = sum(value.numel() for value in base.classifier.parameters())
+    marks = {"flora": "tucker_", "lora": "lora_", "dora": "lora_", "loha": "hada_", "lokr": "lokr_"}
+    marks |= {"lycoris": "lycoris.", "authors": "."}
     for name, method in METHODS.items():
-        model = method(recipe.load_base(settings.task), request)
-        trained[name] = {key for key, value in model.named_parameters() if value.requires_grad}
-    assert trained["frozen"] == {"classifier.weight", "classifier.bias"}
-    assert trained["full"] == {key for key, _ in base.named_parameters()}
-    for name in ("flora", "lora"):
-        assert all(any(part in key for part in ("lora_", "tucker_", "classifier")) for key in trained[name]), name
-        assert any("classifier" in key for key in trained[name])
-    refused = set(targets(base, settings.adapter)) - set(lora_targets(base, request))
-    assert {name.rpartition(".")[2] for name in refused} == {"dwconv"}
-    assert trainable(base.requires_grad_(True)) == everything
+        model = method.build(recipe.load_base(settings.task), request)
+        trained = {key for key, value in model.named_parameters() if value.requires_grad}
+        assert any("classifier" in key for key in trained), name
+        if method.matched:
+            assert 0.7 * budget < trainable(model) - head <= budget, name
+            assert all(marks[name] in key or "classifier" in key for key in trained)
+    names = {key for key, _ in base.named_parameters()}
+    for name, expected in (
+        ("full", names),
+        ("frozen", {"classifier.weight", "classifier.bias"}),
+        ("bitfit", {key for key in names if key.endswith(".bias")} | {"classifier.weight"}),
+    ):
+        model = METHODS[name].build(recipe.load_base(settings.task), request)
+        assert {key for key, value in model.named_parameters() if value.requires_grad} == expected
+
+
+def test_every_method_starts_where_the_base_model_is(cache: None, tmp_path: Path) -> None:
+    settings = tiny(tmp_path)
+    recipe = settings.load_recipe()
+    images = torch.stack([recipe.load_data(settings.task, 0).test[index]["pixel_values"] for index in range(5)])
+    expected = recipe.load_base(settings.task).eval()(images).logits
+    for name, method in METHODS.items():
+        model = method.build(recipe.load_base(settings.task), Request(settings.adapter, 2.0, 1500)).eval()
+        assert torch.allclose(model(pixel_values=images).logits, expected, atol=1e-5), name
+
+
+def test_finding_the_targets_leaves_the_base_as_it_is(cache: None, tmp_path: Path) -> None:
+    settings = tiny(tmp_path)
+    base = settings.load_recipe().load_base(settings.task)
+    before = {name: type(module) for name, module in base.named_modules()}
+    assert len(targets(base, settings.adapter)) == 8
+    assert default_budget(base, settings.adapter, 2) == 2 * default_budget(base, settings.adapter, 1) > 0
+    assert {name: type(module) for name, module in base.named_modules()} == before
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.matched])
+def test_too_small_a_budget_is_refused(cache: None, tmp_path: Path, method: str) -> None:
+    settings = tiny(tmp_path)
+    base = settings.load_recipe().load_base(settings.task)
+    with pytest.raises(RefusedError, match="rank 1"):
+        METHODS[method].build(base, Request(settings.adapter, 2.0, 7))
 
 
 def test_frozen_needs_a_head(cache: None, tmp_path: Path) -> None:
     settings = tiny(tmp_path)
     base = settings.load_recipe().load_base(settings.task)
-    with pytest.raises(ValueError, match=r"name it in adapter\.modules_to_save"):
-        METHODS["frozen"](base, Request({"target_modules": "all"}, settings.comparison, budget=0))
+    with pytest.raises(RefusedError, match=r"adapter\.modules_to_save names none"):
+        METHODS["frozen"].build(base, Request({"target_modules": "all"}, 2.0, 0))
+
+
+def test_a_method_that_refuses_is_a_row_with_its_reason(cache: None, tmp_path: Path) -> None:
+    settings = tiny(tmp_path / "run", "compare.budgets=[7]", "compare.learning_rates=[0.03]", "training.max_steps=2")
+    report = compare(settings, ["frozen", "lora"], [0])
+    assert "refused" not in report["rows"][0]
+    assert "more than the 7" in report["rows"][1]["refused"]
+    assert "LoRA: not possible here (rank 1 costs" in comparison_page(report)
+
+
+@pytest.mark.parametrize("change", ["compare.budgets=[0]", "compare.learning_rates=[]", "compare.learning_rates=[-1]"])
+def test_bad_settings_are_named(tmp_path: Path, change: str) -> None:
+    with pytest.raises(ValueError, match=change.partition("=")[0].replace(".", r"\.")):
+        tiny(tmp_path, change)
+
+
+@given(
+    prices=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    fixed=st.integers(0, 30),
+    spare=st.integers(0, 500),
+)
+def test_ranks_spend_the_budget(prices: list[int], fixed: int, spare: int) -> None:
+    def costs(rank: int) -> dict[str, int]:
+        return {str(index): fixed + price * rank for index, price in enumerate(prices)}
+
+    budget = sum(costs(1).values()) + spare
+    ranks = match_ranks(costs, budget)
+    spent = sum(fixed + price * ranks[str(index)] for index, price in enumerate(prices))
+    assert set(ranks) == set(costs(1))
+    assert max(ranks.values()) - min(ranks.values()) <= 1
+    assert budget - max(prices) < spent <= budget or budget - spent < sum(prices)
+    with pytest.raises(ValueError, match="rank 1 costs"):
+        match_ranks(costs, sum(costs(1).values()) - 1)
+
+
+def row(method: str, values: list[float], budget: int | None = 100) -> dict[str, Any]:
+    return {
+        "method": method,
+        "title": method,
+        "budget": budget,
+        "values": values,
+        "trainable_parameters": 100,
+        "search": {"1": 0.5, "2": 0.6, "3": 0.4},
+        "learning_rate": 2.0,
+        "merge_difference": None,
+    }
+
+
+def test_the_interval_is_students() -> None:
+    ours, theirs = row("flora", [0.8, 0.9, 0.7]), row("lora", [0.7, 0.7, 0.7])
+    found = against(theirs, [ours, theirs])
+    assert found is not None
+    assert found[0] == pytest.approx(0.1)
+    assert found[1] == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-5)  # t of 2 degrees of freedom, 97.5 %
+    assert against(ours, [ours, theirs]) is None
+    assert against(row("lora", [0.7] * 3, budget=50), [ours]) is None
+
+
+def test_losses_are_told() -> None:
+    rows = [row("flora", [0.5, 0.51, 0.49]), row("lora", [0.9, 0.91, 0.89]), row("full", [0.3, 0.31, 0.29], None)]
+    notes = comparison_notes({"rows": rows, "seeds": [0, 1, 2], "budgets": [100]})
+    assert "FLoRA is worse than lora at 100 (-0.4000)." in notes
+    assert "FLoRA is better than full (+0.2000)." in notes

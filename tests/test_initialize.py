@@ -124,21 +124,41 @@ def test_orthogonal_has_columns_of_length_root_size_over_rank() -> None:
     torch.testing.assert_close(factor.T @ factor, torch.eye(7, dtype=torch.float64) * 31 / 7)
 
 
-@given(shapes_and_ranks(), st.floats(0.01, 8))
-def test_our_default_starts_at_zero_and_steps_by_s_times_the_first_factor(
-    drawn: tuple[tuple[int, ...], tuple[int, ...]], scale: float
-) -> None:
-    """The rest of the form has orthogonal rows of one length, where rank 0 is no more than the others can reach."""
-    shape, ranks = drawn
-    ranks = (min(ranks[0], math.prod(ranks[1:])), *ranks[1:])
-    delta = TuckerDelta(shape, ranks, scale=scale, dtype=torch.float64)
+AXES = [("out", "in"), ("out", "in", "kh", "kw"), ("in", "out", "kw"), ("experts", "rows", "columns"), ("vocab", "dim")]
+
+
+@pytest.mark.parametrize("axes", AXES, ids=" ".join)
+@pytest.mark.parametrize("width", [24, 96])
+def test_our_default_changes_outputs_alike_at_any_width(axes: tuple[str, ...], width: int) -> None:
+    """For inputs of rms 1 the change has rms s * sqrt(J1) * rms(first factor), whatever width and ranks of the rest."""
+    summed = {"in", "kh", "kw", "columns"}
+    sizes = {"kh": 5, "kw": 3, "experts": 7}
+    shape = tuple(sizes.get(axis, width) for axis in axes)
+    for rank in (2, 5):
+        torch.manual_seed(rank)
+        delta = TuckerDelta(shape, [min(rank, size - 1) for size in shape], scale=3.0, axes=axes, dtype=torch.float64)
+        assert torch.count_nonzero(delta.dense()) == 0
+        with torch.no_grad():
+            delta.factor_0.normal_()
+        over = math.prod(size for axis, size in zip(axes, shape, strict=True) if axis in summed)
+        outputs = rms(delta.dense()) * math.sqrt(over)  # for independent inputs of rms 1
+        first = math.sqrt(shape[0]) if axes[0] in summed else 1.0
+        assert outputs == pytest.approx(3 * first * math.sqrt(delta.form.ranks[0]) * rms(delta.factor_0), rel=0.35)
+
+
+def test_our_default_is_the_start_of_lora() -> None:
+    delta = TuckerDelta((31, 23), (5, 7), dtype=torch.float64)
+    down = delta.core @ delta.factor_1.T
+    torch.testing.assert_close(down @ down.T, torch.eye(5, dtype=torch.float64))
+    assert torch.count_nonzero(delta.factor_0) == 0
+
+
+@pytest.mark.parametrize("ranks", [(4, 2, 2), (9, 2, 2), (9, 5, 3)])
+def test_our_default_with_a_whole_first_mode_or_a_large_first_rank(ranks: tuple[int, ...]) -> None:
+    delta = TuckerDelta((9, 5, 3), ranks)
     assert torch.count_nonzero(delta.dense()) == 0
-    if "factor_0" not in dict(delta.named_parameters()):
-        assert torch.count_nonzero(delta.core) == 0
-        return
-    with torch.no_grad():
-        delta.factor_0.normal_()
-    assert rms(delta.dense()) == pytest.approx(scale * rms(delta.factor_0), rel=1e-9)
+    assert (torch.count_nonzero(delta.core) == 0) == (ranks[0] == 9)
+    assert all(torch.isfinite(parameter).all() for parameter in delta.parameters())
 
 
 def test_not_identity_fills_the_core() -> None:

@@ -31,7 +31,9 @@ LEVELS: list[set[str]] = [
     {"samples", "sources"},
     {"recipes", "report"},
     {"settings"},
-    {"methods", "reloading"},
+    {"authors", "matching", "memory", "reloading"},
+    {"rivals"},
+    {"methods"},
     {"training", "merging"},
     {"compare"},
     {"flora_cli"},
@@ -61,9 +63,10 @@ DISTRIBUTIONS = {  # scikit-learn brings numpy and scipy along
     "lycoris": "lycoris-lora",
 }  # fmt: skip
 IN_ALL = {"recipes", "samples", "sources"}  # rooms that may import what the extra ``all`` brings
-OPTIONAL = {
-    "flora.convert.base": {"diffusers"}
-}  # imported where a model asks for it, with a message if it is not there
+OPTIONAL = {  # imported where a model asks for it, with a message if it is not there
+    "flora.convert.base": {"diffusers"},
+    "flora.rivals": {"lycoris-lora"},
+}
 ODDS_AND_ENDS = {"utils", "util", "common", "helpers", "misc", "tools"}
 LONGEST = 400  # lines; the aim is 100 to 350, and a file that outgrows it is split by noun
 

@@ -6,6 +6,7 @@ runs only. Every run is written as it ends and found again, so an interrupted co
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 import time
@@ -14,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import nn
@@ -21,18 +23,22 @@ from tqdm import tqdm
 from transformers import Trainer, set_seed
 
 from flora.folders import read_json, staged_folder, write_json, write_text
+from flora.matching import trainable
+from flora.memory import watch_growth
 from flora.merging import verified_merge
-from flora.methods import METHODS, Request, lora_budget, lora_targets, targets, trainable
+from flora.methods import METHODS
 from flora.recipes import Data, Recipe, nearest
 from flora.reloading import ADAPTER, ADAPTER_CONFIG
 from flora.report.card import model_card
 from flora.report.comparison import comparison_page
-from flora.report.plots import accuracy_against_parameters
+from flora.report.plots import quality_against_parameters
 from flora.report.provenance import provenance, versions
+from flora.rivals import RefusedError, Request, default_budget
 from flora.settings import Settings
 from flora.training import METRICS, make_trainer, measure, training_arguments
 
 KEPT = "flora"  # the method whose first adapter is kept, ready to load
+DEFAULT_RANK = 8  # of the LoRA whose cost is the budget where none is given
 
 
 @dataclass(frozen=True)
@@ -41,12 +47,14 @@ class Run:
 
     Attributes:
         method: a key of ``METHODS``.
+        budget: parameters it may spend; None for a method that has no choice.
         learning_rate: of this run.
         seed: of the drawn data, the start and the order.
         final: False while the learning rate is searched for: then the test set is not touched.
     """
 
     method: str
+    budget: int | None
     learning_rate: float
     seed: int
     final: bool
@@ -54,7 +62,9 @@ class Run:
     @property
     def name(self) -> str:
         """The name of its files."""
-        return f"{'final' if self.final else 'search'}-{self.method}-lr{self.learning_rate:g}-seed{self.seed}"
+        size = "" if self.budget is None else f"-{self.budget}"
+        kind = "final" if self.final else "search"
+        return f"{kind}-{self.method}{size}-lr{self.learning_rate:g}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,6 @@ class Bench:
     settings: Settings
     recipe: Recipe
     folder: Path
-    budget: int
 
     def result(self, run: Run) -> dict[str, Any]:
         """The run's result: the stored one if all its settings are the same, else that of running it now."""
@@ -73,33 +82,35 @@ class Bench:
         stored = read_json(path) if path.is_file() else {}
         if stored.get("identity") == identity:
             return cast("dict[str, Any]", stored)
-        result = {"identity": identity, **self._run(run), **provenance()}
+        try:
+            found = self._run(run)
+        except RefusedError as error:
+            found = {"refused": str(error)}
+        result = {"identity": identity, **found, **provenance()}
         write_json(path, result)
         return result
 
     def _identity(self, run: Run) -> dict[str, Any]:
         given = self.settings.as_dict()
         shared = {key: given[key] for key in ("recipe", "task", "adapter", "training")}
-        lora = {key: value for key, value in given["compare"].items() if key != "learning_rates"}
-        return {"run": asdict(run), **shared, **lora, "budget": self.budget, "versions": versions()}
+        return {"run": asdict(run), **shared, "scale": self.settings.comparison.scale, "versions": versions()}
 
     def _run(self, run: Run) -> dict[str, Any]:
         set_seed(run.seed)
-        data = self.recipe.load_data(self.settings.task, run.seed)
         base = self.recipe.load_base(self.settings.task)
         set_seed(run.seed)
-        model = METHODS[run.method](base, Request(self.settings.adapter, self.settings.comparison, self.budget))
+        request = Request(self.settings.adapter, self.settings.comparison.scale, run.budget or 0)
+        model = METHODS[run.method].build(base, request)
+        data = self.recipe.load_data(self.settings.task, run.seed)
         changes = {"learning_rate": run.learning_rate, "seed": run.seed, "save_strategy": "no", "disable_tqdm": True}
         with tempfile.TemporaryDirectory() as scratch:
-            arguments = training_arguments(self.settings, Path(scratch), **changes)
-            trainer = make_trainer(model, self.recipe, data, arguments)
-            started = time.perf_counter()
-            trainer.train()
+            trainer = make_trainer(
+                model, self.recipe, data, training_arguments(self.settings, Path(scratch), **changes)
+            )
             result: dict[str, Any] = {
                 "trainable_parameters": trainable(model),
                 "total_parameters": sum(parameter.numel() for parameter in model.parameters()),
-                "seconds": round(time.perf_counter() - started, 3),
-                "steps": trainer.state.global_step,
+                **_train(trainer, run.seed),
                 "seed": run.seed,
                 "validation": measure(trainer, data.validation),
             }
@@ -112,17 +123,17 @@ class Bench:
         found["file_bytes"] = _file_bytes(model)
         if not isinstance(model, PeftModel):
             return found
-        if run.method == KEPT and run.seed == self.settings.seed:
+        if run.method == KEPT and run.seed == self.settings.seed and not (self.folder / KEPT / ADAPTER).is_file():
             self._keep(run, model, {**result, **found})
         batch = next(iter(trainer.get_eval_dataloader(data.test)))
-        inputs = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
+        inputs = {key: value.to(trainer.args.device) for key, value in batch.items() if key != "labels"}
         _, difference, _ = verified_merge(model, inputs)
         return {**found, "merge_difference": difference}
 
     def _keep(self, run: Run, model: PeftModel, result: dict[str, Any]) -> None:
         """Writes the adapter as an output folder that ``flora eval``, ``merge`` and ``inspect`` take."""
         training = {**self.settings.training, "learning_rate": run.learning_rate}
-        adapter = {**self.settings.adapter, "budget": self.budget}
+        adapter = {**self.settings.adapter, "budget": run.budget}
         target = self.folder / run.method
         with staged_folder(target) as staged:
             model.save_pretrained(str(staged))
@@ -130,6 +141,22 @@ class Bench:
             metrics = {"recipe": self.settings.recipe, **result, "adapter_bytes": result["file_bytes"]}
             write_text(staged / "README.md", model_card(metrics, read_json(staged / ADAPTER_CONFIG), str(target)))
             write_json(staged / METRICS, {**metrics, **provenance()})
+
+
+def _train(trainer: Trainer, seed: int) -> dict[str, Any]:
+    """Trains; the time it takes, and by how much the memory grows at most."""
+    set_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with watch_growth() as growth:
+        started = time.perf_counter()
+        trainer.train()
+        seconds, grown = time.perf_counter() - started, growth()
+    return {
+        "seconds": round(seconds, 3),
+        "steps": trainer.state.global_step,
+        "peak_memory": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else grown,
+    }
 
 
 def _file_bytes(model: nn.Module) -> int:
@@ -145,11 +172,11 @@ def _file_bytes(model: nn.Module) -> int:
 
 
 def compare(settings: Settings, methods: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
-    """Runs every method with every seed and writes the report into ``<output>-compare``.
+    """Runs every method with every seed at every budget and writes the report into ``<output>-compare``.
 
     Args:
-        settings: of the runs; ``settings.comparison`` has the grid of learning rates and LoRA's rank.
-        methods: keys of ``METHODS``.
+        settings: of the runs; ``settings.comparison`` has the budgets and the grid of learning rates.
+        methods: keys of ``METHODS``; ["all"] is all of them.
         seeds: of the final runs; the first is that of the search for the learning rate.
 
     Returns:
@@ -158,6 +185,7 @@ def compare(settings: Settings, methods: Sequence[str], seeds: Sequence[int]) ->
     Raises:
         ValueError: a method is unknown, or there is no method or seed.
     """
+    methods = list(METHODS) if list(methods) == ["all"] else methods
     for method in methods:
         if method not in METHODS:
             raise ValueError(
@@ -168,24 +196,25 @@ def compare(settings: Settings, methods: Sequence[str], seeds: Sequence[int]) ->
     folder = settings.output.with_name(f"{settings.output.name}-compare")
     settings = replace(settings, seed=seeds[0])
     recipe = settings.load_recipe()
-    budget, adapted = _match(settings, recipe)
-    bench = Bench(settings, recipe, folder, budget)
+    bench, budgets = Bench(settings, recipe, folder), _budgets(settings, recipe)
     rates = settings.comparison.learning_rates
+    places = [(method, budget) for method in methods for budget in (budgets if METHODS[method].matched else [None])]
     rows = []
-    with tqdm(total=len(methods) * (len(rates) + len(seeds)), unit="run") as bar:
-        for method in methods:
-            searched = [_tell(bench, Run(method, rate, seeds[0], final=False), bar) for rate in rates]
-            scores = [result["validation"][recipe.METRIC] for result in searched]
+    with tqdm(total=len(places) * (len(rates) + len(seeds)), unit="run") as bar:
+        for method, budget in places:
+            searched = [_tell(bench, Run(method, budget, rate, seeds[0], final=False), bar) for rate in rates]
+            scores = [_score(result, recipe) for result in searched]
             best = rates[scores.index(max(scores))]
-            finals = [_tell(bench, Run(method, best, seed, final=True), bar) for seed in seeds]
-            rows.append(_row(method, recipe.METRIC, dict(zip(rates, scores, strict=True)), best, finals))
+            finals = [_tell(bench, Run(method, budget, best, seed, final=True), bar) for seed in seeds]
+            search = dict(zip(rates, scores, strict=True))
+            named = {"method": method, "title": METHODS[method].title, "budget": budget}
+            rows.append({**named, **_row(recipe.METRIC, search, best, finals)})
     report = {
         "recipe": settings.recipe,
         "folder": str(folder),
         "metric": recipe.METRIC,
         "seeds": list(seeds),
-        "budget": budget,
-        "adapted_layers": adapted,
+        "budgets": budgets,
         "rows": rows,
         "settings": settings.as_dict(),
         **provenance(),
@@ -194,34 +223,39 @@ def compare(settings: Settings, methods: Sequence[str], seeds: Sequence[int]) ->
     return report
 
 
-def _match(settings: Settings, recipe: Recipe) -> tuple[int, dict[str, int]]:
-    """The budget of an adapter, what LoRA costs, and how many layers FLoRA and LoRA adapt."""
-    request = Request(settings.adapter, settings.comparison, budget=0)
-    base = recipe.load_base(settings.task)
-    adapted = {"flora": len(targets(base, settings.adapter)), "lora": len(lora_targets(base, request))}
-    return lora_budget(base, request), adapted
+def _budgets(settings: Settings, recipe: Recipe) -> list[int]:
+    given = settings.comparison.budgets
+    return list(given) or [default_budget(recipe.load_base(settings.task), settings.adapter, DEFAULT_RANK)]
+
+
+def _score(result: dict[str, Any], recipe: Recipe) -> float:
+    """The validation metric; below every other where there is none, or training diverged."""
+    score = float(result["validation"][recipe.METRIC]) if "validation" in result else -math.inf
+    return -math.inf if math.isnan(score) else score
 
 
 def _tell(bench: Bench, run: Run, bar: tqdm[Any]) -> dict[str, Any]:
     """Runs, and says so."""
     bar.set_description(f"{run.method} lr={run.learning_rate:g} seed={run.seed}")
     result = bench.result(run)
-    score = result["validation"][bench.recipe.METRIC]
     what = f"final, seed {run.seed}" if run.final else "search"
-    bar.write(
-        f"{run.method:<8} lr {run.learning_rate:<8g} {what:<14} validation {score:.4f}  {result['seconds']:.1f} s"
-    )
+    told = f"{run.method:<8} {run.budget or '':<8} lr {run.learning_rate:<8g} {what:<14}"
+    if "refused" in result:
+        bar.write(f"{told} refused: {result['refused']}")
+    else:
+        bar.write(f"{told} validation {_score(result, bench.recipe):.4f}  {result['seconds']:.1f} s")
     bar.update()
     return result
 
 
-def _row(
-    method: str, metric: str, search: dict[float, float], best: float, finals: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """A method's line of the table, with every number it is made of."""
+def _row(metric: str, search: dict[float, float], best: float, finals: list[dict[str, Any]]) -> dict[str, Any]:
+    """A method's line of the table, with every number it is made of; or why there is none."""
+    if "refused" in finals[0]:
+        return {"refused": finals[0]["refused"]}
     values = [result["test"][metric] for result in finals]
+    memory = [result["peak_memory"] for result in finals if result["peak_memory"] is not None]
+    merged = [result["merge_difference"] for result in finals if "merge_difference" in result]
     return {
-        "method": method,
         "trainable_parameters": finals[0]["trainable_parameters"],
         "learning_rate": best,
         "mean": statistics.mean(values),
@@ -230,18 +264,18 @@ def _row(
         "validation": [result["validation"][metric] for result in finals],
         "search": {f"{rate:g}": score for rate, score in search.items()},
         "seconds": statistics.mean(result["seconds"] for result in finals),
+        "seconds_per_step": statistics.median(result["seconds"] / result["steps"] for result in finals),
+        "peak_memory": statistics.median(memory) if memory else None,
         "file_bytes": finals[0]["file_bytes"],
-        "merge_difference": max(
-            (result["merge_difference"] for result in finals if "merge_difference" in result), default=None
-        ),
+        "merge_difference": max(merged, default=None),
         "runs": finals,
     }
 
 
 def _write(folder: Path, report: dict[str, Any]) -> None:
-    title = f"{report['recipe']}: {report['metric']} over {len(report['seeds'])} seeds"
+    title = f"{Path(report['recipe']).stem}: {report['metric']} over {len(report['seeds'])} seeds"
     staged = folder / ".compare.staged.png"
-    accuracy_against_parameters(staged, report["rows"], report["metric"], title)
+    quality_against_parameters(staged, report["rows"], report["metric"], title)
     staged.replace(folder / "compare.png")
     write_text(folder / "README.md", comparison_page(report))
     write_json(folder / "compare.json", report)

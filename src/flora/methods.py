@@ -4,106 +4,89 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
 
-from flora.settings import Comparison
+from flora import rivals
+from flora.rivals import RefusedError, Request, train_head
 from flora.tuner.config import FloraConfig
+
+Build = Callable[[nn.Module, Request], nn.Module]
 
 
 @dataclass(frozen=True)
-class Request:
-    """What a method is given besides the base model.
+class Method:
+    """A row of the table.
 
     Attributes:
-        adapter: keyword arguments of ``FloraConfig``; other adapters take their targets and the head from it.
-        comparison: the settings of the comparison.
-        budget: trainable parameters of an adapter, the head not counted.
+        title: as it is printed.
+        build: puts the method on a base model.
+        matched: whether it is an adapter, which spends the budget that all adapters have.
     """
 
-    adapter: dict[str, Any]
-    comparison: Comparison
-    budget: int
-
-    @property
-    def head(self) -> list[str]:
-        """The modules that every method trains in full."""
-        return list(self.adapter.get("modules_to_save") or [])
+    title: str
+    build: Build
+    matched: bool = True
 
 
-def flora(base: PreTrainedModel, request: Request) -> nn.Module:
-    """FLoRA as configured, with ranks solved for the budget."""
-    return get_peft_model(base, FloraConfig(**{**request.adapter, "budget": request.budget}))
+def flora(base: nn.Module, request: Request) -> nn.Module:
+    """FLoRA as configured, with ranks solved for the budget.
+
+    Raises:
+        RefusedError: the budget is too small.
+    """
+    try:
+        config = FloraConfig(**{**request.adapter, "budget": request.budget})
+        return get_peft_model(cast("Any", base), config)
+    except ValueError as error:
+        if "budget of" not in str(error):
+            raise
+        raise RefusedError(str(error)) from None
 
 
-def lora(base: PreTrainedModel, request: Request) -> nn.Module:
-    """PEFT's LoRA on those of FLoRA's targets that it can adapt."""
-    rank = request.comparison.lora_r
-    targets = lora_targets(base, request)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=request.comparison.lora_alpha,
-        target_modules=targets,
-        modules_to_save=request.head,
-    )
-    return get_peft_model(base, config)
-
-
-def frozen(base: PreTrainedModel, request: Request) -> nn.Module:
+def frozen(base: nn.Module, request: Request) -> nn.Module:
     """Only the head is trained.
 
     Raises:
-        ValueError: the config names no head.
+        RefusedError: the config names no head.
     """
     if not request.head:
-        raise ValueError("the method 'frozen' trains the head only; name it in adapter.modules_to_save")
-    for name, parameter in base.named_parameters():
-        parameter.requires_grad_(any(part in request.head for part in name.split(".")))
-    return base
+        raise RefusedError("it trains the head only, and adapter.modules_to_save names none")
+    return train_head(base.requires_grad_(False), request.head)
 
 
-def full(base: PreTrainedModel, request: Request) -> nn.Module:
+def bitfit(base: nn.Module, request: Request) -> nn.Module:
+    """The biases and the head are trained (Ben Zaken et al. 2022).
+
+    Raises:
+        RefusedError: the model has no biases.
+    """
+    biases = [value for name, value in base.named_parameters() if name.rpartition(".")[2] == "bias"]
+    if not biases:
+        raise RefusedError("the model has no biases")
+    base.requires_grad_(False)
+    for value in biases:
+        value.requires_grad_(True)
+    return train_head(base, request.head)
+
+
+def full(base: nn.Module, request: Request) -> nn.Module:
     """Every parameter is trained."""
     return base.requires_grad_(True)
 
 
-METHODS: dict[str, Callable[[PreTrainedModel, Request], nn.Module]] = {
-    "frozen": frozen,
-    "flora": flora,
-    "lora": lora,
-    "full": full,
+METHODS: dict[str, Method] = {
+    "frozen": Method("head only", frozen, matched=False),
+    "bitfit": Method("BitFit", bitfit, matched=False),
+    "lora": Method("LoRA", rivals.lora),
+    "dora": Method("DoRA", partial(rivals.lora, use_dora=True)),
+    "loha": Method("LoHa", rivals.loha),
+    "lokr": Method("LoKr", rivals.lokr),
+    "lycoris": Method("LoCon-Tucker (LyCORIS)", rivals.lycoris),
+    "authors": Method("authors' scheme", rivals.authors),
+    "flora": Method("FLoRA", flora),
+    "full": Method("full fine-tuning", full, matched=False),
 }
-
-
-def targets(base: PreTrainedModel, adapter: dict[str, Any]) -> list[str]:
-    """The names of the modules that FLoRA adapts with this configuration; ``base`` is left as it is."""
-    adapted = get_peft_model(base, FloraConfig(**adapter))
-    names = list(cast("Any", adapted.base_model).targeted_module_names)
-    adapted.unload()
-    return names
-
-
-def lora_targets(base: PreTrainedModel, request: Request) -> list[str]:
-    """FLoRA's targets without the grouped convolutions that PEFT's LoRA refuses: its rank must divide by the groups."""
-    modules = dict(base.named_modules())
-    rank = request.comparison.lora_r
-    return [name for name in targets(base, request.adapter) if rank % getattr(modules[name], "groups", 1) == 0]
-
-
-def lora_budget(base: PreTrainedModel, request: Request) -> int:
-    """The parameters of LoRA at its rank, the head not counted: what every other adapter may spend."""
-    model = lora(base, request)
-    return sum(value.numel() for name, value in model.named_parameters() if ".lora_" in name)
-
-
-def trainable(model: nn.Module) -> int:
-    """How many parameters an optimiser would change."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def is_adapter(model: nn.Module) -> bool:
-    """Whether the method put a PEFT adapter on the base model, which can be merged and saved alone."""
-    return isinstance(model, PeftModel)

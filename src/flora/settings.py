@@ -34,13 +34,20 @@ class Comparison:
 
     Args:
         learning_rates: the grid that each method's learning rate is chosen from, on validation.
-        lora_r: rank of LoRA; its parameters are the budget of every other adapter.
-        lora_alpha: LoRA's alpha.
+        budgets: trainable parameters that every adapter may spend, the head not counted; each is a comparison of its
+            own. Empty: what LoRA of rank 8 costs.
+        scale: alpha / r of the adapters other than FLoRA.
     """
 
     learning_rates: list[float] = field(default_factory=lambda: [1e-4, 3e-4, 1e-3, 3e-3])
-    lora_r: int = 8
-    lora_alpha: int = 8
+    budgets: list[int] = field(default_factory=list)
+    scale: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not self.learning_rates or min(self.learning_rates) <= 0:
+            raise ValueError(f"compare.learning_rates is {self.learning_rates}, expected one or more above 0")
+        if self.budgets and min(self.budgets) < 1:
+            raise ValueError(f"compare.budgets is {self.budgets}, expected counts of parameters from 1")
 
 
 @dataclass(frozen=True)
@@ -119,10 +126,10 @@ def read(config: str, overrides: Iterable[str] = ()) -> Settings:
     try:
         FloraConfig(**adapter)
         task = recipe.Task(**vars(checked.task))
+        comparison = Comparison(**vars(checked.compare))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
     output = Path(checked.output or f"outputs/{path.stem}")
-    comparison = Comparison(**vars(checked.compare))
     return Settings(name, output, checked.seed, task, _plain(adapter), _plain(training), comparison)
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, set_seed
 
 from flora.folders import last_checkpoint, read_json, replace_folder, staged_files, write_json, write_text
-from flora.methods import trainable
+from flora.matching import trainable
 from flora.progress import show_loss
 from flora.recipes import Data, Recipe, optional
 from flora.reloading import ADAPTER, ADAPTER_CONFIG, load_adapter, load_base

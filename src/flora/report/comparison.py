@@ -1,107 +1,139 @@
-"""The page of a comparison: its table, what was matched, and whether merged models agree with unmerged ones."""
+"""The page of a comparison: its table, the differences with their confidence, what a reader must know beside it."""
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from scipy.stats import t as student
 from tabulate import tabulate
 
+Row = Mapping[str, Any]
+CONFIDENCE = 0.95
 
-def comparison_table(rows: Sequence[Mapping[str, Any]], metric: str, style: str = "github") -> str:
-    """One line per method.
+
+def comparison_table(rows: Sequence[Row], metric: str, style: str = "github") -> str:
+    """One line per method and budget; of methods that refused, why.
 
     Args:
         rows: of ``compare.json``.
         metric: its name.
         style: a format of tabulate.
     """
-    lines = [
-        {
-            "method": row["method"],
-            "trainable parameters": f"{row['trainable_parameters']:,}",
-            f"{metric} (test)": f"{row['mean']:.4f} ± {row['std']:.4f}",
-            "learning rate": f"{row['learning_rate']:g}",
-            "seconds": f"{row['seconds']:.1f}",
-            "file": size(row["file_bytes"]),
-        }
-        for row in rows
-    ]
-    return str(
-        tabulate(lines, headers="keys", tablefmt=style, colalign=("left", *["right"] * 5), disable_numparse=True)
-    )
+    lines = [_line(row, rows, metric) for row in rows if "refused" not in row]
+    align = ("left", *["right"] * (len(lines[0]) - 1)) if lines else ()
+    return str(tabulate(lines, headers="keys", tablefmt=style, colalign=align, disable_numparse=True))
 
 
-def size(count: int) -> str:
+def _line(row: Row, rows: Sequence[Row], metric: str) -> dict[str, str]:
+    difference = against(row, rows)
+    return {
+        "method": f"**{row['title']}**" if row["method"] == "flora" else row["title"],
+        "trainable parameters": f"{row['trainable_parameters']:,}",
+        f"{metric} (test)": f"{row['mean']:.4f} ± {row['std']:.4f}",
+        f"FLoRA minus it, {CONFIDENCE:.0%}": ""
+        if difference is None
+        else f"{difference[0]:+.4f} ± {difference[1]:.4f}",
+        "learning rate": f"{row['learning_rate']:g}",
+        "s / step": f"{row['seconds_per_step']:.3f}",
+        "peak memory": "" if row["peak_memory"] is None else size(row["peak_memory"]),
+        "file": size(row["file_bytes"]),
+    }
+
+
+def against(row: Row, rows: Sequence[Row]) -> tuple[float, float] | None:
+    """FLoRA's metric minus that of a method at the same budget, seed by seed: the mean, and half its interval.
+
+    The interval is Student's t over the paired differences. A method without a budget is held against FLoRA's largest.
+
+    Returns:
+        None for FLoRA itself, or where there is nothing to compare with; the half is NaN for a single seed.
+    """
+    ours = [other for other in rows if other["method"] == "flora" and "refused" not in other]
+    same = [other for other in ours if row["budget"] in (None, other["budget"])]
+    if row["method"] == "flora" or not same:
+        return None
+    best = max(same, key=lambda other: float(other["trainable_parameters"]))
+    differences = [a - b for a, b in zip(best["values"], row["values"], strict=True)]
+    if len(differences) < 2:
+        return differences[0], math.nan
+    spread = statistics.stdev(differences) / math.sqrt(len(differences))
+    return statistics.mean(differences), float(student.ppf((1 + CONFIDENCE) / 2, len(differences) - 1)) * spread
+
+
+def size(count: float) -> str:
     """Bytes as people read them."""
     for unit, factor in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
         if count >= factor:
             return f"{count / factor:.1f} {unit}"
-    return f"{count} B"
+    return f"{count:.0f} B"
 
 
-def comparison_notes(report: Mapping[str, Any]) -> list[str]:
+def comparison_notes(report: Row) -> list[str]:
     """What a reader must know beside the table, a sentence each."""
-    rows = report["rows"]
-    counts = ", ".join(
-        f"{row['method']} {row['trainable_parameters']:,}" for row in rows if row["merge_difference"] is not None
-    )
-    layers = report["adapted_layers"]
+    rows = [row for row in report["rows"] if "refused" not in row]
+    budgets = ", ".join(f"{budget:,}" for budget in report["budgets"])
     notes = [
         f"Mean and standard deviation over the seeds {', '.join(map(str, report['seeds']))}; each learning rate was "
-        "chosen on validation from the same grid with the first seed; the test set was used by the final runs only."
+        "chosen on validation from the same grid with the first seed; the test set was used by the final runs only.",
+        f"Every adapter may spend {budgets} parameters, the head not counted; ranks are solved for that. Each is on "
+        "those of FLoRA's layers that it can adapt.",
+        f"FLoRA minus it: mean of the differences seed by seed, with the {CONFIDENCE:.0%} interval of Student's t. "
+        "Methods without a choice of size are held against FLoRA at its largest.",
+        *(f"{row['title']}: not possible here ({row['refused']})." for row in report["rows"] if "refused" in row),
     ]
-    if counts:
-        notes.append(
-            f"Adapters at matched trainable parameters ({counts}, head included): the budget is what LoRA costs "
-            f"({report['budget']:,} without the head). FLoRA adapts {layers['flora']} layers; LoRA {layers['lora']}"
-            + (", as it refuses the grouped convolutions." if layers["lora"] < layers["flora"] else ".")
-        )
-    notes += [
-        f"{row['method']}: the learning rate {row['learning_rate']:g} is at the edge of the grid."
+    return notes + _edges(rows) + _verdicts(rows) + _merged(rows)
+
+
+def _edges(rows: Sequence[Row]) -> list[str]:
+    """The methods that might do better beyond the grid."""
+    names = [
+        f"{_name(row)} ({row['learning_rate']:g})"
         for row in rows
         if len(row["search"]) > 1
         and f"{row['learning_rate']:g}" in (next(iter(row["search"])), list(row["search"])[-1])
     ]
-    return notes + _verdicts(rows) + merge_notes(rows)
+    return [f"The chosen learning rate is at the edge of the grid for {', '.join(names)}."] if names else []
 
 
-def _verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """FLoRA against each other method, seed by seed."""
-    ours = next((row for row in rows if row["method"] == "flora"), None)
-    if ours is None:
-        return []
-    notes = []
+def _name(row: Row) -> str:
+    return str(row["title"]) if row["budget"] is None else f"{row['title']} at {row['budget']:,}"
+
+
+def _verdicts(rows: Sequence[Row]) -> list[str]:
+    """Where FLoRA wins, loses, and where the seeds do not tell."""
+    judged: dict[str, list[str]] = {"better than": [], "worse than": [], "not told apart from": []}
     for row in rows:
-        if row is ours:
+        difference = against(row, rows)
+        if difference is None or math.isnan(difference[1]):
             continue
-        difference = ours["mean"] - row["mean"]
-        spread = max(ours["std"], row["std"])
-        wins = sum(a > b for a, b in zip(ours["values"], row["values"], strict=True))
-        notes.append(
-            f"flora minus {row['method']}: {difference:+.4f} ({'more' if abs(difference) > spread else 'less'} than "
-            f"the spread of {spread:.4f}; better with {wins} of {len(ours['values'])} seeds)."
-        )
-    return notes
+        mean, half = difference
+        word = "not told apart from" if abs(mean) <= half else "better than" if mean > 0 else "worse than"
+        judged[word].append(f"{_name(row)} ({mean:+.4f})")
+    return [f"FLoRA is {word} {', '.join(names)}." for word, names in judged.items() if names]
 
 
-def merge_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _merged(rows: Sequence[Row]) -> list[str]:
     """How far merged models are from unmerged ones."""
-    return [
-        f"{row['method']}: merged and unmerged agree, largest difference of the outputs {row['merge_difference']:.2e} "
-        f"({len(row['values'])} seeds)."
-        for row in rows
-        if row["merge_difference"] is not None
-    ]
+    worst: dict[str, float] = {}
+    for row in rows:
+        if row["merge_difference"] is not None:
+            worst[row["title"]] = max(worst.get(row["title"], 0.0), row["merge_difference"])
+    told = ", ".join(f"{title} {difference:.1e}" for title, difference in worst.items())
+    return [f"Largest difference between the outputs of a merged model and the unmerged one: {told}."] if worst else []
 
 
-def comparison_page(report: Mapping[str, Any]) -> str:
+def comparison_page(report: Row) -> str:
     """``README.md`` of the comparison's folder."""
     machine = report["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     notes = "\n".join(f"* {note}" for note in comparison_notes(report))
     return (
-        f"# {report['recipe']}: the methods compared\n\n{comparison_table(report['rows'], report['metric'])}\n\n"
+        f"# {Path(report['recipe']).stem}: the methods compared\n\n"
+        f"{comparison_table(report['rows'], report['metric'])}\n\n"
         f"![{report['metric']} against trainable parameters](compare.png)\n\n{notes}\n\n"
         f"Measured on {machine['system']}, {machine['cores']} cores, {machine['device']}; {versions}; commit "
         f"{report['commit'] or 'unknown'}. Every run: `compare.json` and `runs/`.\n"

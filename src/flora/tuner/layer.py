@@ -29,6 +29,7 @@ class Target:
     shape: tuple[int, ...]
     ranks: tuple[int, ...]
     scale: float
+    axes: tuple[str, ...]
     fold: Fold | None = None
 
 
@@ -124,6 +125,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
                 scale=target.scale,
                 fold=target.fold,
                 init=config.init,
+                axes=target.axes,
                 init_weights=config.init_weights,
             )
         path = self._choose_path(name, config.path, targets)

@@ -137,7 +137,7 @@ def targets_of(config: FloraConfig, site: Site) -> dict[str, Target]:
         fold = parse_fold(pattern, shape, name) if pattern else None
         sizes, names = (fold.shape, fold.axes) if fold else (shape, axes)
         ranks = resolve(sizes, config.rank_for(site.name, weight), config.kernel_r, axes=names, name=name)
-        targets[weight] = Target(shape, ranks, config.scale_for(site.name, weight), fold)
+        targets[weight] = Target(shape, ranks, config.scale_for(site.name, weight), tuple(names), fold)
     return targets
 
 

@@ -5,24 +5,33 @@ from __future__ import annotations
 import ctypes
 import gc
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def peak_growth(step: Callable[[], object]) -> int | None:
-    """Bytes by which the resident memory grows at most while ``step`` runs, after a first run; None off Linux."""
-    step()
+@contextmanager
+def watch_growth() -> Iterator[Callable[[], int | None]]:
+    """Yields a function that says by how many bytes the resident memory grew at most since; None off Linux."""
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)
         RESET.write_text("5")  # the peak starts anew from here
         before = resident("VmRSS")
-        step()
-        return resident("VmHWM") - before
     except (OSError, AttributeError):
-        return None
+        yield lambda: None
+    else:
+        yield lambda: resident("VmHWM") - before
+
+
+def peak_growth(step: Callable[[], object]) -> int | None:
+    """Bytes by which the resident memory grows at most while ``step`` runs, after a first run; None off Linux."""
+    step()
+    with watch_growth() as growth:
+        step()
+        return growth()
 
 
 def resident(field: str) -> int:
