@@ -6,9 +6,10 @@ The head is made anew for the classes of the data; list it in ``adapter.modules_
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -105,6 +106,14 @@ def _class_name(label: int | str | None, names: list[str]) -> str:
     return names[label] if isinstance(label, int) and 0 <= label < len(names) else str(label)
 
 
+def prepare(example: Example, draw: Random | None, labels: list[str], processor: Any) -> dict[str, Tensor]:
+    """The image as the model takes it, where there are draws cropped and mirrored first."""
+    image = read_image(example.image).convert("RGB")
+    image = image if draw is None else crop_and_mirror([image], CROP, draw)[0]
+    pixels = processor(image, return_tensors="pt")["pixel_values"][0]
+    return {"pixel_values": pixels, "labels": torch.tensor(labels.index(example.name))}
+
+
 def load_data(task: Task, seed: int) -> Data:
     """The images; the seed draws the augmentation.
 
@@ -123,15 +132,9 @@ def load_data(task: Task, seed: int) -> Data:
     good = {name: sift(items, check, bad=task.bad_data, what=f"{name} images") for name, items in parts.items()}
     good = with_held_out(good)
     processor = load_pretrained(AutoImageProcessor, locate(task.model), backend="pil")
-
-    def prepare(example: Example, draw: Random | None) -> dict[str, Tensor]:
-        image = read_image(example.image).convert("RGB")
-        image = image if draw is None else crop_and_mirror([image], CROP, draw)[0]
-        pixels = processor(image, return_tensors="pt")["pixel_values"][0]
-        return {"pixel_values": pixels, "labels": torch.tensor(labels.index(example.name))}
-
-    train = Prepared(good["train"], prepare, seed if task.augment else None)
-    validation, test = (Prepared(good[name], prepare) for name in ("validation", "test"))
+    ready = partial(prepare, labels=labels, processor=processor)
+    train = Prepared(good["train"], ready, seed if task.augment else None)
+    validation, test = (Prepared(good[name], ready) for name in ("validation", "test"))
     return Data(train, validation, test, processor=processor, labels=labels)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any, cast
@@ -104,7 +105,7 @@ def read_parts(task: Task) -> dict[str, list[Item[Example]]]:
 
 
 def local_parts(root: Path) -> dict[str, list[Item[Example]]]:
-    """The pairs of a folder laid out as ADE20K."""
+    """The pairs of a folder laid out as ADE20K is."""
     found = {}
     for split, folder in split_paths(root / "images").items():
         paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES)
@@ -132,6 +133,14 @@ def check_example(example: Example, classes: int, reduce: bool) -> None:
         raise ValueError(f"label {largest} is out of range: there are {classes} classes, reduce_labels is {reduce}")
 
 
+def prepare(example: Example, draw: Random | None, processor: Any) -> dict[str, Tensor]:
+    """Image and label map as the model takes them, where there are draws cropped and mirrored first."""
+    pair = [read_image(example.image).convert("RGB"), read_image(example.labels)]
+    image, labels = pair if draw is None else crop_and_mirror(pair, CROP, draw)
+    batch = processor(image, segmentation_maps=np.array(labels), return_tensors="pt")
+    return {name: batch[name][0] for name in ("pixel_values", "labels")}
+
+
 def load_data(task: Task, seed: int) -> Data:
     """The images; the seed draws the augmentation.
 
@@ -147,15 +156,9 @@ def load_data(task: Task, seed: int) -> Data:
     good = with_held_out({name: sift(items, check, bad=task.bad_data, what=f"{name} images") for name, items in parts})
     options = {"backend": "pil", "do_reduce_labels": task.reduce_labels}
     processor = load_pretrained(AutoImageProcessor, locate(task.model), **options)
-
-    def prepare(example: Example, draw: Random | None) -> dict[str, Tensor]:
-        pair = [read_image(example.image).convert("RGB"), read_image(example.labels)]
-        image, labels = pair if draw is None else crop_and_mirror(pair, CROP, draw)
-        batch = processor(image, segmentation_maps=np.array(labels), return_tensors="pt")
-        return {name: batch[name][0] for name in ("pixel_values", "labels")}
-
-    train = Prepared(good["train"], prepare, seed if task.augment else None)
-    validation, test = (Prepared(good[name], prepare) for name in ("validation", "test"))
+    ready = partial(prepare, processor=processor)
+    train = Prepared(good["train"], ready, seed if task.augment else None)
+    validation, test = (Prepared(good[name], ready) for name in ("validation", "test"))
     return Data(train, validation, test, processor=processor, labels=names)
 
 

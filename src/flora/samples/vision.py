@@ -162,7 +162,7 @@ def rtdetr(folder: Path) -> None:
         d_model=32,
         decoder_in_channels=[32, 32, 32],
         decoder_ffn_dim=32,
-        decoder_layers=2,
+        decoder_layers=1,
         decoder_attention_heads=2,
         num_queries=12,
         num_denoising=8,
