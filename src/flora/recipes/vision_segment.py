@@ -11,7 +11,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -48,9 +47,8 @@ class Task:
     """Settings of the data and the base model.
 
     Args:
-        data: a folder, or the id of a hub data set. The folder has ``images`` and ``annotations`` (label maps: PNG
-            files of one channel, named as their images), each with training, validation and test, or files alone;
-            what is missing is held out of the training images.
+        data: a folder, or the id of a hub data set. The folder has ``images`` and ``annotations`` (PNG label maps named
+            as their images), each with training, validation and test, or files alone; what is missing is held out.
         model: a folder or hub id of a model for semantic segmentation, with its image processor.
         image_column, label_column: of a hub data set.
         labels: the names of the classes; null: those that the model knows already.
@@ -84,8 +82,7 @@ def class_names(task: Task) -> list[str]:
     """The names of the classes, in the order of the model's outputs."""
     if task.labels is not None:
         return task.labels
-    names = load_pretrained(AutoConfig, locate(task.model)).id2label
-    return [names[index] for index in sorted(names)]
+    return list(load_pretrained(AutoConfig, locate(task.model)).id2label.values())
 
 
 def read_parts(task: Task) -> dict[str, list[Item[Example]]]:
@@ -148,10 +145,7 @@ def load_data(task: Task, seed: int) -> Data:
         FileNotFoundError, ValueError: there is no such data, or a file of it cannot be used.
     """
     names = class_names(task)
-
-    def check(example: Example) -> None:
-        check_example(example, len(names), task.reduce_labels)
-
+    check = partial(check_example, classes=len(names), reduce=task.reduce_labels)
     parts = read_parts(task).items()
     good = with_held_out({name: sift(items, check, bad=task.bad_data, what=f"{name} images") for name, items in parts})
     options = {"backend": "pil", "do_reduce_labels": task.reduce_labels}
@@ -174,11 +168,10 @@ class Segmentation(Trainer):
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         """The loss, and of each image and class how many pixels are right and found, and how many there are."""
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if logits is None or labels is None:
+        if logits is None or labels is None:  # prediction_loss_only
             return loss, None, None
-        logits = interpolate(logits, size=labels.shape[-2:], mode="bilinear")
-        counts = pixel_counts(logits.argmax(1), labels, logits.shape[1])
-        return loss, counts[..., :2], counts[..., 2]
+        logits = torch.nn.functional.interpolate(logits, size=labels.shape[-2:], mode="bilinear")
+        return loss, *pixel_counts(logits.argmax(1), labels, logits.shape[1]).split([2, 1], -1)
 
 
 TRAINER = Segmentation
@@ -196,7 +189,7 @@ def pixel_counts(found: Tensor, labels: Tensor, classes: int) -> Tensor:
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Mean intersection over union and mean accuracy of the classes that occur, and the accuracy of all pixels."""
     right, found = cast("np.ndarray", prediction.predictions).sum(0).T
-    true = cast("np.ndarray", prediction.label_ids).sum(0)
+    true = cast("np.ndarray", prediction.label_ids).sum(0)[:, 0]
     union = found + true - right
     return {
         "miou": float((right[union > 0] / union[union > 0]).mean()),
