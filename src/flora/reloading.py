@@ -15,9 +15,11 @@ from transformers import PreTrainedModel
 from flora.folders import read_json
 from flora.progress import hidden_bars
 from flora.settings import FILE, read
+from flora.sources import head_options
 
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+LABELS = "labels.json"  # the names of the classes, where the base model's head was made anew for them
 AUTO_CLASSES = {  # task_type of an adapter config -> the class of transformers that PEFT pairs it with
     "CAUSAL_LM": "AutoModelForCausalLM",
     "FEATURE_EXTRACTION": "AutoModel",
@@ -84,7 +86,8 @@ def load_base(folder: Path, base: str | None = None) -> PreTrainedModel:
         return settings.load_recipe().load_base(settings.task)
     try:
         with hidden_bars() if Path(where).is_dir() else nullcontext():  # a download has a bar
-            return cast("PreTrainedModel", _model_class(config, folder).from_pretrained(where))
+            head = head_options(read_json(folder / LABELS)) if (folder / LABELS).is_file() else {}
+            return cast("PreTrainedModel", _model_class(config, folder).from_pretrained(where, **head))
     except OSError as error:
         reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(

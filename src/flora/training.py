@@ -11,14 +11,15 @@ from typing import Any, cast
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from flora.folders import last_checkpoint, read_json, replace_folder, staged_files, write_json, write_text
 from flora.matching import trainable
 from flora.progress import show_loss
 from flora.recipes import Data, Recipe, optional
-from flora.reloading import ADAPTER, ADAPTER_CONFIG, load_adapter, load_base
+from flora.reloading import ADAPTER, ADAPTER_CONFIG, LABELS, load_adapter, load_base
 from flora.report.card import model_card
 from flora.report.plots import loss_curve
 from flora.report.provenance import provenance
@@ -31,6 +32,7 @@ SAME = 1e-6  # an evaluation of the same model on the same data may differ by th
 
 def make_trainer(model: nn.Module, recipe: Recipe, data: Data, arguments: TrainingArguments) -> Trainer:
     """A Trainer for this model and recipe; quiet but for a progress bar with the loss."""
+    keep_statistics(model)
     trainer = optional(recipe, "TRAINER")(
         model,
         arguments,
@@ -42,7 +44,36 @@ def make_trainer(model: nn.Module, recipe: Recipe, data: Data, arguments: Traini
         preprocess_logits_for_metrics=optional(recipe, "preprocess_logits"),
     )
     show_loss(trainer)
+    if hasattr(data.train, "set_epoch"):
+        trainer.add_callback(TellEpoch(data.train))
     return cast("Trainer", trainer)
+
+
+class TellEpoch(TrainerCallback):
+    """Tells a training set that draws anew in each epoch which one it is; accelerate does so in one process only."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Also where a run goes on in the middle of an epoch."""
+        self.dataset.set_epoch(int((state.epoch or 0) + 1e-6))
+
+
+def keep_statistics(model: nn.Module) -> None:
+    """Makes every batch norm that is not trained use its running statistics and leave them as they are.
+
+    They belong to the base model: what training changed there no adapter file would hold.
+    """
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and not any(value.requires_grad for value in module.parameters()):
+            module.register_forward_pre_hook(_evaluate)
+
+
+def _evaluate(module: nn.Module, inputs: object) -> None:
+    module.eval()
 
 
 def training_arguments(settings: Settings, output: Path, **changes: Any) -> TrainingArguments:
@@ -92,6 +123,8 @@ def train(settings: Settings, *, resume: bool = False, overwrite: bool = False) 
         if not resume and folder.exists():
             shutil.rmtree(folder)
         settings.save(folder)
+        if data.labels is not None:
+            write_json(folder / LABELS, data.labels)
     if resume and arguments.process_index == 0:
         print(
             f"resuming from {checkpoint}" if checkpoint else f"no complete checkpoint in {folder}, starting at step 0"
@@ -183,7 +216,8 @@ def _write(
         metrics["adapter_bytes"] = (staged / ADAPTER).stat().st_size
         trainer.state.save_to_json(str(staged / "trainer_state.json"))
         loss_curve(staged / "loss.png", trainer.state.log_history, f"{settings.recipe}: loss")
-        card = model_card(metrics, read_json(staged / ADAPTER_CONFIG), str(settings.output))
+        classes = len(read_json(folder / LABELS)) if (folder / LABELS).is_file() else None
+        card = model_card(metrics, read_json(staged / ADAPTER_CONFIG), str(settings.output), classes)
         write_text(staged / "README.md", card)
         write_json(staged / METRICS, metrics)
 
@@ -212,6 +246,12 @@ def evaluate(folder: Path, overrides: Iterable[str] = (), split: str = "test") -
     recipe = settings.load_recipe()
     data = recipe.load_data(settings.task, settings.seed)
     dataset = data.split(split)
+    trained_for = read_json(folder / LABELS) if (folder / LABELS).is_file() else None
+    if trained_for is not None and data.labels != trained_for:
+        raise ValueError(
+            f"the data has the classes {data.labels}, but {folder} was trained for {trained_for}; "
+            "give these as task.labels"
+        )
     base = recipe.load_base(settings.task) if not overrides else load_base(folder)
     model = load_adapter(base, folder)
     arguments = training_arguments(settings, folder, save_strategy="no")

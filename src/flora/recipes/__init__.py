@@ -31,6 +31,7 @@ class Data:
         train, validation, test: datasets of dicts that the model takes as keyword arguments.
         collate: a list of samples -> a batch; None is transformers' default collator.
         processor: the tokenizer or image processor, saved beside the adapter.
+        labels: the names of the classes, where the base model gets a head for them: saved beside the adapter too.
     """
 
     train: Dataset[Any]
@@ -38,6 +39,7 @@ class Data:
     test: Dataset[Any]
     collate: Callable[[list[Any]], dict[str, Any]] | None = None
     processor: Any = None
+    labels: list[str] | None = None
 
     def split(self, name: str) -> Dataset[Any]:
         """The dataset of that name.

@@ -25,7 +25,7 @@ import flora
 from peft import PeftModel
 from {library} import {model_class}
 
-base = {model_class}.from_pretrained("{base}")
+base = {model_class}.from_pretrained("{base}"{head})
 model = PeftModel.from_pretrained(base, "{folder}")
 ```
 
@@ -47,13 +47,16 @@ Settings: `config.yaml`. Everything measured, with machine and versions: `metric
 """
 
 
-def model_card(metrics: Mapping[str, Any], adapter_config: Mapping[str, Any], folder: str) -> str:
+def model_card(
+    metrics: Mapping[str, Any], adapter_config: Mapping[str, Any], folder: str, classes: int | None = None
+) -> str:
     """The text of ``README.md``.
 
     Args:
         metrics: what is in ``metrics.json``.
         adapter_config: what is in ``adapter_config.json``.
         folder: the folder as it is written in the examples.
+        classes: of the head that the base model was given, if it was.
     """
     mapping = adapter_config.get("auto_mapping") or {}
     numbers = [
@@ -73,6 +76,7 @@ def model_card(metrics: Mapping[str, Any], adapter_config: Mapping[str, Any], fo
         recipe=metrics["recipe"],
         library=mapping.get("parent_library", "transformers").partition(".")[0],
         model_class=mapping.get("base_model_class", "AutoModel"),
+        head=f", num_labels={classes}, ignore_mismatched_sizes=True" if classes else "",
         folder=folder,
         numbers="\n".join(f"| {name} | {value} |" for name, value in numbers),
     )

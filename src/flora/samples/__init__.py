@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from flora.folders import cache_folder, staged_folder
 
 PREFIX = "sample:"
@@ -42,7 +44,7 @@ def locate(where: str) -> str:
     version = hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()[:8]
     folder = cache_folder() / f"{file}-{maker}-{version}"
     if not folder.is_dir():
-        with staged_folder(folder) as staged:
+        with staged_folder(folder) as staged, torch.random.fork_rng():  # a run that makes it draws as one that finds it
             cast("Maker", module.MAKERS[maker])(staged)
     return str(folder)
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from tqdm import tqdm
+
+from flora.progress import hidden_bars
 
 Value = TypeVar("Value")
 Bad = Literal["error", "skip"]
@@ -152,6 +155,36 @@ def is_local(where: str) -> bool:
     return (
         Path(where).exists() or where.startswith((".", "/", "~")) or Path(where).suffix in (".json", ".jsonl", ".csv")
     )
+
+
+def load_pretrained(kind: Any, where: str, **options: Any) -> Any:
+    """``kind.from_pretrained(where)``, of a local folder or hub id.
+
+    Raises:
+        FileNotFoundError: there is nothing of this kind; says why.
+    """
+    try:
+        with hidden_bars() if Path(where).is_dir() else nullcontext():  # a download has a bar
+            return kind.from_pretrained(where, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(f"task.model is {where!r}: {kind.__name__} cannot load it ({reason})") from None
+
+
+def head_options(labels: Sequence[str]) -> dict[str, Any]:
+    """What ``from_pretrained`` is told so that a model gets a head for these classes, where it has another one."""
+    pairs = {"id2label": dict(enumerate(labels)), "label2id": {name: index for index, name in enumerate(labels)}}
+    return {**pairs, "ignore_mismatched_sizes": True}
+
+
+def check_labels(labels: Sequence[str] | None) -> None:
+    """Checks names of classes that a config gives.
+
+    Raises:
+        ValueError: there are not two or more, or two are the same.
+    """
+    if labels is not None and not 1 < len(labels) == len(set(labels)):
+        raise ValueError(f"task.labels is {labels}, expected two or more different names")
 
 
 def hub(where: str, name: str | None = None) -> dict[str, Any]:

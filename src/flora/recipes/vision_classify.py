@@ -1,0 +1,151 @@
+"""Image classification: any such model of transformers, on folders of images or a data set of the hub.
+
+The head is made anew for the classes of the data; list it in ``adapter.modules_to_save``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any, cast
+
+import numpy as np
+import torch
+from sklearn.metrics import accuracy_score
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoModelForImageClassification, EvalPrediction, PreTrainedModel
+
+from flora.recipes import Data
+from flora.samples import locate
+from flora.sources import (
+    Bad,
+    Item,
+    check_labels,
+    class_folders,
+    head_options,
+    hub,
+    is_local,
+    load_pretrained,
+    sift,
+    split_paths,
+    with_held_out,
+)
+from flora.sources.images import Prepared, Source, crop_and_mirror, hub_column, hub_images, read_image
+
+METRIC = "accuracy"
+CROP = 0.7  # the least part of each side that a random crop keeps
+
+
+@dataclass
+class Task:
+    """Settings of the data and the base model.
+
+    Args:
+        data: a folder, or the id of a hub data set. The folder has a sub-folder of images for each class, or first
+            train, validation and test with these in them; what is missing is held out of the training images.
+        model: a folder or hub id of a model for image classification, with its image processor.
+        image_column, label_column: of a hub data set.
+        labels: the names of the classes in the order of the model's outputs; null: those of the training data.
+        augment: whether training images are cropped and flipped at random.
+        bad_data: an image that cannot be used is an "error", or is left out: "skip".
+    """
+
+    data: str
+    model: str
+    image_column: str = "image"
+    label_column: str = "label"
+    labels: list[str] | None = None
+    augment: bool = True
+    bad_data: Bad = "error"
+
+    def __post_init__(self) -> None:
+        check_labels(self.labels)
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image and the name of its class."""
+
+    image: Source
+    name: str
+
+
+def read_parts(task: Task) -> tuple[dict[str, list[Item[Example]]], list[str]]:
+    """The examples of each part, not looked at yet, and the classes of the training part.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such data, or not in this layout.
+    """
+    where = locate(task.data)
+    parts: dict[str, list[Item[Example]]] = {}
+    names: dict[str, list[str]] = {}
+    if is_local(where):
+        for split, folder in split_paths(Path(where)).items():
+            files, names[split] = class_folders(folder)
+            parts[split] = [
+                Item(file.place, Example(file.value, file.value.relative_to(folder).parts[0])) for file in files
+            ]
+    else:
+        for split, dataset in hub(where).items():
+            images, column = hub_images(dataset, task.image_column), hub_column(dataset, task.label_column)
+            given = column[task.label_column]
+            names[split] = getattr(column.features[task.label_column], "names", None) or []
+            labels = [_class_name(value, names[split]) for value in given]
+            names[split] = names[split] or sorted(set(labels))
+            parts[split] = [
+                Item(f"{where} ({split}), row {row}", Example(image, label))
+                for row, (image, label) in enumerate(zip(images, labels, strict=True))
+            ]
+    return parts, names["train"]
+
+
+def _class_name(label: int | str | None, names: list[str]) -> str:
+    """The class that a label of the hub means; what is no class stays as it is, to be named in a message."""
+    return names[label] if isinstance(label, int) and 0 <= label < len(names) else str(label)
+
+
+def prepare(example: Example, draw: Random | None, labels: list[str], processor: Any) -> dict[str, Tensor]:
+    """The image as the model takes it, where there are draws cropped and mirrored first."""
+    image = read_image(example.image).convert("RGB")
+    image = image if draw is None else crop_and_mirror([image], CROP, draw)[0]
+    pixels = processor(image, return_tensors="pt")["pixel_values"][0]
+    return {"pixel_values": pixels, "labels": torch.tensor(labels.index(example.name))}
+
+
+def load_data(task: Task, seed: int) -> Data:
+    """The images; the seed draws the augmentation.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such data, an image cannot be decoded, or a class is not one of the
+            training data.
+    """
+    parts, found = read_parts(task)
+    labels = task.labels or found
+
+    def check(example: Example) -> None:
+        if example.name not in labels:
+            raise ValueError(f"its class {example.name!r} is not one of the {len(labels)}: {', '.join(labels[:5])} ...")
+        read_image(example.image)
+
+    good = {name: sift(items, check, bad=task.bad_data, what=f"{name} images") for name, items in parts.items()}
+    good = with_held_out(good)
+    processor = load_pretrained(AutoImageProcessor, locate(task.model), backend="pil")
+    ready = partial(prepare, labels=labels, processor=processor)
+    train = Prepared(good["train"], ready, seed if task.augment else None)
+    validation, test = (Prepared(good[name], ready) for name in ("validation", "test"))
+    return Data(train, validation, test, processor=processor, labels=labels)
+
+
+def load_base(task: Task) -> PreTrainedModel:
+    """The model with a head for the classes of the data."""
+    labels = task.labels or read_parts(task)[1]
+    model = load_pretrained(AutoModelForImageClassification, locate(task.model), **head_options(labels))
+    return cast("PreTrainedModel", model)
+
+
+def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """The accuracy."""
+    logits = cast("np.ndarray", prediction.predictions)
+    return {"accuracy": float(accuracy_score(prediction.label_ids, logits.argmax(-1)))}

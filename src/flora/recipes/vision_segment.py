@@ -1,0 +1,198 @@
+"""Semantic segmentation: UperNet and other such models of transformers, on images with label maps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForSemanticSegmentation,
+    EvalPrediction,
+    PreTrainedModel,
+    Trainer,
+)
+
+from flora.recipes import Data
+from flora.samples import locate
+from flora.sources import (
+    IMAGES,
+    Bad,
+    Item,
+    check_labels,
+    head_options,
+    hub,
+    is_local,
+    load_pretrained,
+    sift,
+    split_paths,
+    with_held_out,
+)
+from flora.sources.images import Prepared, Source, crop_and_mirror, hub_images, read_image
+
+METRIC = "miou"
+IGNORED = 255  # the label of pixels that neither the loss nor a metric looks at
+CROP = 0.5  # the least part of each side that a random crop keeps
+
+
+@dataclass
+class Task:
+    """Settings of the data and the base model.
+
+    Args:
+        data: a folder, or the id of a hub data set. The folder has ``images`` and ``annotations`` (PNG label maps named
+            as their images), each with training, validation and test, or files alone; what is missing is held out.
+        model: a folder or hub id of a model for semantic segmentation, with its image processor.
+        image_column, label_column: of a hub data set.
+        labels: the names of the classes; null: those that the model knows already.
+        reduce_labels: whether label 0 is what is no class and label 1 the first class, as in ADE20K.
+        augment: whether training images are cropped and mirrored at random.
+        bad_data: an image that cannot be used is an "error", or is left out: "skip".
+    """
+
+    data: str
+    model: str
+    image_column: str = "image"
+    label_column: str = "label"
+    labels: list[str] | None = None
+    reduce_labels: bool = False
+    augment: bool = True
+    bad_data: Bad = "error"
+
+    def __post_init__(self) -> None:
+        check_labels(self.labels)
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image and its label map."""
+
+    image: Source
+    labels: Source
+
+
+def class_names(task: Task) -> list[str]:
+    """The names of the classes, in the order of the model's outputs."""
+    if task.labels is not None:
+        return task.labels
+    return list(load_pretrained(AutoConfig, locate(task.model)).id2label.values())
+
+
+def read_parts(task: Task) -> dict[str, list[Item[Example]]]:
+    """The examples of each part, not looked at yet.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such data, or not in this layout.
+    """
+    where = locate(task.data)
+    if is_local(where):
+        return local_parts(Path(where))
+    found = {}
+    for split, dataset in hub(where).items():
+        pairs = zip(hub_images(dataset, task.image_column), hub_images(dataset, task.label_column), strict=True)
+        found[split] = [Item(f"{where} ({split}), row {row}", Example(*pair)) for row, pair in enumerate(pairs)]
+    return found
+
+
+def local_parts(root: Path) -> dict[str, list[Item[Example]]]:
+    """The pairs of a folder laid out as ADE20K is."""
+    found = {}
+    for split, folder in split_paths(root / "images").items():
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES)
+        if not paths:
+            raise ValueError(f"{folder} has no images ({', '.join(IMAGES)})")
+        maps = [(root / "annotations" / path.relative_to(root / "images")).with_suffix(".png") for path in paths]
+        found[split] = [Item(str(path), Example(path, labels)) for path, labels in zip(paths, maps, strict=True)]
+    return found
+
+
+def check_example(example: Example, classes: int, reduce: bool) -> None:
+    """Decodes both files.
+
+    Raises:
+        OSError, ValueError, SyntaxError: a file is missing or corrupt, or the label map does not fit.
+    """
+    image, labels = read_image(example.image), read_image(example.labels)
+    if image.size != labels.size:
+        raise ValueError(f"the image has {image.size} pixels (width, height), its label map {labels.size}")
+    values = np.asarray(labels)
+    if values.ndim != 2:
+        raise ValueError(f"its label map has {values.shape[2]} channels, expected one with the number of each class")
+    largest = max((int(value) for value in np.unique(values) if value != IGNORED), default=0)
+    if largest >= classes + reduce:
+        raise ValueError(f"label {largest} is out of range: there are {classes} classes, reduce_labels is {reduce}")
+
+
+def prepare(example: Example, draw: Random | None, processor: Any) -> dict[str, Tensor]:
+    """Image and label map as the model takes them, where there are draws cropped and mirrored first."""
+    pair = [read_image(example.image).convert("RGB"), read_image(example.labels)]
+    image, labels = pair if draw is None else crop_and_mirror(pair, CROP, draw)
+    batch = processor(image, segmentation_maps=np.array(labels), return_tensors="pt")
+    return {name: batch[name][0] for name in ("pixel_values", "labels")}
+
+
+def load_data(task: Task, seed: int) -> Data:
+    """The images; the seed draws the augmentation.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such data, or a file of it cannot be used.
+    """
+    names = class_names(task)
+    check = partial(check_example, classes=len(names), reduce=task.reduce_labels)
+    parts = read_parts(task).items()
+    good = with_held_out({name: sift(items, check, bad=task.bad_data, what=f"{name} images") for name, items in parts})
+    options = {"backend": "pil", "do_reduce_labels": task.reduce_labels}
+    processor = load_pretrained(AutoImageProcessor, locate(task.model), **options)
+    ready = partial(prepare, processor=processor)
+    train = Prepared(good["train"], ready, seed if task.augment else None)
+    validation, test = (Prepared(good[name], ready) for name in ("validation", "test"))
+    return Data(train, validation, test, processor=processor, labels=names)
+
+
+def load_base(task: Task) -> PreTrainedModel:
+    """The model; where its classes are not those of the task, with a new last layer for them."""
+    options = head_options(class_names(task))
+    return cast("PreTrainedModel", load_pretrained(AutoModelForSemanticSegmentation, locate(task.model), **options))
+
+
+class Segmentation(Trainer):
+    """Keeps, of an evaluation, three counts for each image and class instead of a label for each pixel."""
+
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        """The loss, and of each image and class how many pixels are right and found, and how many there are."""
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if logits is None or labels is None:  # prediction_loss_only
+            return loss, None, None
+        logits = torch.nn.functional.interpolate(logits, size=labels.shape[-2:], mode="bilinear")
+        return loss, *pixel_counts(logits.argmax(1), labels, logits.shape[1]).split([2, 1], -1)
+
+
+TRAINER = Segmentation
+
+
+def pixel_counts(found: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """The pixels of each image and class that are right, found and true: (images, classes, 3), of (images, h, w)."""
+    counts = []
+    for one, true in zip(found, labels, strict=True):
+        one, true = one[true != IGNORED], true[true != IGNORED]
+        counts.append([torch.bincount(values, minlength=classes) for values in (true[one == true], one, true)])
+    return torch.stack([torch.stack(three, -1) for three in counts])
+
+
+def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Mean intersection over union and mean accuracy of the classes that occur, and the accuracy of all pixels."""
+    right, found = cast("np.ndarray", prediction.predictions).sum(0).T
+    true = cast("np.ndarray", prediction.label_ids).sum(0)[:, 0]
+    union = found + true - right
+    return {
+        "miou": float((right[union > 0] / union[union > 0]).mean()),
+        "macc": float((right[true > 0] / true[true > 0]).mean()),
+        "pixel_accuracy": float(right.sum() / true.sum()),
+    }
