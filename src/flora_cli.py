@@ -137,29 +137,22 @@ def inspect(args: argparse.Namespace) -> int:
 
 
 def merge(args: argparse.Namespace) -> int:
-    """Write base + adapter as one ordinary model, verified before it is written.
+    """Write base + adapters as one ordinary model, verified before it is written.
 
-    The outputs of the merged and the unmerged model are compared on random inputs; only if they agree up to rounding,
-    and every weight is finite, the folder is written, whole or not at all. With --stream, and for several adapters or
-    those of other formats, the base folder is streamed tensor by tensor instead and compared layer by layer.
+    The base folder is streamed, one weight in memory at a time, and each merged layer is compared with the unmerged one
+    on random inputs; where the whole model fits into memory, so are its outputs. Only if they agree up to rounding, and
+    every weight is finite, the folder appears. Adapters may be of any format that convert reads.
 
     Examples:
       flora merge outputs/digits --out outputs/digits-merged
       flora merge my-adapter --out merged --base ./base-model --overwrite
       flora merge style.safetensors subject --weights 0.8 -0.3 --base ./base-model --out merged
     """
-    if args.stream or args.weights or len(args.folder) > 1 or Path(args.folder[0]).is_file():
-        from flora.convert.commands import run_merge
-
-        return run_merge(args)
     from flora.merging import merge
 
-    merged = merge(Path(args.folder[0]), Path(args.out), base=args.base, overwrite=args.overwrite)
-    print(
-        f"merged and unmerged agree: largest difference of the outputs {merged.difference:.2e} "
-        f"(outputs up to {merged.magnitude:.2f})"
-    )
-    print(f"written to {merged.folder}")
+    shown = sys.stderr.isatty()
+    options = {"weights": args.weights, "base": args.base, "overwrite": args.overwrite, "progress": shown}
+    print(merge([Path(folder) for folder in args.folder], Path(args.out), **options))
     return 0
 
 
@@ -293,7 +286,6 @@ ARGUMENTS: dict[str, list[Argument]] = {
         argument("--base", help="a local folder or hub id instead of the base model that the adapter names"),
         argument("--overwrite", action="store_true", help="replace DIR"),
         argument("--weights", type=float, nargs="+", metavar="W", help="one number for each adapter"),
-        argument("--stream", action="store_true", help="never hold the whole model in memory"),
     ],
     "convert": [
         argument("source", metavar="SRC", help="the folder or file of an adapter"),

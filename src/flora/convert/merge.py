@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +59,7 @@ def merge(
     overwrite: bool = False,
     progress: bool = False,
     check: Callable[[Path], None] | None = None,
+    companions: Iterable[Path] = (),
 ) -> Merged:
     """Writes ``base + sum of weight * adapter`` as a model folder, whole or not at all; ``base`` is only read.
 
@@ -69,6 +70,7 @@ def merge(
         overwrite: replaces ``out``.
         progress: shows a progress bar.
         check: called with the finished folder before it gets its name; what it raises prevents that.
+        companions: files to copy besides, such as the tokenizer of an adapter; they replace those of the base.
 
     Raises:
         FileExistsError: ``out`` exists.
@@ -86,6 +88,8 @@ def merge(
     with staged(out, overwrite=overwrite) as work:
         work.mkdir()
         _copy_companions(source, work)
+        for path in companions:
+            shutil.copy(path, work)
         _extend_index(source, work, plan)
         for file in tqdm(source.shards, desc="shards", unit="shard", disable=not progress):
             stream_tensors(work / file, plan.layout(file), plan.tensor, source.metadata(file))
