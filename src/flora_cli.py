@@ -102,14 +102,17 @@ def plan(args: argparse.Namespace) -> int:
     Examples:
       flora plan facebook/convnextv2-tiny-1k-224 --r 16
       flora plan meta-llama/Llama-2-70b-hf --r 32 --target-modules all-linear
+      flora plan mistralai/Mixtral-8x7B-v0.1 --target-parameters experts.gate_up_proj,experts.down_proj
       flora plan ./config.json --budget 0.01 --json
     """
     from flora.report.model_plan import model_plan, plan_text
 
-    targets = args.target_modules if args.target_modules is None else args.target_modules.split(",")
     settings = {"r": args.r, "kernel_r": args.kernel_r, "budget": args.budget}
-    if targets:
-        settings["target_modules"] = targets if len(targets) > 1 else targets[0]
+    modules = args.target_modules or ([] if args.target_parameters else ["all"])
+    if modules:
+        settings["target_modules"] = modules[0] if modules[0] in ("all", "all-linear", "all-conv") else modules
+    if args.target_parameters:
+        settings["target_parameters"] = args.target_parameters
     report = model_plan(args.model, settings, positions=args.positions)
     print(json.dumps(report, indent=2) if args.json else plan_text(report))
     return 0
@@ -273,8 +276,9 @@ ARGUMENTS: dict[str, list[Argument]] = {
         argument("--r", type=int, default=8, help="rank of the channel modes (default: 8)"),
         argument("--kernel-r", type=int, default=2, help="rank of each kernel mode (default: 2)"),
         argument(
-            "--target-modules", default="all", help="all (the default), all-linear, all-conv, or names: q_proj,v_proj"
+            "--target-modules", type=words, help="all (the default), all-linear, all-conv, or names: q_proj,v_proj"
         ),
+        argument("--target-parameters", type=words, metavar="NAMES", help="raw parameters: experts.down_proj,..."),
         argument("--budget", type=fraction_or_count, help="parameters to spend: a fraction below 1, or a count"),
         argument("--positions", type=int, default=4096, help="output positions per step for the costs (default: 4096)"),
         argument("--json", action="store_true", help="print JSON"),
