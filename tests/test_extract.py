@@ -19,6 +19,7 @@ from flora.convert import load, save
 from flora.convert.allocation import choices, is_cut, spend
 from flora.convert.finetune import Extracted, extract
 from flora.decomposition import decompose
+from flora.layout import from_shape
 from flora.ranks import Weight, resolve, solve_budget
 from flora.tucker import count_params
 from foreign_models import build, logits
@@ -65,15 +66,13 @@ def test_what_is_a_tucker_form_is_recovered_and_loads_into_peft(models: tuple[st
     assert torch.allclose(logits(model, name), logits(tuned(name), name), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "resnet", "volumes"])
 @pytest.mark.parametrize("fraction", [0.15, 0.4])
 def test_a_budget_beats_uniform_ranks(name: str, fraction: float, tmp_path: Path) -> None:
     save_model(build(name), tmp_path / "base")
     save_model(tuned(name, noise=0.5), tmp_path / "tuned")
     everything = extract(tmp_path / "base", tmp_path / "tuned", energy=1.0)
-    shapes = {
-        row.name: Weight(row.shape, tuple(f"d{mode}" for mode in range(len(row.shape)))) for row in everything.rows
-    }
+    shapes = {row.name: Weight(row.shape, from_shape(row.name, row.shape).axes) for row in everything.rows}
     budget = int(fraction * sum(torch.Size(weight.shape).numel() for weight in shapes.values()))
     rank = max(r for r in range(1, 60) if uniform_cost(shapes, r) <= budget)
     uniform = extract(tmp_path / "base", tmp_path / "tuned", rank=rank)
@@ -84,7 +83,7 @@ def test_a_budget_beats_uniform_ranks(name: str, fraction: float, tmp_path: Path
 
 
 def uniform_cost(weights: dict[str, Weight], rank: int) -> int:
-    return sum(count_params(w.shape, resolve(w.shape, rank, axes=w.axes)) for w in weights.values())
+    return sum(count_params(w.shape, resolve(w.shape, rank, None, axes=w.axes)) for w in weights.values())
 
 
 def test_a_budget_beats_the_uniform_solver_of_the_tuner_too() -> None:
