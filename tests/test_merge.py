@@ -111,6 +111,9 @@ def test_whole_tensors_replace_and_new_ones_are_added(tmp_path: Path) -> None:
         assert torch.equal(load_file(tmp_path / "out" / index[name])[name], value)
     with pytest.raises(ValueError, match="whole tensor.*from one adapter only, with weight 1"):
         merge(tmp_path / "base", [(adapter, 0.5)], tmp_path / "half")
+    adapter.extras = {"lm_head.weight": torch.randn(5, 12)}
+    with pytest.raises(ValueError, match=r"lm_head.weight has shape \(41, 12\) in .* and \(5, 12\) in the adapter"):
+        merge(tmp_path / "base", adapter, tmp_path / "other-head")
 
 
 def test_bad_input_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ TOLERANCE = {
     torch.bfloat16: 5e-2,
 }  # of the largest output
 COMPANIONS = ("*token*", "preprocessor_config.json", "processor_config.json", "chat_template*", "vocab*", "merges.txt")
-DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py")
+DOWNLOADED = ("model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py")
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def _can_stream(folder: Path, path: Path, config: Mapping[str, Any]) -> bool:
     if folder.is_file() or not (folder / "config.json").is_file():
         return True
     if not any(folder.glob("*.safetensors")):
-        return not any(folder.glob("*.bin"))
+        return not config  # without a config there is no class to load it with; the error says what is missing
     if config.get("auto_mapping") or config.get("task_type"):
         wanted = model_class(config, path)
         mapping = getattr(wanted, "_model_mapping", {})

@@ -146,6 +146,11 @@ class _Plan:
                     f"{name} is a whole tensor, which replaces the base model's: it can be taken from one adapter "
                     "only, with weight 1; leave it out of the others (--drop-extras)"
                 )
+            if name in self.source and self.source.shape(name) != value.shape:
+                raise ValueError(
+                    f"{name} has shape {self.source.shape(name)} in {self.source.path} and {tuple(value.shape)} in the "
+                    "adapter, which replaces it as a whole; give the base model with that head, as it was trained on"
+                )
             self.whole[name] = value
 
     def _check(self, name: str, listed: Sequence[tuple[Entry, float]]) -> None:
