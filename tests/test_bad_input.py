@@ -178,40 +178,13 @@ def test_all_is_well_with_what_the_damage_is_done_to(place: Path, capsys: pytest
     assert "error" not in capsys.readouterr().err
 
 
-FULL = """
-import json, resource, signal, sys
-from flora_cli import main
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (2048, resource.RLIM_INFINITY))
-print(json.dumps([main(argv) for argv in json.loads(sys.argv[1])]))
-"""
-
-
-def test_a_full_disk_leaves_nothing_behind(place: Path) -> None:
-    """Files above 2 KB cannot be written: the system refuses in the middle of one, as it does without space."""
-    before = digest(place)
-    argvs = list(VERBS.values())
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FULL, json.dumps(argvs)], capture_output=True, text=True, check=False
-    )
-    assert done.stdout.strip() == "[2, 2, 2]", done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("flora: error: ")]
-    assert len(lines) == 3
-    assert all("cannot write" in line for line in lines), lines
-    kept = {name: value for name, value in digest(place).items() if not name.startswith(".out.extract/")}
-    assert kept == before, "finished layers of the extraction may stay, to go on from"
-    assert not [path for path in place.iterdir() if path.name.endswith(".part")]
-    assert main(VERBS["extract"]) == 0
-    assert not (place / ".out.extract").exists()
-
-
-KILLED = """
-import json, os, signal, sys
+ENDS = """
+import json, os, resource, signal, sys
 from flora.convert import files
 from flora.convert.checkpoint import Checkpoint
 from flora_cli import main
 
-def dies(at, run, calls=[]):
+def dies(run, at, calls=[]):
     def counted(*args):
         calls.append(1)
         if len(calls) == at:
@@ -219,36 +192,48 @@ def dies(at, run, calls=[]):
         return run(*args)
     return counted
 
-def child(argv, where, at):
+def end(argv, how, at):
     pid = os.fork()
     if pid:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    if where == "rename":
-        files.replace_folder = dies(at, files.replace_folder)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        return code, sorted(name for name in os.listdir() if name.endswith(".part"))
+    if how == "full":  # the system refuses in the middle of a file, as it does without space
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (at, resource.RLIM_INFINITY))
+    elif how == "rename":
+        files.replace_folder = dies(files.replace_folder, at)
     else:
-        Checkpoint.get = dies(at, Checkpoint.get)
+        Checkpoint.get = dies(Checkpoint.get, at)
     os._exit(main(argv))
 
-print(json.dumps([child(*case) for case in json.loads(sys.argv[1])]))
+print(json.dumps([end(*case) for case in json.loads(sys.argv[1])]))
 """
 
 
-def test_a_killed_run_leaves_the_output_as_it_was(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Killed in the middle, and at the last moment, where an output is replaced."""
+def test_a_full_disk_and_a_kill_leave_the_output_as_it_was(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files above 2 KB that cannot be written; runs killed in the middle, and at the last moment of a replacement."""
     for verb, argv in VERBS.items():
         assert main([*argv[:-1], f"old-{verb}"]) == 0
     before = digest(place)
-    cases: list[tuple[list[str], str, int]] = []
-    for verb, argv in VERBS.items():
-        cases.append(([*argv[:-1], f"old-{verb}", "--overwrite"], "rename", 4 if verb == "extract" else 1))
-        cases += [] if verb == "convert" else [(argv, "read", 5)]
+    full = [(argv, "full", 2048) for argv in VERBS.values()]
+    last = [
+        ([*argv[:-1], f"old-{verb}", "--overwrite"], "rename", 4 if verb == "extract" else 1)
+        for verb, argv in VERBS.items()
+    ]
+    middle = [(VERBS[verb], "read", 5) for verb in ("extract", "merge")]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", KILLED, json.dumps(cases)], capture_output=True, text=True, check=False
+        [sys.executable, "-W", "ignore", "-c", ENDS, json.dumps([*full, *last, *middle])],
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert json.loads(done.stdout) == [-9] * len(cases), done.stderr
-    assert len(cases) == 5
-    shown = {name: value for name, value in digest(place).items() if not name.startswith(".")}
-    assert shown == before
+    ends = json.loads(done.stdout)
+    assert ends[:3] == [[2, []]] * 3, done.stderr
+    assert [code for code, _ in ends[3:]] == [-9] * 5, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("flora: error: ")]
+    assert len(lines) == 3
+    assert all("cannot write" in line for line in lines), lines
+    assert {name: value for name, value in digest(place).items() if not name.startswith(".")} == before
     capsys.readouterr()
     assert main(VERBS["extract"]) == 0, "it goes on with the layers that were finished"
     assert len(load(place / "out").weights) == len(load(place / "old-extract").weights)
