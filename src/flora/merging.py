@@ -11,7 +11,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import transformers
 from accelerate.utils import get_max_memory  # type: ignore[import-untyped]
 from peft import PeftModel
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ from flora.convert.files import check_exists, check_target
 from flora.folders import STAGING, read_json
 from flora.progress import hidden_bars
 from flora.reloading import ADAPTER_CONFIG, load_adapter, load_base, model_class
-from flora.settings import FILE, read
+from flora.settings import FILE
 
 TOLERANCE = {
     torch.float64: 1e-9,
@@ -109,9 +108,10 @@ def merge(
     with _local_base(paths[0], base, out) as folder:
         model = _known(folder)
         pairs = [(load(path, base=model), number) for path, number in zip(paths, numbers, strict=True)]
+        model_type = _own_class(paths[0]) if model is None else type(model)
 
         def check(work: Path) -> None:
-            found.update(_compare_models(folder, work, paths, pairs))
+            found.update(_compare_models(model_type, folder, work, paths, pairs))
 
         companions = [file for path in paths if path.is_dir() for pattern in COMPANIONS for file in path.glob(pattern)]
         layers = streamed.merge(
@@ -131,11 +131,11 @@ def _local_base(path: Path, base: str | None, out: Path) -> Iterator[Path]:
     named = base or config.get("base_model_name_or_path")
     if not named:
         raise ValueError(f"{path} names no base model; give it with --base")
-    folder = Path(named) if Path(named).exists() else _download(named, required=not _is_run(path, base))
+    folder = Path(named) if Path(named).exists() else _download(named, required=not (path / FILE).is_file())
     if folder is not None and _can_stream(folder, path, config):
         yield folder
         return
-    model = _load_base(path, base)
+    model = load_base(path, base)
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f"{STAGING}{out.name}-base-", dir=out.parent) as saved, hidden_bars():
         model.save_pretrained(saved)
@@ -150,16 +150,10 @@ def _known(folder: Path) -> nn.Module | None:
         return None
 
 
-def _is_run(path: Path, base: str | None) -> bool:
-    """Whether the adapter is that of a recipe, which can make its base model."""
-    return base is None and (path / FILE).is_file()
-
-
-def _load_base(path: Path, base: str | None) -> PreTrainedModel:
-    if not _is_run(path, base):
-        return load_base(path, base)
-    settings = read(str(path / FILE))
-    return settings.load_recipe().load_base(settings.task)
+def _own_class(path: Path) -> Any:
+    """The class that the config of an adapter names, of a library or of the user's own; None where it names none."""
+    config = read_json(path / ADAPTER_CONFIG) if (path / ADAPTER_CONFIG).is_file() else {}
+    return model_class(config, path) if config.get("auto_mapping") else None
 
 
 def _download(name: str, *, required: bool) -> Path | None:
@@ -175,15 +169,17 @@ def _download(name: str, *, required: bool) -> Path | None:
 
 def _can_stream(folder: Path, path: Path, config: Mapping[str, Any]) -> bool:
     """Whether the files are those of the model that the adapter was trained on, head included."""
-    if folder.is_file() or not (folder / "config.json").is_file():
+    if folder.is_file():
         return True
     if not any(folder.glob("*.safetensors")):
         return not config  # without a config there is no class to load it with; the error says what is missing
+    if not (folder / "config.json").is_file():
+        return True
     if config.get("auto_mapping") or config.get("task_type"):
-        wanted = model_class(config, path)
-        mapping = getattr(wanted, "_model_mapping", {})
-        wanted = mapping.get(type(AutoConfig.from_pretrained(folder)), wanted)
-        if wanted.__name__ not in (read_json(folder / "config.json").get("architectures") or []):
+        wanted, settings = model_class(config, path), read_json(folder / "config.json")
+        if (mapping := getattr(wanted, "_model_mapping", None)) is not None:
+            wanted = mapping.get(type(AutoConfig.from_pretrained(folder)), wanted)
+        if wanted.__name__ not in [*(settings.get("architectures") or ()), settings.get("_class_name")]:
             return False
     source = Checkpoint(folder)
     extras = load(path).extras if config else {}
@@ -191,23 +187,20 @@ def _can_stream(folder: Path, path: Path, config: Mapping[str, Any]) -> bool:
 
 
 def _compare_models(
-    base: Path, merged: Path, paths: Sequence[Path], pairs: Sequence[tuple[Adapter, float]]
+    model_type: Any, base: Path, merged: Path, paths: Sequence[Path], pairs: Sequence[tuple[Adapter, float]]
 ) -> dict[str, Any]:
     """``difference`` and ``magnitude`` of the outputs of the two models, or the ``reason`` why they were not compared.
 
     Raises:
         ValueError: the outputs differ by more than rounding.
     """
-    config = read_json(base / "config.json") if (base / "config.json").is_file() else {}
-    name = (config.get("architectures") or [""])[0]
-    found = getattr(transformers, name, None)
-    if found is None:
-        return {"reason": "the folder does not say which class of transformers the model is of"}
+    if not hasattr(model_type, "from_pretrained"):
+        return {"reason": "neither the base model nor the adapter says which class the model is of"}
     size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     if 2 * size > get_max_memory()["cpu"]:
         return {"reason": f"{size / 1e9:.0f} GB of weights do not fit into memory"}
     with hidden_bars():
-        model: Any = found.from_pretrained(base).eval()
+        model: Any = model_type.from_pretrained(base).eval()
         try:
             inputs = random_inputs(model)
         except ValueError as error:
@@ -216,9 +209,11 @@ def _compare_models(
         try:
             before = _outputs(model, inputs)
         except Exception as error:  # whatever a model may ask of its inputs beyond their shape
-            return {"reason": f"{name} does not run on random inputs ({str(error).partition(chr(10))[0]})"}
+            return {
+                "reason": f"{model_type.__name__} does not run on random inputs ({str(error).partition(chr(10))[0]})"
+            }
         del model
-        after = _outputs(found.from_pretrained(merged).eval(), inputs)
+        after = _outputs(model_type.from_pretrained(merged).eval(), inputs)
     difference, magnitude = _compare_outputs(before, after)
     return {"difference": difference, "magnitude": magnitude}
 
@@ -275,7 +270,7 @@ def random_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     Raises:
         ValueError: the model takes something else.
     """
-    name, config = model.main_input_name, model.config
+    name, config = getattr(model, "main_input_name", None), model.config
     random = torch.Generator().manual_seed(0)
     sample: Tensor
     if name == "pixel_values":
