@@ -113,9 +113,16 @@ def merge(
         def check(work: Path) -> None:
             found.update(_compare_models(model_type, folder, work, paths, pairs))
 
-        companions = [file for path in paths if path.is_dir() for pattern in COMPANIONS for file in path.glob(pattern)]
+        folders = [path for path in paths if path.is_dir()]
+        beside = [file for path in folders for pattern in COMPANIONS for file in path.glob(pattern)]
         layers = streamed.merge(
-            folder, pairs, out, overwrite=overwrite, progress=progress, check=check, companions=companions
+            folder,
+            pairs,
+            out,
+            overwrite=overwrite,
+            progress=progress,
+            check=check,
+            companions=filter(Path.is_file, beside),
         )
     return Merged(out, layers, **found)
 
