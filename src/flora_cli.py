@@ -102,14 +102,17 @@ def plan(args: argparse.Namespace) -> int:
     Examples:
       flora plan facebook/convnextv2-tiny-1k-224 --r 16
       flora plan meta-llama/Llama-2-70b-hf --r 32 --target-modules all-linear
+      flora plan mistralai/Mixtral-8x7B-v0.1 --target-parameters experts.gate_up_proj,experts.down_proj
       flora plan ./config.json --budget 0.01 --json
     """
     from flora.report.model_plan import model_plan, plan_text
 
-    targets = args.target_modules if args.target_modules is None else args.target_modules.split(",")
     settings = {"r": args.r, "kernel_r": args.kernel_r, "budget": args.budget}
-    if targets:
-        settings["target_modules"] = targets if len(targets) > 1 else targets[0]
+    modules = args.target_modules or ([] if args.target_parameters else ["all"])
+    if modules:
+        settings["target_modules"] = modules[0] if modules[0] in ("all", "all-linear", "all-conv") else modules
+    if args.target_parameters:
+        settings["target_parameters"] = args.target_parameters
     report = model_plan(args.model, settings, positions=args.positions)
     print(json.dumps(report, indent=2) if args.json else plan_text(report))
     return 0
@@ -137,29 +140,22 @@ def inspect(args: argparse.Namespace) -> int:
 
 
 def merge(args: argparse.Namespace) -> int:
-    """Write base + adapter as one ordinary model, verified before it is written.
+    """Write base + adapters as one ordinary model, verified before it is written.
 
-    The outputs of the merged and the unmerged model are compared on random inputs; only if they agree up to rounding,
-    and every weight is finite, the folder is written, whole or not at all. With --stream, and for several adapters or
-    those of other formats, the base folder is streamed tensor by tensor instead and compared layer by layer.
+    The base folder is streamed, one weight in memory at a time, and each merged layer is compared with the unmerged one
+    on random inputs; where the whole model fits into memory, so are its outputs. Only if they agree up to rounding, and
+    every weight is finite, the folder appears. Adapters may be of any format that convert reads.
 
     Examples:
       flora merge outputs/digits --out outputs/digits-merged
       flora merge my-adapter --out merged --base ./base-model --overwrite
       flora merge style.safetensors subject --weights 0.8 -0.3 --base ./base-model --out merged
     """
-    if args.stream or args.weights or len(args.folder) > 1 or Path(args.folder[0]).is_file():
-        from flora.convert.commands import run_merge
-
-        return run_merge(args)
     from flora.merging import merge
 
-    merged = merge(Path(args.folder[0]), Path(args.out), base=args.base, overwrite=args.overwrite)
-    print(
-        f"merged and unmerged agree: largest difference of the outputs {merged.difference:.2e} "
-        f"(outputs up to {merged.magnitude:.2f})"
-    )
-    print(f"written to {merged.folder}")
+    shown = sys.stderr.isatty()
+    options = {"weights": args.weights, "base": args.base, "overwrite": args.overwrite, "progress": shown}
+    print(merge([Path(folder) for folder in args.folder], Path(args.out), **options))
     return 0
 
 
@@ -280,8 +276,9 @@ ARGUMENTS: dict[str, list[Argument]] = {
         argument("--r", type=int, default=8, help="rank of the channel modes (default: 8)"),
         argument("--kernel-r", type=int, default=2, help="rank of each kernel mode (default: 2)"),
         argument(
-            "--target-modules", default="all", help="all (the default), all-linear, all-conv, or names: q_proj,v_proj"
+            "--target-modules", type=words, help="all (the default), all-linear, all-conv, or names: q_proj,v_proj"
         ),
+        argument("--target-parameters", type=words, metavar="NAMES", help="raw parameters: experts.down_proj,..."),
         argument("--budget", type=fraction_or_count, help="parameters to spend: a fraction below 1, or a count"),
         argument("--positions", type=int, default=4096, help="output positions per step for the costs (default: 4096)"),
         argument("--json", action="store_true", help="print JSON"),
@@ -293,7 +290,6 @@ ARGUMENTS: dict[str, list[Argument]] = {
         argument("--base", help="a local folder or hub id instead of the base model that the adapter names"),
         argument("--overwrite", action="store_true", help="replace DIR"),
         argument("--weights", type=float, nargs="+", metavar="W", help="one number for each adapter"),
-        argument("--stream", action="store_true", help="never hold the whole model in memory"),
     ],
     "convert": [
         argument("source", metavar="SRC", help="the folder or file of an adapter"),

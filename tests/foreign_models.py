@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 
 class Mixed(nn.Module):
@@ -57,7 +64,32 @@ def mixtral() -> nn.Module:
     )
 
 
-BUILDERS = {"mixed": Mixed, "gpt2": gpt2, "mixtral": mixtral}
+def resnet() -> nn.Module:
+    """A residual network of convolutions, strided and 1x1 ones among them."""
+    config = ResNetConfig(
+        num_channels=3,
+        embedding_size=8,
+        hidden_sizes=[12, 20],
+        depths=[1, 2],
+        layer_type="basic",
+    )
+    return ResNetForImageClassification(config)
+
+
+def volumes() -> nn.Module:
+    """A network of 3-D convolutions, as for video."""
+    return nn.Sequential(
+        nn.Conv3d(2, 7, (3, 5, 5)),
+        nn.ReLU(),
+        nn.Conv3d(7, 11, (3, 3, 2)),
+        nn.ReLU(),
+        nn.Conv3d(11, 13, 3),
+        nn.Flatten(),
+        nn.Linear(13, 5),
+    )
+
+
+BUILDERS = {"mixed": Mixed, "gpt2": gpt2, "mixtral": mixtral, "resnet": resnet, "volumes": volumes}
 
 
 def build(name: str) -> nn.Module:

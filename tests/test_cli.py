@@ -177,6 +177,24 @@ def test_plan_counts_equal_layers_once(capsys: pytest.CaptureFixture[str], tmp_p
     assert reasons["lm_head (Linear)"] == "not among target_modules"
 
 
+def test_plan_of_raw_parameters_and_of_one_name(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A name alone is a suffix, as in a list; the parameters of one module are each counted once."""
+    experts = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4}
+    names = "experts.gate_up_proj,experts.down_proj"
+    argv = ("--target-parameters", names, "--target-modules", "q_proj", "--r", "4")
+    report = plan(capsys, tmp_path, *argv, **experts)
+    rows = {row["layer"]: row for row in report["rows"]}  # type: ignore[attr-defined]
+    assert {layer: tuple(row["shape"]) for layer, row in rows.items()} == {
+        "model.layers.*.self_attn.q_proj": (64, 64),
+        "model.layers.*.mlp.experts gate_up_proj": (4, 320, 64),
+        "model.layers.*.mlp.experts down_proj": (4, 64, 160),
+    }
+    assert {row["count"] for row in rows.values()} == {3}
+    assert report["trainable_parameters"] == 3 * sum(row["parameters"] for row in rows.values())
+    alone = plan(capsys, tmp_path, "--target-parameters", names, "--r", "4", **experts)
+    assert len(alone["rows"]) == 2  # type: ignore[arg-type]
+
+
 def test_plan_spends_a_budget(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     spent = plan(capsys, tmp_path, "--budget", "5000", "--target-modules", "all-linear")["trainable_parameters"]
     assert isinstance(spent, int)

@@ -41,8 +41,8 @@ def test_extract_then_merge_gives_the_tuned_model(tmp_path: Path, capsys: pytest
     assert "transformer.h.0.mlp.c_fc.weight" in printed
     assert "relative error" in printed
     assert {path.name for path in tmp_path.iterdir()} == {"base", "tuned", "out"}
-    assert main(["merge", out, "--base", base, "--out", str(tmp_path / "merged"), "--stream"]) == 0
-    assert "agree on random inputs" in capsys.readouterr().out
+    assert main(["merge", out, "--base", base, "--out", str(tmp_path / "merged")]) == 0
+    assert "merged and unmerged model agree on random inputs" in capsys.readouterr().out
     merged = type(build("gpt2")).from_pretrained(tmp_path / "merged")
     for name, value in tuned("gpt2").named_parameters():
         assert torch.allclose(merged.get_parameter(name), value, atol=1e-5), name
@@ -66,7 +66,7 @@ def test_errors_are_one_line_and_exit_2(adapter: Path, capsys: pytest.CaptureFix
         (["convert", taken, "--to", "lora", "--out", "/proc/none/lora"], "/proc/none"),
         (["extract", taken, taken, "--rank", "2", "--out", missing], "nothing to extract"),
         (["extract", missing, taken, "--rank", "2", "--out", missing], "model not found"),
-        (["merge", taken, "--out", missing, "--stream"], "is not a local folder; give one with --base"),
+        (["merge", taken, "--out", missing], "names no base model; give it with --base"),
         (["merge", taken, taken, "--weights", "1", "--out", missing], "one for each"),
     ]
     for argv, message in cases:

@@ -9,11 +9,13 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from lycoris import create_lycoris_from_weights
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import flora
 from convert_cases import conv_adapter, difference, random_adapter, random_form
-from flora.convert import Adapter, Entry, Layout, load, save
+from flora.convert import Adapter, Entry, Layout, convert, load, save
 from flora.layout import of_module
 
 
@@ -125,18 +127,21 @@ def small_unet() -> UNet2DConditionModel:
 
 
 def test_diffusers_loads_the_kohya_file_of_a_unet(tmp_path: Path) -> None:
-    unet = small_unet()
-    picked = ("to_q.weight", "to_v.weight", "conv1.weight", "conv2.weight", "proj_in.weight")
-    adapter = random_adapter(unet, lambda name, value: name.endswith(picked) and value.ndim > 1)
+    """From an adapter that PEFT trained and saved, to the same answers without flora in the model."""
+    unet, trained = small_unet(), small_unet()
+    trained.load_state_dict(unet.state_dict())
+    targets = ["to_q", "to_v", "to_out.0", "conv1", "conv2", "proj_in", "conv_shortcut"]
+    config = flora.FloraConfig(r=3, kernel_r=2, scale=1.3, target_modules=targets, init_weights=False)
+    model = get_peft_model(trained, config).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    adapter = load(tmp_path / "adapter", base=unet)
     assert {entry.layout.kind for entry in adapter.weights.values()} == {"linear", "conv"}
-    save(adapter, tmp_path / "a.safetensors", format="kohya", prefix="lora_unet", mid=False)
+    options = {"to": "kohya", "prefix": "lora_unet", "mid": False, "base": unet}
+    report = convert(tmp_path / "adapter", tmp_path / "a.safetensors", **options)
+    assert report.relative_error < 1e-6
     sample, context = torch.randn(2, 4, 8, 8), torch.randn(2, 3, 12)
-    merged = small_unet()
-    merged.load_state_dict(unet.state_dict())
     with torch.no_grad():
-        for name, entry in adapter.weights.items():
-            merged.get_parameter(name).add_(entry.dense())
-        expected, plain = (model(sample, 1, context).sample for model in (merged, unet))
+        expected, plain = (net(sample, 1, context).sample for net in (model, unet))
     state, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(str(tmp_path / "a.safetensors"))
     StableDiffusionLoraLoaderMixin.load_lora_into_unet(state, alphas, unet)
     with torch.no_grad():

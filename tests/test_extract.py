@@ -16,9 +16,10 @@ from torch import nn
 from convert_cases import random_adapter
 from flora.convert import finetune as module
 from flora.convert import load, save
-from flora.convert.allocation import choices, spend
+from flora.convert.allocation import choices, is_cut, spend
 from flora.convert.finetune import Extracted, extract
 from flora.decomposition import decompose
+from flora.layout import from_shape
 from flora.ranks import Weight, resolve, solve_budget
 from flora.tucker import count_params
 from foreign_models import build, logits
@@ -65,15 +66,13 @@ def test_what_is_a_tucker_form_is_recovered_and_loads_into_peft(models: tuple[st
     assert torch.allclose(logits(model, name), logits(tuned(name), name), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "resnet", "volumes"])
 @pytest.mark.parametrize("fraction", [0.15, 0.4])
 def test_a_budget_beats_uniform_ranks(name: str, fraction: float, tmp_path: Path) -> None:
     save_model(build(name), tmp_path / "base")
     save_model(tuned(name, noise=0.5), tmp_path / "tuned")
     everything = extract(tmp_path / "base", tmp_path / "tuned", energy=1.0)
-    shapes = {
-        row.name: Weight(row.shape, tuple(f"d{mode}" for mode in range(len(row.shape)))) for row in everything.rows
-    }
+    shapes = {row.name: Weight(row.shape, from_shape(row.name, row.shape).axes) for row in everything.rows}
     budget = int(fraction * sum(torch.Size(weight.shape).numel() for weight in shapes.values()))
     rank = max(r for r in range(1, 60) if uniform_cost(shapes, r) <= budget)
     uniform = extract(tmp_path / "base", tmp_path / "tuned", rank=rank)
@@ -84,7 +83,7 @@ def test_a_budget_beats_uniform_ranks(name: str, fraction: float, tmp_path: Path
 
 
 def uniform_cost(weights: dict[str, Weight], rank: int) -> int:
-    return sum(count_params(w.shape, resolve(w.shape, rank, axes=w.axes)) for w in weights.values())
+    return sum(count_params(w.shape, resolve(w.shape, rank, None, axes=w.axes)) for w in weights.values())
 
 
 def test_a_budget_beats_the_uniform_solver_of_the_tuner_too() -> None:
@@ -95,6 +94,35 @@ def test_a_budget_beats_the_uniform_solver_of_the_tuner_too() -> None:
     assert sum(choice.params for choice in spent.values()) <= 900
     uniform = sum((decompose(t, ranks[n]).error * float(t.norm())) ** 2 for n, t in tensors.items())
     assert sum(choice.error for choice in spent.values()) < uniform
+
+
+def test_large_ranks_are_tried_where_the_small_ones_do_not_do(tmp_path: Path) -> None:
+    """One change has 100 directions that count, the other two: no cut at the ranks that are tried first."""
+    torch.manual_seed(5)
+    changes = {
+        "wide.weight": torch.randn(430, 100) @ torch.randn(100, 370),
+        "narrow.weight": torch.randn(430, 2) @ torch.randn(2, 370),
+    }
+    for folder in ("base", "tuned"):
+        (tmp_path / folder).mkdir()
+        tensors = {name: float(folder == "tuned") * change for name, change in changes.items()}
+        save_file(tensors, tmp_path / folder / "model.safetensors")
+    expected = {"wide.weight": (100, 100), "narrow.weight": (2, 2)}
+    budget = sum(count_params((430, 370), ranks) for ranks in expected.values())
+    for request in ({"budget": budget}, {"energy": 1 - 1e-9}):
+        found = extract(tmp_path / "base", tmp_path / "tuned", **request)
+        assert {row.name: row.ranks for row in found.rows} == expected
+        assert found.error < 1e-4
+
+
+def test_few_ranks_of_a_large_matrix_are_judged_as_by_all_its_singular_values() -> None:
+    dense = torch.randn(700, 540) + torch.randn(700, 5) @ torch.randn(5, 540)
+    few, every = choices(dense, most=40), choices(dense)
+    assert [choice.ranks for choice in few] == [choice.ranks for choice in every[:41]]
+    for found, exact in zip(few, every[:41], strict=True):
+        assert exact.error * (1 - 1e-6) <= found.error <= 1.01 * exact.error
+    assert is_cut(few[-1], (700, 540), 40)
+    assert not is_cut(few[-2], (700, 540), 40)
 
 
 @pytest.mark.parametrize("energy", [0.5, 0.9, 0.99])

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from convert_cases import conv_adapter, difference, random_adapter, random_form
 from flora.convert import Adapter, Entry, Layout, load, save
@@ -110,6 +111,9 @@ def test_whole_tensors_replace_and_new_ones_are_added(tmp_path: Path) -> None:
         assert torch.equal(load_file(tmp_path / "out" / index[name])[name], value)
     with pytest.raises(ValueError, match="whole tensor.*from one adapter only, with weight 1"):
         merge(tmp_path / "base", [(adapter, 0.5)], tmp_path / "half")
+    adapter.extras = {"lm_head.weight": torch.randn(5, 12)}
+    with pytest.raises(ValueError, match=r"lm_head.weight has shape \(41, 12\) in .* and \(5, 12\) in the adapter"):
+        merge(tmp_path / "base", adapter, tmp_path / "other-head")
 
 
 def test_bad_input_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,6 +169,11 @@ def test_bad_input_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_tied_and_quantised_weights_are_refused(tmp_path: Path) -> None:
+    tied = GPT2LMHeadModel(GPT2Config(vocab_size=41, n_embd=12, n_layer=1, n_head=2))
+    tied.save_pretrained(tmp_path / "tied")
+    head = Entry(random_form((41, 12), (2, 2)), 1.0, Layout("linear", ("out", "in")))
+    with pytest.raises(ValueError, match="'lm_head.weight'; it is tied to another weight"):
+        merge(tmp_path / "tied", Adapter({"lm_head.weight": head}), tmp_path / "out")
     (tmp_path / "base").mkdir()
     save_file({"net.conv.weight": torch.ones(7, 5, 3, 2, dtype=torch.int8)}, tmp_path / "base/model.safetensors")
     with pytest.raises(ValueError, match="is stored as I8; merge into the unquantised model"):

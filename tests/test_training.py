@@ -230,7 +230,7 @@ def test_another_adapter_name_gives_the_same_logits(trained: Path) -> None:
 
 def test_merge_never_replaces_unasked(trained: Path, tmp_path: Path) -> None:
     merge(trained, tmp_path / "merged")
-    with pytest.raises(ValueError, match=r"exists; give another --out, or --overwrite"):
+    with pytest.raises(FileExistsError, match=r"exists; choose another output or ask to overwrite it"):
         merge(trained, tmp_path / "merged")
     merge(trained, tmp_path / "merged", overwrite=True)
     (tmp_path / "mine").mkdir()

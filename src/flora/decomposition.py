@@ -66,10 +66,11 @@ def decompose(tensor: Tensor, ranks: Ranks, *, sweeps: int = 50, tolerance: floa
     factors = _hosvd(work, ranks, modes)
     core = _project(work, factors)
     kept = _energy(core)
-    for _ in range(sweeps if len(modes) > 1 and total else 0):
+    needed = tensor.ndim > 2 and len(modes) > 1 and total  # a truncated SVD is the nearest matrix already
+    for _ in range(sweeps if needed else 0):
         for mode in modes:
             partial = _project(work, {other: factor for other, factor in factors.items() if other != mode})
-            factors[mode] = leading_vectors(partial, mode, ranks[mode]).to(work.dtype)
+            factors[mode] = leading(partial, mode, ranks[mode])[1].to(work.dtype)
             core = mode_product(partial, factors[mode].T, mode)
         previous, kept = kept, _energy(core)
         if _error(total, previous) - _error(total, kept) < tolerance:
@@ -82,7 +83,7 @@ def _hosvd(tensor: Tensor, ranks: Sequence[int], modes: Sequence[int]) -> dict[i
     """Leading vectors per mode, each from the tensor already projected on those before: the largest cut first."""
     factors: dict[int, Tensor] = {}
     for mode in sorted(modes, key=lambda mode: ranks[mode] / tensor.shape[mode]):
-        vectors = leading_vectors(tensor, mode, ranks[mode]).to(tensor.dtype)
+        vectors = leading(tensor, mode, ranks[mode])[1].to(tensor.dtype)
         tensor = mode_product(tensor, vectors.T, mode)
         factors[mode] = vectors
     return factors
@@ -95,23 +96,43 @@ def _project(tensor: Tensor, factors: dict[int, Tensor]) -> Tensor:
     return tensor
 
 
-def leading_vectors(tensor: Tensor, mode: int, rank: int) -> Tensor:
-    """The leading left singular vectors of the mode's unfolding, (In, K), float64; K = rank, or all there are.
+def leading(tensor: Tensor, mode: int, rank: int) -> tuple[Tensor, Tensor]:
+    """The largest squared singular values of the mode's unfolding, descending, and its left singular vectors.
 
-    A few vectors of a large unfolding are found by subspace iteration (Halko et al. 2011, algorithm 4.4), which costs
-    products with the tensor alone; the others by the eigen-decomposition.
+    A few of a large unfolding are found by subspace iteration (Halko et al. 2011, algorithm 4.4), which costs products
+    with the tensor alone; it may fall short of values that hardly differ, and never exceeds them. Otherwise by the
+    eigen-decomposition.
+
+    Returns:
+        values of shape (K,) and vectors (In, K), float64; K = rank, or all there are.
     """
     unfolded = tensor.movedim(mode, 0).reshape(tensor.shape[mode], -1)
-    if min(unfolded.shape) < LARGE or rank > min(unfolded.shape) // 16:
-        return spectrum(tensor, mode)[1][:, :rank]
+    if not _are_few(unfolded, rank):
+        values, vectors = spectrum(tensor, mode)
+        return values[:rank], vectors[:, :rank]
     random = torch.Generator().manual_seed(0)
     width = 2 * rank + 8
     right = torch.randn(unfolded.shape[1], width, generator=random, dtype=tensor.dtype)
     for _ in range(ITERATIONS):
         left = torch.linalg.qr(unfolded @ right)[0]
         right = torch.linalg.qr(unfolded.T @ left)[0]
-    vectors: Tensor = torch.linalg.svd((unfolded @ right).double(), full_matrices=False)[0]
-    return vectors[:, :rank]
+    vectors, values, _ = torch.linalg.svd((unfolded @ right).double(), full_matrices=False)
+    return values[:rank].square(), vectors[:, :rank]
+
+
+def singular_values(matrix: Tensor, rank: int) -> Tensor:
+    """The largest squared singular values of a matrix, descending, (K,), float64; K = rank, or all there are."""
+    if _are_few(matrix, rank):
+        return leading(matrix, 0, rank)[0]
+    rows, columns = matrix.shape
+    gram = _gram(matrix if rows <= columns else matrix.T)
+    values: Tensor = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)
+    return values[:rank]
+
+
+def _are_few(matrix: Tensor, rank: int) -> bool:
+    """Whether that many singular vectors are cheaper by iteration than by an eigen-decomposition."""
+    return min(matrix.shape) >= LARGE and rank <= min(matrix.shape) // 8
 
 
 def spectrum(tensor: Tensor, mode: int) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -87,7 +88,7 @@ def load_base(folder: Path, base: str | None = None) -> PreTrainedModel:
     try:
         with hidden_bars() if Path(where).is_dir() else nullcontext():  # a download has a bar
             head = head_options(read_json(folder / LABELS)) if (folder / LABELS).is_file() else {}
-            return cast("PreTrainedModel", _model_class(config, folder).from_pretrained(where, **head))
+            return cast("PreTrainedModel", model_class(config, folder).from_pretrained(where, **head))
     except OSError as error:
         reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(
@@ -95,7 +96,12 @@ def load_base(folder: Path, base: str | None = None) -> PreTrainedModel:
         ) from None
 
 
-def _model_class(config: dict[str, Any], folder: Path) -> Any:
+def model_class(config: Mapping[str, Any], folder: Path) -> Any:
+    """The class of the base model, or an auto class of transformers, that an adapter config names.
+
+    Raises:
+        ValueError: it names none.
+    """
     mapping, task = config.get("auto_mapping"), config.get("task_type")
     if mapping:
         return getattr(importlib.import_module(mapping["parent_library"]), mapping["base_model_class"])

@@ -108,7 +108,8 @@ def save(
     path = Path(path)
     _check_options(adapter, path, format, prefix, mid)
     if drop_extras:
-        adapter = Adapter(adapter.weights, {}, {**adapter.config, "modules_to_save": None})
+        bare = {**adapter.config, "modules_to_save": None, "trainable_token_indices": None, "bias": "none"}
+        adapter = Adapter(adapter.weights, {}, bare)
     with staged(path, overwrite=overwrite) as work:
         if format == "kohya":
             remarks = kohya.write(adapter, work, prefix=prefix or "lycoris", mid=mid)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flora.convert.names import GIVE_BASE
+from flora.convert.names import GIVE_BASE, TOKEN_ROWS, match_pattern
 from flora.fold import Fold
 from flora.layout import Layout, fold_groups, from_shape, is_usual
 from flora.tucker import Tucker
@@ -87,6 +87,28 @@ class Adapter:
     def num_params(self) -> int:
         """Numbers stored in the Tucker forms."""
         return sum(entry.form.num_params for entry in self.weights.values())
+
+    @property
+    def token_rows(self) -> dict[str, tuple[list[int], Tensor]]:
+        """Of ``trainable_token_indices``: an embedding's weight -> the numbers of its rows, and what replaces them.
+
+        Raises:
+            ValueError: the config does not name as many rows as there are.
+        """
+        given = self.config.get("trainable_token_indices") or {}
+        found = {}
+        for name, rows in self.extras.items():
+            if name.endswith(TOKEN_ROWS):
+                module = name.removesuffix(TOKEN_ROWS)
+                key = match_pattern(given, module) if isinstance(given, Mapping) else None
+                numbers = given[key] if key is not None else given
+                if not isinstance(numbers, list) or len(numbers) != len(rows):
+                    raise ValueError(
+                        f"{name} holds {len(rows)} rows, and trainable_token_indices of the config is {given}; copy "
+                        "adapter_config.json and the weights again, from one save"
+                    )
+                found[f"{module}.weight"] = (numbers, rows)
+        return found
 
     def layout(self, name: str) -> Layout:
         """The layout of a weight.

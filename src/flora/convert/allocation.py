@@ -15,9 +15,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from flora.decomposition import spectrum
+from flora.decomposition import leading, singular_values
 from flora.tucker import count_params, mode_product
 
+FIRST = 64  # ranks per mode that are tried at first where few of them will do
 GRID = 24  # ranks tried per mode of a tensor with more than two modes, all of them up to here
 
 
@@ -30,7 +31,7 @@ class Choice:
     error: float
 
 
-def choices(tensor: Tensor, shape: Sequence[int] | None = None) -> list[Choice]:
+def choices(tensor: Tensor, shape: Sequence[int] | None = None, *, most: int | None = None) -> list[Choice]:
     """The ranks worth choosing for a tensor, from cheap to dear, each with less error than the one before.
 
     The first costs nothing and leaves the layer out (ranks of zero).
@@ -38,10 +39,12 @@ def choices(tensor: Tensor, shape: Sequence[int] | None = None) -> list[Choice]:
     Args:
         tensor: what is decomposed.
         shape: where ``tensor`` stands for a larger one, in orthonormal coordinates: the shape that counts.
+        most: the largest rank of a mode that is tried, by default all; a few cost much less than all of a large tensor.
     """
     shape = tuple(tensor.shape) if shape is None else tuple(shape)
     total = float(tensor.double().square().sum())
-    found = _of_matrix(tensor, shape, total) if tensor.ndim == 2 else _of_tensor(tensor, shape, total)
+    most = max(tensor.shape) if most is None else most
+    found = (_of_matrix if tensor.ndim == 2 else _of_tensor)(tensor, shape, total, most)
     best: list[Choice] = [Choice((0,) * tensor.ndim, 0, total)]
     for choice in sorted(found, key=lambda choice: (choice.params, choice.error)):
         if choice.error < best[-1].error:
@@ -49,17 +52,17 @@ def choices(tensor: Tensor, shape: Sequence[int] | None = None) -> list[Choice]:
     return best
 
 
-def _of_matrix(tensor: Tensor, shape: tuple[int, ...], total: float) -> list[Choice]:
+def _of_matrix(tensor: Tensor, shape: tuple[int, ...], total: float, most: int) -> list[Choice]:
     """Both ranks alike: singular vectors come in pairs."""
-    values = spectrum(tensor, 0)[0]
+    values = singular_values(tensor, most)
     left = (total - values.cumsum(0)).clamp(min=0).tolist()
     return [Choice((rank, rank), count_params(shape, (rank, rank)), error) for rank, error in enumerate(left, start=1)]
 
 
-def _of_tensor(tensor: Tensor, shape: tuple[int, ...], total: float) -> list[Choice]:
+def _of_tensor(tensor: Tensor, shape: tuple[int, ...], total: float, most: int) -> list[Choice]:
     core = tensor.float() if tensor.dtype != torch.float64 else tensor
     for mode in range(tensor.ndim):
-        core = mode_product(core, spectrum(tensor, mode)[1].T.to(core.dtype), mode)
+        core = mode_product(core, leading(tensor, mode, most)[1].T.to(core.dtype), mode)
     grids = [_grid(size, width) for size, width in zip(tensor.shape, core.shape, strict=True)]
     kept = core.square()
     for mode, grid in enumerate(grids):
@@ -78,6 +81,11 @@ def _grid(size: int, reach: int) -> list[int]:
     half = GRID // 2
     step = (most / half) ** (1 / half)
     return sorted({*range(1, half + 1), *(min(most, round(half * step**power)) for power in range(1, half + 1)), most})
+
+
+def is_cut(choice: Choice, shape: Sequence[int], most: int) -> bool:
+    """Whether a mode has the largest rank that was tried (``most`` of :func:`choices`), and could have a larger one."""
+    return any(rank == most < size for rank, size in zip(choice.ranks, shape, strict=True))
 
 
 def for_energy(options: Sequence[Choice], energy: float) -> Choice:

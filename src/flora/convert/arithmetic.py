@@ -44,6 +44,9 @@ def add(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
     if not adapters:
         raise ValueError("there is no adapter to add; give at least one")
     total = scale(*adapters[0])
+    numbers = {module: found for adapter, _ in adapters for module, found in _numbered_rows(adapter).items()}
+    if numbers:
+        total.config["trainable_token_indices"] = numbers
     for adapter, factor in adapters[1:]:
         other = scale(adapter, factor)
         for name, entry in other.weights.items():
@@ -54,6 +57,11 @@ def add(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
                 raise ValueError(f"{name} is a whole tensor and differs between the adapters; keep it in one of them")
             total.extras[name] = value
     return total
+
+
+def _numbered_rows(adapter: Adapter) -> dict[str, list[int]]:
+    """The embeddings with trained rows, and the numbers of those, as ``trainable_token_indices`` has them."""
+    return {name.removesuffix(".weight"): numbers for name, (numbers, _) in adapter.token_rows.items()}
 
 
 def _add_entries(name: str, first: Entry, second: Entry) -> Entry:

@@ -1,4 +1,4 @@
-"""What the verbs convert, extract and merge of the command line do, from their parsed arguments."""
+"""What the verbs convert and extract of the command line do, from their parsed arguments."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from flora.convert import convert, load, save
+from flora.convert import convert, save
 from flora.convert.files import check_target
 from flora.convert.finetune import extract
-from flora.convert.merge import merge
 
 
 def run_convert(args: argparse.Namespace) -> int:
@@ -56,18 +55,4 @@ def run_extract(args: argparse.Namespace) -> int:
     shutil.rmtree(work)
     print(found.table())
     print(report)
-    return 0
-
-
-def run_merge(args: argparse.Namespace) -> int:
-    """Merges adapters of any format into a local base folder, streamed."""
-    weights = args.weights or [1.0] * len(args.folder)
-    if len(weights) != len(args.folder):
-        raise ValueError(f"--weights has {len(weights)} numbers for {len(args.folder)} adapters; give one for each")
-    adapters = [load(folder, base=args.base) for folder in args.folder]
-    base = args.base or adapters[0].config.get("base_model_name_or_path")
-    if base is None or not Path(base).is_dir():
-        raise ValueError(f"the base model {base or ''} is not a local folder; give one with --base")
-    pairs = list(zip(adapters, weights, strict=True))
-    print(merge(base, pairs, args.out, overwrite=args.overwrite, progress=sys.stderr.isatty()))
     return 0

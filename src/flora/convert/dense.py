@@ -17,7 +17,16 @@ _WHOLE = "whole."  # before the name of a tensor that replaces the base model's,
 
 
 def write(adapter: Adapter, path: Path) -> list[str]:
-    """Writes the file (which must not exist): ``<name>`` is added to the weight, ``whole.<name>`` replaces it."""
+    """Writes the file (which must not exist): ``<name>`` is added to the weight, ``whole.<name>`` replaces it.
+
+    Raises:
+        ValueError: the adapter trained rows of an embedding, which are neither.
+    """
+    if adapter.token_rows:
+        raise ValueError(
+            f"the adapter trained token rows of {next(iter(adapter.token_rows))}, which are neither a change nor a "
+            "whole tensor; merge the adapter (flora merge), or leave them out with --drop-extras"
+        )
     tensors = {name: entry.dense() for name, entry in adapter.weights.items()}
     tensors.update({_WHOLE + name: value for name, value in adapter.extras.items()})
     note = {

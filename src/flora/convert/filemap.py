@@ -51,7 +51,7 @@ class FileMap:
         return found
 
     def _hint(self, name: str) -> str:
-        tied = getattr(self.model, "_tied_weights_keys", None) or {}
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         if name in tied:
             return "; it is tied to another weight, and changing one alone would untie them: untie before training"
         leaf = ".".join(name.split(".")[-2:])

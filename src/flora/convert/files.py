@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flora.folders import replace_folder
+
 CONFIG = "adapter_config.json"
 NOTE = "flora"  # the key of a file's metadata under which the layouts are recorded; readers ignore it
 WEIGHTS = "adapter_model.safetensors"
@@ -177,9 +179,7 @@ def staged(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     work = _fresh_folder(target)
     try:
         yield work / target.name
-        if target.exists():
-            target.rename(work / "replaced")
-        (work / target.name).rename(target)
+        replace_folder(work / target.name, target)
     except OSError as error:
         raise _named(error, target) from None
     finally:

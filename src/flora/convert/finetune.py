@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flora.convert.adapter import Adapter, Entry
-from flora.convert.allocation import Choice, choices, for_energy, spend
+from flora.convert.allocation import FIRST, Choice, choices, for_energy, is_cut, spend
 from flora.convert.base import Base, open_base
 from flora.convert.checkpoint import Checkpoint
 from flora.convert.filemap import FileMap
@@ -116,14 +116,13 @@ def extract(
     store = None if work is None else Store(Path(work), _fingerprint(job, request))
     chosen: dict[str, Choice] | None = None
     if budget is not None:
-        options = {name: _options(job, store, name) for name in job.bar("spectra")}
-        chosen = spend({name: listed for name, listed in options.items() if listed[0].error}, budget)
+        chosen = _spend(job, store, budget)
 
     def ranks_for(name: str, delta: Tensor) -> Ranks:
         if chosen is not None:
             return chosen[name].ranks
         if energy is not None:
-            return for_energy(choices(delta), energy).ranks
+            return _for_energy(delta, energy)
         axes = _axes(job.layouts.get(name), delta, name)
         return resolve(delta.shape, rank if rank is not None else 8, kernel_r, axes=axes, name=name)
 
@@ -202,13 +201,20 @@ class _Job:
         """The file entries of the weights that are decomposed."""
         return {key for keys in self.places.values() for key in keys}
 
-    def bar(self, what: str) -> Iterator[str]:
-        """The names, with a progress bar."""
-        return iter(tqdm(self.places, desc=what, unit="layer", disable=not self.progress))
+    def bar(self, what: str, names: Iterable[str] | None = None) -> Iterator[str]:
+        """The names, by default all, with a progress bar."""
+        listed = self.places if names is None else names
+        return iter(tqdm(listed, desc=what, unit="layer", disable=not self.progress))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a weight as the model has it."""
         return self.base.shape(name) if name in self.base or self.model is None else tuple(self.model.shapes[name])
+
+    def form_shape(self, name: str) -> tuple[int, ...]:
+        """Of the N-d tensor that is decomposed."""
+        layout = self.layouts.get(name)
+        shape = self.shape(name)
+        return shape if layout is None or layout.fold is None else parse_fold(layout.fold, shape).shape
 
     def delta(self, name: str) -> Tensor:
         """``tuned - base`` in float32, folded to the N-d tensor that is decomposed."""
@@ -216,10 +222,7 @@ class _Job:
         delta = self.files.join(name, self.shape(name), changes)
         if not torch.isfinite(delta).all():
             raise ValueError(f"{name} has NaN or infinite entries in {self.base.path} or {self.tuned.path}")
-        layout = self.layouts.get(name)
-        if layout is None or layout.fold is None:
-            return delta
-        return delta.reshape(parse_fold(layout.fold, delta.shape).shape)
+        return delta.reshape(self.form_shape(name))
 
 
 def _difference(old: Tensor, new: Tensor) -> Tensor:
@@ -250,13 +253,36 @@ def _model(base: Path) -> Base | None:
         return None
 
 
-def _options(job: _Job, store: Store | None, name: str) -> list[Choice]:
+def _spend(job: _Job, store: Store | None, budget: int) -> dict[str, Choice]:
+    """The choice of every layer that changed. Large ranks are tried only in layers that take all the smaller ones."""
+    most = dict.fromkeys(job.places, FIRST)
+    options: dict[str, list[Choice]] = {}
+    while True:
+        for name in job.bar("spectra", [name for name in most if name not in options]):
+            options[name] = _options(job, store, name, most[name])
+        chosen = spend({name: listed for name, listed in options.items() if listed[0].error}, budget)
+        cut = [name for name, choice in chosen.items() if is_cut(choice, job.form_shape(name), most[name])]
+        if not cut:
+            return chosen
+        for name in cut:
+            most[name] *= 4
+            del options[name]
+
+
+def _for_energy(delta: Tensor, energy: float) -> tuple[int, ...]:
+    most = FIRST
+    while is_cut(choice := for_energy(choices(delta, most=most), energy), delta.shape, most):
+        most *= 4
+    return choice.ranks
+
+
+def _options(job: _Job, store: Store | None, name: str, most: int) -> list[Choice]:
     """The choices of one layer, from the store if they are there."""
-    if store is not None and (kept := store.read_choices(name)) is not None:
+    if store is not None and (kept := store.read_choices(name, most)) is not None:
         return kept
-    found = choices(job.delta(name))
+    found = choices(job.delta(name), most=most)
     if store is not None:
-        store.write_choices(name, found)
+        store.write_choices(name, most, found)
     return found
 
 

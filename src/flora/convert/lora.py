@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flora.convert.adapter import Adapter, Entry
 from flora.convert.files import CONFIG, NOTE, WEIGHTS, read_json, read_tensors, write_json, write_tensors
-from flora.convert.names import GIVE_BASE, PREFIX, check_prefix, match_pattern, module_of, nested
+from flora.convert.names import GIVE_BASE, PREFIX, TOKEN_ROWS, check_prefix, match_pattern, module_of, nested
 from flora.convert.native import lone_biases, saved_modules
 from flora.convert.pairs import join_stack, pad, split, split_stack, swap, trim
 from flora.layout import KERNEL_AXES, Layout, is_raw, layout_from_json
@@ -90,7 +90,7 @@ def _check(adapter: Adapter, layouts: Mapping[str, Layout]) -> None:
                 f"{name} cannot become LoRA: {reason}; merge the adapter (flora merge), or write --to kohya or "
                 "--to dense"
             )
-    biases = lone_biases(adapter) + [name for name in adapter.extras if "trainable_tokens" in name]
+    biases = lone_biases(adapter) + [name for name in adapter.extras if name.endswith(TOKEN_ROWS)]
     if biases:
         more = f" and {len(biases) - 1} more" if biases[1:] else ""
         raise ValueError(

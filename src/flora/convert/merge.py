@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from flora.convert.base import open_base
 from flora.convert.checkpoint import Checkpoint
 from flora.convert.filemap import FileMap
 from flora.convert.files import DTYPES, check_target, read_json, staged, stream_tensors, write_json
+from flora.convert.names import TOKEN_ROWS
 from flora.tucker import Tucker, mode_product
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
@@ -59,6 +60,7 @@ def merge(
     overwrite: bool = False,
     progress: bool = False,
     check: Callable[[Path], None] | None = None,
+    companions: Iterable[Path] = (),
 ) -> Merged:
     """Writes ``base + sum of weight * adapter`` as a model folder, whole or not at all; ``base`` is only read.
 
@@ -69,6 +71,7 @@ def merge(
         overwrite: replaces ``out``.
         progress: shows a progress bar.
         check: called with the finished folder before it gets its name; what it raises prevents that.
+        companions: files to copy besides, such as the tokenizer of an adapter; they replace those of the base.
 
     Raises:
         FileExistsError: ``out`` exists.
@@ -86,13 +89,15 @@ def merge(
     with staged(out, overwrite=overwrite) as work:
         work.mkdir()
         _copy_companions(source, work)
+        for path in companions:
+            shutil.copy(path, work)
         _extend_index(source, work, plan)
         for file in tqdm(source.shards, desc="shards", unit="shard", disable=not progress):
             stream_tensors(work / file, plan.layout(file), plan.tensor, source.metadata(file))
         difference, worst = _verify(plan, Checkpoint(work))
         if check is not None:
             check(work)
-    return Merged(out, len(plan.entries) + len(plan.whole), difference, worst)
+    return Merged(out, len(plan.entries) + len(plan.whole) + len(plan.rows), difference, worst)
 
 
 def _file_map(source: Checkpoint, base: Path) -> FileMap:
@@ -112,6 +117,7 @@ class _Plan:
         self.files = files
         self.entries: dict[str, list[tuple[Entry, float]]] = {}
         self.whole: dict[str, Tensor] = {}
+        self.rows: dict[str, tuple[Tensor, Tensor]] = {}
         self._recent: tuple[str, dict[str, Tensor]] = ("", {})
         for adapter, weight in adapters:
             for name, entry in adapter.weights.items():
@@ -121,15 +127,29 @@ class _Plan:
         self.owner = {key: name for name, keys in self.places.items() for key in keys}
         for name, listed in self.entries.items():
             self._check(name, listed)
+        for name in self.rows:
+            self._check_rows(name)
 
     def _replace(self, adapter: Adapter, weight: float) -> None:
+        for name, (numbers, rows) in adapter.token_rows.items():
+            if weight != 1 or name in self.rows:
+                raise ValueError(
+                    f"{name}: trained token rows replace those of the base model, so they can be taken from one "
+                    "adapter only, with weight 1"
+                )
+            self.rows[name] = torch.tensor(numbers), rows
         for name, value in adapter.extras.items():
-            if "trainable_tokens" in name:
-                raise ValueError(f"{name}: trained token rows cannot be merged from files; use PEFT's merge_and_unload")
+            if name.endswith(TOKEN_ROWS):
+                continue
             if weight != 1 or (name in self.whole and not torch.equal(self.whole[name], value)):
                 raise ValueError(
                     f"{name} is a whole tensor, which replaces the base model's: it can be taken from one adapter "
                     "only, with weight 1; leave it out of the others (--drop-extras)"
+                )
+            if name in self.source and self.source.shape(name) != value.shape:
+                raise ValueError(
+                    f"{name} has shape {self.source.shape(name)} in {self.source.path} and {tuple(value.shape)} in the "
+                    "adapter, which replaces it as a whole; give the base model with that head, as it was trained on"
                 )
             self.whole[name] = value
 
@@ -141,6 +161,19 @@ class _Plan:
             dtype = self.source.dtype(key)
             if dtype not in DTYPES.values():
                 raise ValueError(f"{key} is stored as {dtype}; merge into the unquantised model instead")
+
+    def _check_rows(self, name: str) -> None:
+        numbers, rows = self.rows[name]
+        if name in self.entries or name in self.whole:
+            raise ValueError(f"{name} is changed as a whole and has trained token rows; merge it with PEFT instead")
+        if name not in self.source:
+            raise ValueError(f"{self.source.path} has no weight {name!r}, of which the adapter trained token rows")
+        shape = self.source.shape(name)
+        if rows.shape[1:] != shape[1:] or int(numbers.max()) >= shape[0]:
+            raise ValueError(
+                f"{name} has shape {shape} in {self.source.path}, and the adapter trained its rows {numbers.tolist()} "
+                f"of shape {tuple(rows.shape)}; give the base model that the adapter was trained on"
+            )
 
     def change(self, name: str) -> Tensor:
         """The sum of the changes of a weight."""
@@ -172,6 +205,9 @@ class _Plan:
         old = self.source.get(key)
         if key in self.whole:
             return self.whole[key].to(old.dtype)
+        if key in self.rows:
+            numbers, rows = self.rows[key]
+            return old.index_copy(0, numbers, rows.to(old.dtype))
         if key not in self.owner:
             return old
         name = self.owner[key]
@@ -229,6 +265,9 @@ def _verify(plan: _Plan, written: Checkpoint) -> tuple[float, str]:
     for name, value in plan.whole.items():
         if not torch.equal(written.get(name), value.to(written.get(name).dtype)):
             raise ValueError(f"{name} was not written as the adapter has it; nothing was written")
+    for name, (numbers, rows) in plan.rows.items():
+        if not torch.equal(written.get(name)[numbers], rows.to(written.get(name).dtype)):
+            raise ValueError(f"{name} was not written with the rows of the adapter; nothing was written")
     return largest, worst
 
 

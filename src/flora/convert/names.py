@@ -8,6 +8,7 @@ from pathlib import Path
 
 GIVE_BASE = "give the base model (base=..., on the command line --base FOLDER)"
 PREFIX = "base_model.model."
+TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"  # rows of an embedding that replace those of the base model
 
 
 def module_of(path: str) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flora.convert.adapter import Adapter, Entry
 from flora.convert.files import CONFIG, NOTE, WEIGHTS, read_json, read_tensors, write_json, write_tensors
-from flora.convert.names import PREFIX, check_prefix, exact_pattern, match_pattern, module_of, nested
+from flora.convert.names import PREFIX, TOKEN_ROWS, check_prefix, exact_pattern, match_pattern, module_of, nested
 from flora.layout import Layout, from_shape, is_raw, layout_from_json
 from flora.tucker import Tucker, mode_product
 
@@ -138,6 +138,13 @@ def write(adapter: Adapter, folder: Path) -> None:
     write_json(folder / CONFIG, _config(adapter, forms))
 
 
+_RESOLVED = (  # fields of a config that the names, ranks and scales of its weights stand for
+    "alpha",
+    "budget",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+)
 _ROWS = ("attention", "recurrent")  # kinds of modules that hold several adapted parameters in one wrapper
 
 
@@ -179,13 +186,14 @@ def _config(adapter: Adapter, forms: Mapping[str, Tucker]) -> dict[str, Any]:
     return {
         "task_type": adapter.config.get("task_type"),
         "base_model_name_or_path": adapter.config.get("base_model_name_or_path"),
+        "trainable_token_indices": adapter.config.get("trainable_token_indices"),
         "modules_to_save": saved_modules(adapter) or None,
         "bias": _bias(adapter),
         "r": 8,
         "kernel_r": None,
+        **{key: value for key, value in kept.items() if key not in _RESOLVED},
         "target_modules": modules or None,
         "target_parameters": parameters or None,
-        **{key: value for key, value in kept.items() if key not in ("alpha", "budget")},
         "peft_type": "TUCKER",
         "inference_mode": True,
         "scale": common,
@@ -236,4 +244,5 @@ def saved_modules(adapter: Adapter) -> list[str]:
     if listed:
         return list(listed)
     lone = set(lone_biases(adapter))
-    return sorted({name.rpartition(".")[0] for name in adapter.extras if name not in lone})
+    whole = [name for name in adapter.extras if name not in lone and not name.endswith(TOKEN_ROWS)]
+    return sorted({name.rpartition(".")[0] for name in whole})

@@ -36,16 +36,16 @@ class Store:
     def _path(self, name: str, suffix: str) -> Path:
         return self.folder / (hashlib.sha256(name.encode()).hexdigest()[:24] + suffix)
 
-    def read_choices(self, name: str) -> list[Choice] | None:
-        """The choices of a layer, or None if it is not there yet."""
-        path = self._path(name, ".json")
+    def read_choices(self, name: str, most: int) -> list[Choice] | None:
+        """The choices of a layer with ranks up to ``most``, or None if it is not there yet."""
+        path = self._path(name, f".{most}.json")
         if not path.exists():
             return None
         return [Choice(tuple(item["ranks"]), item["params"], item["error"]) for item in read_json(path)["choices"]]
 
-    def write_choices(self, name: str, found: list[Choice]) -> None:
+    def write_choices(self, name: str, most: int, found: list[Choice]) -> None:
         """Keeps the choices of a layer."""
-        with staged(self._path(name, ".json")) as path:
+        with staged(self._path(name, f".{most}.json")) as path:
             write_json(path, {"choices": [asdict(choice) for choice in found]})
 
     def read_layer(self, name: str) -> tuple[Tucker | None, float, float] | None:

@@ -115,9 +115,9 @@ def _rows(adapted: nn.Module, positions: int) -> Iterator[Row]:
         if not isinstance(module, FloraLayer):
             continue
         base = module.get_base_layer()
-        name = name.removeprefix("base_model.model.")
+        name = name.removeprefix("base_model.model.").replace(".base_layer", "")  # parameters of one module are nested
         for inner, delta in module.named_modules():
-            if isinstance(delta, TuckerDelta):
+            if isinstance(delta, TuckerDelta) and not inner.startswith("base_layer."):
                 weight = inner.partition(".")[0].removeprefix("tucker_")
                 form, kind = delta.form, module.row.kind
                 path, mflops = _cost(base, kind, form.shape, form.ranks, positions)
