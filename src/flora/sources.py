@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from tqdm import tqdm
+
+from flora.progress import hidden_bars
 
 Value = TypeVar("Value")
 Bad = Literal["error", "skip"]
@@ -154,12 +157,27 @@ def is_local(where: str) -> bool:
     )
 
 
-def hub(where: str, name: str | None = None) -> dict[str, Any]:
+def load_pretrained(kind: Any, where: str, **arguments: Any) -> Any:
+    """``kind.from_pretrained(where)``: a model, a tokenizer or a processor from a local folder or by hub id.
+
+    Raises:
+        FileNotFoundError: it is neither; says why.
+    """
+    try:
+        with hidden_bars() if Path(where).is_dir() else nullcontext():  # a download has a bar
+            return kind.from_pretrained(where, **arguments)
+    except OSError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(f"task.model {where!r} cannot be loaded as {kind.__name__} ({reason})") from None
+
+
+def hub(where: str, name: str | None = None, revision: str | None = None) -> dict[str, Any]:
     """A data set of the hub, by the splits of ``SPLIT_NAMES`` that it has.
 
     Args:
         where: its id.
         name: of a configuration of it.
+        revision: a branch of its repository, such as the hub's own conversion ``refs/convert/parquet``.
 
     Raises:
         FileNotFoundError: it cannot be loaded; says why.
@@ -168,7 +186,7 @@ def hub(where: str, name: str | None = None) -> dict[str, Any]:
     from datasets import load_dataset
 
     try:
-        loaded = load_dataset(where, name)
+        loaded = load_dataset(where, name, revision=revision)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(f"the data set {where!r} is no local path and cannot be loaded ({reason})") from None
