@@ -65,7 +65,7 @@ def merge(folder: Path, out: Path, *, base: str | None = None, overwrite: bool =
         merged.save_pretrained(staged)
         for source in reversed(sources):  # the adapter's own files last, they win
             for pattern in COMPANIONS if source.is_dir() else ():
-                for path in source.glob(pattern):
+                for path in filter(Path.is_file, source.glob(pattern)):
                     shutil.copy(path, staged)
     return Merged(out, difference, magnitude)
 
@@ -101,14 +101,19 @@ def _outputs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def random_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Two random samples of the kind the model takes: images, token ids, or sound.
+    """Two random samples of the kind the model takes: images, volumes, token ids, sound, or noise and a prompt.
 
     Raises:
         ValueError: the model takes something else.
     """
-    name, config = model.main_input_name, model.config
+    name, config = getattr(model, "main_input_name", None), model.config
     random = torch.Generator().manual_seed(0)
     sample: Tensor
+    if hasattr(config, "cross_attention_dim") and hasattr(config, "sample_size"):  # a UNet2DConditionModel
+        sample = torch.randn(2, config.in_channels, config.sample_size, config.sample_size, generator=random)
+        prompt = torch.randn(2, 7, config.cross_attention_dim, generator=random)
+        given = {"sample": sample, "timestep": torch.tensor([1.0, 500.0]), "encoder_hidden_states": prompt}
+        return {key: value.to(model.device, model.dtype) for key, value in given.items()}
     if name == "pixel_values":
         sample = torch.randn(2, *_image_shape(config), generator=random)
     elif name == "input_ids":

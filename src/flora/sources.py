@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -194,6 +195,12 @@ def hub(where: str, name: str | None = None, revision: str | None = None) -> dic
     if "train" not in found:
         raise ValueError(f"the data set {where!r} has the splits {', '.join(loaded)}, but no train split")
     return found
+
+
+def row_file(rows: Any, row: int, column: str) -> Path | io.BytesIO:
+    """The file in a row of a hub data set whose column of sounds or images is not decoded (``decode=False``)."""
+    stored = rows[row][column]
+    return Path(stored["path"]) if stored["bytes"] is None else io.BytesIO(stored["bytes"])
 
 
 def with_held_out(parts: dict[str, list[Value]]) -> dict[str, list[Value]]:

@@ -26,7 +26,18 @@ from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, 
 
 from flora.recipes import Data
 from flora.samples import locate
-from flora.sources import Bad, Item, class_folders, hub, is_local, load_pretrained, sift, split_paths, with_held_out
+from flora.sources import (
+    Bad,
+    Item,
+    class_folders,
+    hub,
+    is_local,
+    load_pretrained,
+    row_file,
+    sift,
+    split_paths,
+    with_held_out,
+)
 
 METRIC = "accuracy"
 SOUNDS = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif")
@@ -130,15 +141,10 @@ def _of_hub(where: str, task: Task) -> tuple[dict[str, list[Item[Clip]]], list[s
         if not isinstance(kind, ClassLabel):
             labels = [classes.index(str(label)) if str(label) in classes else -1 for label in labels]
         parts[split] = [
-            Item(f"{where}, {split} row {row}", Clip(partial(_hub_sound, sounds, row, task.audio_column), int(label)))
+            Item(f"{where}, {split} row {row}", Clip(partial(row_file, sounds, row, task.audio_column), int(label)))
             for row, label in enumerate(labels)
         ]
     return parts, classes
-
-
-def _hub_sound(rows: Any, row: int, column: str) -> Path | io.BytesIO:
-    sound = rows[row][column]
-    return io.BytesIO(sound["bytes"]) if sound["bytes"] is not None else Path(sound["path"])
 
 
 class Sounds(Dataset[dict[str, Any]]):

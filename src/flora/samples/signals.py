@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,4 +53,96 @@ def wav2vec2(folder: Path) -> None:
     Wav2Vec2FeatureExtractor().save_pretrained(folder)
 
 
-MAKERS = {"tones": tones, "wav2vec2": wav2vec2}
+def instance(folder: Path) -> None:
+    """Five pictures of one thing, a red ring with a green core, of several sizes and before several backgrounds."""
+    from PIL import Image
+
+    random = np.random.default_rng(SEED)
+    for index, (width, height) in enumerate([(40, 40), (37, 53), (64, 48), (50, 41), (48, 48)]):
+        picture = _background(random, height, width)
+        y, x = np.mgrid[:height, :width]
+        distance = np.hypot(y - height / 2, x - width / 2) / min(height, width)
+        picture[distance < 0.4] = (220, 30, 30)
+        picture[distance < 0.2] = (30, 200, 60)
+        Image.fromarray(picture).save(folder / f"{index}.png")
+
+
+def _background(random: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """A smooth gradient of two random colours, (height, width, 3) of uint8."""
+    start, end = random.integers(0, 256, (2, 3))
+    ramp = np.linspace(0, 1, height)[:, None, None]
+    return np.broadcast_to(start * (1 - ramp) + end * ramp, (height, width, 3)).astype(np.uint8)
+
+
+def stable_diffusion(folder: Path) -> None:
+    """A pipeline folder in the layout of Stable Diffusion 1.5, tiny; its UNet has learnt to denoise backgrounds."""
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(SEED)
+    letters = sorted(ByteLevel.alphabet())
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer({word: index for index, word in enumerate(words)}, [], model_max_length=16)
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(words),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            bos_token_id=len(words) - 2,
+            eos_token_id=len(words) - 1,
+            pad_token_id=len(words) - 1,
+        )
+    )
+    vae = AutoencoderKL(  # type: ignore[no-untyped-call]
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    unet = UNet2DConditionModel(  # type: ignore[no-untyped-call]
+        sample_size=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+    scheduler = DDPMScheduler(**noise)  # type: ignore[no-untyped-call]
+    _learn_backgrounds(unet, vae, scheduler)
+    parts: dict[str, Any] = {"tokenizer": tokenizer, "text_encoder": text, "vae": vae, "unet": unet}
+    for name, part in {**parts, "scheduler": scheduler}.items():
+        part.save_pretrained(folder / name)
+
+
+def _learn_backgrounds(unet: Any, vae: Any, scheduler: Any) -> None:
+    """Sets the scale of the latents to 1 and trains the UNet a little, on backgrounds and random prompts."""
+    random = np.random.default_rng(SEED)
+    pictures = np.stack([_background(random, 16, 16) for _ in range(64)])
+    with torch.no_grad():
+        latents = vae.encode(torch.tensor(pictures).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist.mode()
+        vae.register_to_config(scaling_factor=1 / float(latents.std()))
+        latents = latents * vae.config.scaling_factor
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-3)
+    for _ in range(80):
+        clean = latents[torch.randint(0, len(latents), (16,))]
+        noise, time = torch.randn_like(clean), torch.randint(0, len(scheduler.alphas_cumprod), (16,))
+        predicted = unet(scheduler.add_noise(clean, noise, time), time, torch.randn(16, 16, 32)).sample
+        torch.nn.functional.mse_loss(predicted, noise).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+MAKERS = {
+    "tones": tones,
+    "wav2vec2": wav2vec2,
+    "instance": instance,
+    "stable-diffusion": stable_diffusion,
+}
