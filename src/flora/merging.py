@@ -130,8 +130,7 @@ def random_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: sample.to(model.device, model.dtype if sample.is_floating_point() else sample.dtype)}
 
 
-def _image_shape(config: Any) -> tuple[int, int, int]:
+def _image_shape(config: Any) -> tuple[int, ...]:
     vision = getattr(config, "vision_config", config)
     size = getattr(vision, "image_size", 224)
-    height, width = (size, size) if isinstance(size, int) else tuple(size)
-    return getattr(vision, "num_channels", 3), height, width
+    return getattr(vision, "num_channels", 3), *((size, size) if isinstance(size, int) else size)

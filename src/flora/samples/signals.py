@@ -77,11 +77,11 @@ def _background(random: np.random.Generator, height: int, width: int) -> np.ndar
 def stable_diffusion(folder: Path) -> None:
     """A pipeline folder in the layout of Stable Diffusion 1.5, tiny; its UNet has learnt to denoise backgrounds."""
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-    from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     torch.manual_seed(SEED)
-    letters = sorted(ByteLevel.alphabet())
+    letters = sorted(bytes_to_unicode().values())
     words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer({word: index for index, word in enumerate(words)}, [], model_max_length=16)
     text = CLIPTextModel(
@@ -140,7 +140,53 @@ def _learn_backgrounds(unet: Any, vae: Any, scheduler: Any) -> None:
         optimizer.zero_grad()
 
 
+def volumes(folder: Path) -> None:
+    """A bright and a dark ellipsoid in noise, as the Medical Segmentation Decathlon lays volumes; no two of a size."""
+    import nibabel
+
+    random = np.random.default_rng(SEED)
+    for part, count in {"Tr": 6, "Val": 2, "Ts": 3}.items():
+        for name in ("images", "labels"):
+            (folder / f"{name}{part}").mkdir()
+        for index in range(count):
+            image, labels = _ellipsoids(random)
+            for name, voxels in (("images", image), ("labels", labels)):
+                path = folder / f"{name}{part}" / f"case_{index}.nii.gz"
+                nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), path)  # type: ignore[no-untyped-call]
+
+
+def _ellipsoids(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """An image of int16 and its labels 0, 1, 2 of uint8, 13 to 23 voxels a side."""
+    size = tuple(random.integers(13, 24, 3).tolist())
+    labels = np.zeros(size, np.uint8)
+    for label, middle in ((1, 0.3), (2, 0.7)):
+        centre = np.array(size) * (middle + random.uniform(-0.05, 0.05, 3))
+        place = (np.indices(size).T - centre) / (np.array(size) * random.uniform(0.16, 0.22, 3))
+        labels[(place**2).sum(-1).T < 1] = label
+    image = 300 + 20 * random.standard_normal(size) + np.array([0, 80, -80])[labels]
+    return image.astype(np.int16), labels
+
+
+def unet3d(folder: Path) -> None:
+    """A VolumeUNet of two steps that knows the ellipsoids of inverted images, bright for dark."""
+    from flora.volume_unet import VolumeUNet, VolumeUNetConfig
+
+    torch.manual_seed(SEED)
+    random = np.random.default_rng(SEED + 1)
+    model = VolumeUNet(VolumeUNetConfig(channels=[4, 8, 16], strides=[2, 2], res_units=1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(40):
+        image, labels = (torch.tensor(each[:12, :12, :12].astype(np.float32)) for each in _ellipsoids(random))
+        image = (image.mean() - image) / image.std()
+        model(image[None, None], labels[None].long()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+
+
 MAKERS = {
+    "volumes": volumes,
+    "unet3d": unet3d,
     "tones": tones,
     "wav2vec2": wav2vec2,
     "instance": instance,
