@@ -87,10 +87,14 @@ def targets(base: PreTrainedModel, adapter: dict[str, Any]) -> list[str]:
 
 
 def lora_targets(base: PreTrainedModel, request: Request) -> list[str]:
-    """FLoRA's targets without the grouped convolutions that PEFT's LoRA refuses: its rank must divide by the groups."""
+    """FLoRA's targets that PEFT's LoRA takes: no transposed convolution, and groups must divide its rank."""
     modules = dict(base.named_modules())
     rank = request.comparison.lora_r
-    return [name for name in targets(base, request.adapter) if rank % getattr(modules[name], "groups", 1) == 0]
+    return [
+        name
+        for name in targets(base, request.adapter)
+        if rank % getattr(modules[name], "groups", 1) == 0 and not getattr(modules[name], "transposed", False)
+    ]
 
 
 def lora_budget(base: PreTrainedModel, request: Request) -> int:

@@ -43,7 +43,7 @@ def wav2vec2(folder: Path) -> None:
         intermediate_size=64,
         conv_dim=[16] * 7,
         num_conv_pos_embeddings=8,
-        num_conv_pos_embedding_groups=2,
+        num_conv_pos_embedding_groups=8,
         classifier_proj_size=32,
         layerdrop=0.0,
         mask_time_prob=0.0,
