@@ -27,7 +27,7 @@ LEVELS: list[set[str]] = [
     {"layout"},
     {"tuner", "convert"},
     {"flora"},
-    {"progress"},
+    {"progress", "volume_unet"},
     {"samples", "sources"},
     {"recipes", "report"},
     {"settings"},
@@ -60,9 +60,9 @@ FOREIGN: dict[str, set[str]] = {
 }
 DISTRIBUTIONS = {  # scikit-learn brings numpy and scipy along
     "sklearn": "scikit-learn", "yaml": "pyyaml", "numpy": "scikit-learn", "scipy": "scikit-learn", "PIL": "pillow",
-    "lycoris": "lycoris-lora",
+    "lycoris": "lycoris-lora", "huggingface_hub": "transformers",
 }  # fmt: skip
-IN_ALL = {"recipes", "samples", "sources"}  # rooms that may import what the extra ``all`` brings
+IN_ALL = {"recipes", "samples", "sources", "volume_unet"}  # rooms that may import what the extra ``all`` brings
 OPTIONAL = {  # imported where a model asks for it, with a message if it is not there
     "flora.convert.base": {"diffusers"},
     "flora.rivals": {"lycoris-lora"},

@@ -272,7 +272,7 @@ def _outputs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def random_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Two random samples of the kind the model takes: images, token ids, or sound.
+    """Two random samples of the kind the model takes: images, volumes, token ids, sound, or noise and a prompt.
 
     Raises:
         ValueError: the model takes something else.
@@ -280,6 +280,11 @@ def random_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     name, config = getattr(model, "main_input_name", None), model.config
     random = torch.Generator().manual_seed(0)
     sample: Tensor
+    if hasattr(config, "cross_attention_dim") and hasattr(config, "sample_size"):  # a UNet2DConditionModel
+        sample = torch.randn(2, config.in_channels, config.sample_size, config.sample_size, generator=random)
+        prompt = torch.randn(2, 7, config.cross_attention_dim, generator=random)
+        given = {"sample": sample, "timestep": torch.tensor([1.0, 500.0]), "encoder_hidden_states": prompt}
+        return {key: value.to(model.device, model.dtype) for key, value in given.items()}
     if name == "pixel_values":
         sample = torch.randn(2, *_image_shape(config), generator=random)
     elif name == "input_ids":
@@ -296,8 +301,7 @@ def random_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: sample.to(model.device, model.dtype if sample.is_floating_point() else sample.dtype)}
 
 
-def _image_shape(config: Any) -> tuple[int, int, int]:
+def _image_shape(config: Any) -> tuple[int, ...]:
     vision = getattr(config, "vision_config", config)
     size = getattr(vision, "image_size", 224)
-    height, width = (size, size) if isinstance(size, int) else tuple(size)
-    return getattr(vision, "num_channels", 3), height, width
+    return getattr(vision, "num_channels", 3), *((size, size) if isinstance(size, int) else size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -80,11 +81,16 @@ def load_base(folder: Path, base: str | None = None) -> PreTrainedModel:
     where = base or config.get("base_model_name_or_path")
     if not where:
         raise ValueError(f"{folder / ADAPTER_CONFIG} names no base model; give it with --base")
-    if base is None and Path(where).is_absolute() and not Path(where).is_dir() and (folder / FILE).is_file():
-        settings = read(
-            str(folder / FILE)
-        )  # the cache was cleared, or this is another machine: the recipe makes it again
-        return settings.load_recipe().load_base(settings.task)
+    absent = base is None and Path(where).is_absolute() and not Path(where).is_dir()
+    if (folder / FILE).is_file() and (absent or not (folder / LABELS).is_file()):
+        settings = read(str(folder / FILE))
+        # A recipe knows how its model is loaded: the size of the head, the part of a pipeline. One that makes its own
+        # base makes it again where the cache was cleared, or on another machine.
+        if hasattr(settings.task, "model"):
+            task = settings.task if base is None else replace(settings.task, model=base)
+            return settings.load_recipe().load_base(task)
+        if absent:
+            return settings.load_recipe().load_base(settings.task)
     try:
         with hidden_bars() if Path(where).is_dir() else nullcontext():  # a download has a bar
             head = head_options(read_json(folder / LABELS)) if (folder / LABELS).is_file() else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 CARD = """---
@@ -25,7 +26,7 @@ import flora
 from peft import PeftModel
 from {library} import {model_class}
 
-base = {model_class}.from_pretrained("{base}"{head})
+base = {model_class}.from_pretrained("{base}"{part}{head})
 model = PeftModel.from_pretrained(base, "{folder}")
 ```
 
@@ -58,7 +59,9 @@ def model_card(
         folder: the folder as it is written in the examples.
         classes: of the head that the base model was given, if it was.
     """
-    mapping = adapter_config.get("auto_mapping") or {}
+    mapping, base = adapter_config.get("auto_mapping") or {}, adapter_config["base_model_name_or_path"]
+    module = mapping.get("parent_library", "transformers")
+    library = module if module.startswith("flora.") else module.partition(".")[0]
     numbers = [
         *(
             (f"{split} {name}", f"{value:.4f}")
@@ -72,9 +75,10 @@ def model_card(
     ]
     return CARD.format(
         title=folder.rstrip("/").rpartition("/")[2],
-        base=adapter_config["base_model_name_or_path"],
+        base=base,
+        part=', subfolder="unet"' if library == "diffusers" and not Path(base).is_dir() else "",
         recipe=metrics["recipe"],
-        library=mapping.get("parent_library", "transformers").partition(".")[0],
+        library=library,
         model_class=mapping.get("base_model_class", "AutoModel"),
         head=f", num_labels={classes}, ignore_mismatched_sizes=True" if classes else "",
         folder=folder,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -187,12 +188,13 @@ def check_labels(labels: Sequence[str] | None) -> None:
         raise ValueError(f"task.labels is {labels}, expected two or more different names")
 
 
-def hub(where: str, name: str | None = None) -> dict[str, Any]:
+def hub(where: str, name: str | None = None, revision: str | None = None) -> dict[str, Any]:
     """A data set of the hub, by the splits of ``SPLIT_NAMES`` that it has.
 
     Args:
         where: its id.
         name: of a configuration of it.
+        revision: a branch of its repository, such as the hub's own conversion ``refs/convert/parquet``.
 
     Raises:
         FileNotFoundError: it cannot be loaded; says why.
@@ -201,7 +203,7 @@ def hub(where: str, name: str | None = None) -> dict[str, Any]:
     from datasets import load_dataset
 
     try:
-        loaded = load_dataset(where, name)
+        loaded = load_dataset(where, name, revision=revision)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(f"the data set {where!r} is no local path and cannot be loaded ({reason})") from None
@@ -209,6 +211,12 @@ def hub(where: str, name: str | None = None) -> dict[str, Any]:
     if "train" not in found:
         raise ValueError(f"the data set {where!r} has the splits {', '.join(loaded)}, but no train split")
     return found
+
+
+def row_file(rows: Any, row: int, column: str) -> Path | io.BytesIO:
+    """The file in a row of a hub data set whose column of sounds or images is not decoded (``decode=False``)."""
+    stored = rows[row][column]
+    return Path(stored["path"]) if stored["bytes"] is None else io.BytesIO(stored["bytes"])
 
 
 def with_held_out(parts: dict[str, list[Value]]) -> dict[str, list[Value]]:

@@ -1,0 +1,205 @@
+"""Classes of sounds: wav2vec2 and its kin of transformers, their one-dimensional convolutions adapted too.
+
+Data: a folder with one sub-folder of sound files for each class (inside ``train``, ``validation``, ``test`` where there
+are such), or a data set of the hub with a column of sounds and one of labels. Every clip is mixed to one channel,
+brought to the sampling rate of the model, and padded or cut to ``seconds``, so that no result depends on its batch.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import soundfile
+import torch
+from scipy.signal import resample_poly
+from sklearn.metrics import accuracy_score
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, EvalPrediction, PreTrainedModel
+
+from flora.recipes import Data
+from flora.samples import locate
+from flora.sources import (
+    Bad,
+    Item,
+    class_folders,
+    hub,
+    is_local,
+    load_pretrained,
+    row_file,
+    sift,
+    split_paths,
+    with_held_out,
+)
+
+METRIC = "accuracy"
+SOUNDS = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif")
+HEAD_SEED = 0  # of a head that the base model does not have yet
+
+
+@dataclass
+class Task:
+    """Settings of the data and the base model.
+
+    Args:
+        model: a folder or hub id of an audio model that takes waveforms, with its feature extractor.
+        data: a folder with class folders, or the hub id of a data set.
+        data_name: of a configuration of the hub data set.
+        data_revision: a branch of the hub data set.
+        audio_column: of the hub data set, the sounds.
+        label_column: of the hub data set, the classes.
+        seconds: every clip is padded or cut to this length.
+        bad_data: "error" stops at sounds that cannot be used, "skip" leaves them out.
+    """
+
+    model: str = "facebook/wav2vec2-base"
+    data: str = "google/speech_commands"
+    data_name: str | None = None
+    data_revision: str | None = None
+    audio_column: str = "audio"
+    label_column: str = "label"
+    seconds: float = 1.0
+    bad_data: Bad = "error"
+
+    def __post_init__(self) -> None:
+        if not self.seconds > 0:
+            raise ValueError(f"task.seconds is {self.seconds}, expected a length above 0")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A sound that is read when it is needed: ``open`` gives its file, or the bytes of one; ``label`` its class."""
+
+    open: Callable[[], Path | io.BytesIO]
+    label: int
+
+
+def read_sound(clip: Clip, rate: int) -> np.ndarray:
+    """The sound as one channel of float32 at this sampling rate.
+
+    Raises:
+        ValueError: it cannot be decoded, has no samples, or some that are not finite.
+    """
+    try:
+        wave, own = soundfile.read(clip.open(), dtype="float32", always_2d=True)
+    except soundfile.SoundFileError as error:
+        raise ValueError(f"cannot be decoded ({error})") from None
+    if not len(wave):
+        raise ValueError("has no samples")
+    if not np.isfinite(wave).all():
+        raise ValueError("has samples that are NaN or infinite")
+    ratio = Fraction(rate, own)
+    mono: np.ndarray = wave.mean(axis=1)
+    if ratio != 1:
+        mono = resample_poly(mono, ratio.numerator, ratio.denominator)
+    return mono.astype(np.float32)
+
+
+def clips(task: Task) -> tuple[dict[str, list[Item[Clip]]], list[str]]:
+    """The clips of each split that the data has, and the names of the classes in the order of their labels.
+
+    Raises:
+        FileNotFoundError, ValueError: the data is not there, or not of a layout that is known.
+    """
+    where = locate(task.data)
+    return _of_folder(Path(where).expanduser()) if is_local(where) else _of_hub(where, task)
+
+
+def _of_folder(root: Path) -> tuple[dict[str, list[Item[Clip]]], list[str]]:
+    paths = split_paths(root)
+    _, classes = class_folders(paths["train"], SOUNDS)
+    parts = {}
+    for split, path in paths.items():
+        files, own = class_folders(path, SOUNDS)
+        if unknown := [name for name in own if name not in classes]:
+            raise ValueError(f"{path / unknown[0]}: {paths['train']} has no such class, only {', '.join(classes)}")
+        label_of = {item.place: classes.index(item.value.relative_to(path).parts[0]) for item in files}
+        parts[split] = [Item(item.place, Clip(partial(Path, item.value), label_of[item.place])) for item in files]
+    return parts, classes
+
+
+def _of_hub(where: str, task: Task) -> tuple[dict[str, list[Item[Clip]]], list[str]]:
+    from datasets import Audio, ClassLabel
+
+    loaded = hub(where, task.data_name, task.data_revision)
+    for column in (task.audio_column, task.label_column):
+        if column not in loaded["train"].column_names:
+            raise ValueError(f"{where} has no column {column!r}, only {', '.join(loaded['train'].column_names)}")
+    kind = loaded["train"].features[task.label_column]
+    classes = kind.names if isinstance(kind, ClassLabel) else sorted(map(str, set(loaded["train"][task.label_column])))
+    parts = {}
+    for split, rows in loaded.items():
+        sounds = rows.select_columns(task.audio_column).cast_column(task.audio_column, Audio(decode=False))
+        labels = rows[task.label_column]
+        if not isinstance(kind, ClassLabel):
+            labels = [classes.index(str(label)) if str(label) in classes else -1 for label in labels]
+        parts[split] = [
+            Item(f"{where}, {split} row {row}", Clip(partial(row_file, sounds, row, task.audio_column), int(label)))
+            for row, label in enumerate(labels)
+        ]
+    return parts, classes
+
+
+class Sounds(Dataset[dict[str, Any]]):
+    """Clips as the model takes them: input_values (samples,), and attention_mask where it wants one."""
+
+    def __init__(self, items: Sequence[Item[Clip]], extractor: Any, seconds: float) -> None:
+        self.clips = [item.value for item in items]
+        self.extractor = extractor
+        self.samples = round(seconds * extractor.sampling_rate)
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        rate, samples = self.extractor.sampling_rate, self.samples
+        wave = read_sound(self.clips[index], rate)
+        features = self.extractor(
+            wave, sampling_rate=rate, max_length=samples, padding="max_length", truncation=True, return_tensors="pt"
+        )
+        return {**{name: value[0] for name, value in features.items()}, "labels": torch.tensor(self.clips[index].label)}
+
+
+def load_data(task: Task, seed: int) -> Data:
+    """The data, every clip decoded once to see that it can be; nothing is random.
+
+    Raises:
+        FileNotFoundError, ValueError: data or feature extractor cannot be used; names file and reason.
+    """
+    extractor = load_pretrained(AutoFeatureExtractor, locate(task.model))
+    parts, classes = clips(task)
+
+    def check(clip: Clip) -> None:
+        if not 0 <= clip.label < len(classes):
+            raise ValueError(f"label {clip.label} is not one of the {len(classes)} classes, 0 to {len(classes) - 1}")
+        read_sound(clip, extractor.sampling_rate)
+
+    good = {split: sift(items, check, bad=task.bad_data, what=f"{split} sounds") for split, items in parts.items()}
+    sets = {split: Sounds(items, extractor, task.seconds) for split, items in with_held_out(good).items()}
+    return Data(sets["train"], sets["validation"], sets["test"], processor=extractor, labels=list(classes))
+
+
+def load_base(task: Task) -> PreTrainedModel:
+    """The model, with a head for the classes of the data; a head that it does not have yet starts the same always."""
+    _, classes = clips(task)
+    names = dict(enumerate(classes))
+    labels = {"id2label": names, "label2id": {name: label for label, name in names.items()}}
+    with torch.random.fork_rng():
+        torch.manual_seed(HEAD_SEED)
+        model = load_pretrained(
+            AutoModelForAudioClassification, locate(task.model), ignore_mismatched_sizes=True, **labels
+        )
+    return cast("PreTrainedModel", model)
+
+
+def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """The accuracy."""
+    logits = cast("np.ndarray", prediction.predictions)
+    return {"accuracy": float(accuracy_score(prediction.label_ids, logits.argmax(-1)))}

@@ -1,0 +1,212 @@
+"""The recipe volume_segment: awkward sizes, patches, bad data, Dice, and the network saved and loaded."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, EvalPrediction
+
+from flora.recipes.volume_segment import Task, Volumes, compute_metrics, load_base, load_data, preprocess_logits
+from flora.samples import locate
+from flora.volume_unet import VolumeUNet, VolumeUNetConfig
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(locate("sample:signals/volumes"), tmp_path / "volumes"))
+
+
+def task(root: Path, **changes: Any) -> Task:
+    return Task(**{"model": "sample:signals/unet3d", "data": str(root), **changes})
+
+
+def write(path: Path, voxels: np.ndarray, affine: np.ndarray | None = None) -> None:
+    nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4) if affine is None else affine), path)
+
+
+def pair(root: Path, image: np.ndarray, labels: np.ndarray) -> tuple[Path, Path]:
+    paths = root / "image.nii", root / "labels.nii"
+    for path, voxels in zip(paths, (image, labels), strict=True):
+        write(path, voxels)
+    return paths
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (5, 13, 7), (8, 16, 24), (17, 2, 9)])
+def test_any_size_is_padded_to_what_the_strides_divide(tmp_path: Path, size: tuple[int, int, int]) -> None:
+    config = VolumeUNetConfig(channels=[4, 4, 4], strides=[2, 2])
+    padded = config.padded(size)
+    assert all(
+        length % 4 == 0 and least <= length < max(least + 4, 9) for length, least in zip(padded, size, strict=True)
+    )
+    image, labels = np.random.default_rng(0).standard_normal(size).astype(np.float32), np.ones(size, np.uint8)
+    item = Volumes([pair(tmp_path, image, labels)], config, padded)[0]
+    assert item["pixel_values"].shape == (1, *padded)
+    assert item["labels"].shape == tuple(padded)
+    assert int(item["labels"].sum()) == labels.size  # whole, and the margins are background
+    assert (item["pixel_values"][0][item["labels"] == 0] == item["pixel_values"].min()).all()
+    logits = VolumeUNet(config)(item["pixel_values"][None]).logits
+    assert logits.shape == (1, 3, *padded)
+
+
+def test_image_and_labels_stay_together(tmp_path: Path) -> None:
+    labels = np.random.default_rng(0).integers(0, 3, (9, 20, 14)).astype(np.uint8)
+    config = VolumeUNetConfig(channels=[4, 4, 4], strides=[2, 2])
+    paths = pair(tmp_path, labels.astype(np.int16) * 10, labels)
+    patches = Volumes([paths], config, [12, 8, 8], patches=6, stream=3)
+    seen = set()
+    for index in range(6):
+        item = patches[index]
+        assert item["pixel_values"].shape == (1, 12, 8, 8)
+        inside = item["labels"] > 0
+        order = [item["pixel_values"][0][item["labels"] == label].unique() for label in (1, 2)]
+        assert all(len(values) == 1 for values in order)
+        assert order[0] < order[1]
+        assert inside.any(dim=2).any(dim=1).sum() <= 9
+        seen.add(tuple(item["labels"].flatten().tolist()))
+        assert torch.equal(item["labels"], patches[index]["labels"])
+    assert len(seen) > 1
+
+
+def test_axes_are_turned_and_channels_go_first(tmp_path: Path) -> None:
+    image = np.random.default_rng(0).standard_normal((5, 6, 7, 2)).astype(np.float32)
+    labels = (image[..., 0] > 1).astype(np.uint8)
+    plain, turned = tmp_path / "plain", tmp_path / "turned"
+    for folder, flip, affine in ((plain, 1, np.eye(4)), (turned, -1, np.diag([-1.0, 1, 1, 1]))):
+        folder.mkdir()
+        write(folder / "image.nii", image[::flip], affine)
+        write(folder / "labels.nii", labels[::flip], affine)
+    config = VolumeUNetConfig(num_channels=2)
+    first, second = (
+        Volumes([(folder / "image.nii", folder / "labels.nii")], config, [16, 16, 16])[0] for folder in (plain, turned)
+    )
+    assert first["pixel_values"].shape == (2, 16, 16, 16)
+    assert torch.equal(first["pixel_values"], second["pixel_values"])
+    assert torch.equal(first["labels"], second["labels"])
+
+
+def test_parts_of_the_sample(root: Path) -> None:
+    data = load_data(task(root), 0)
+    assert [len(data.split(name)) for name in ("train", "validation", "test")] == [6, 2, 3]  # type: ignore[arg-type]
+    assert {tuple(data.train[index]["labels"].shape) for index in range(6)} == {tuple(data.test[0]["labels"].shape)}
+    shutil.rmtree(root / "labelsTs")  # as the Decathlon has it
+    data = load_data(task(root, patch=[8, 8, 8], patches=3), 0)
+    assert [len(data.split(name)) for name in ("train", "validation", "test")] == [15, 2, 1]  # type: ignore[arg-type]
+
+
+def case(root: Path, index: int, kind: str = "images") -> Path:
+    return root / f"{kind}Tr" / f"case_{index}.nii.gz"
+
+
+def truncated(root: Path) -> str:
+    whole = case(root, 1).read_bytes()
+    case(root, 1).write_bytes(whole[: len(whole) // 2])
+    return r"1 of 6 train volumes cannot be used: .*case_1\.nii\.gz: "
+
+
+def no_nifti(root: Path) -> str:
+    case(root, 1).write_bytes(b"not a volume")
+    return r"1 of 6 train volumes cannot be used: .*case_1\.nii\.gz: case_1\.nii\.gz cannot be read"
+
+
+def other_size(root: Path) -> str:
+    write(case(root, 2, "labels"), np.zeros((4, 5, 6), np.uint8))
+    return r"case_2\.nii\.gz: the image has size \(\d+, \d+, \d+\), its labels \(4, 5, 6\)"
+
+
+def out_of_range(root: Path) -> str:
+    voxels = np.asanyarray(nibabel.load(case(root, 3, "labels")).dataobj).copy()
+    voxels[0, 0, 0] = 7
+    write(case(root, 3, "labels"), voxels)
+    return r"case_3\.nii\.gz: the labels have 7, expected whole numbers from 0 to 2"
+
+
+def missing(root: Path) -> str:
+    case(root, 0, "labels").unlink()
+    return r"imagesTr/case_0\.nii\.gz: .*labelsTr/case_0\.nii\.gz"
+
+
+def not_finite(root: Path) -> str:
+    voxels = np.asanyarray(nibabel.load(case(root, 4)).dataobj).astype(np.float32)
+    voxels[1, 1, 1:3] = np.nan
+    write(case(root, 4), voxels)
+    return r"case_4\.nii\.gz: 2 voxels are NaN or infinite"
+
+
+def other_channels(root: Path) -> str:
+    voxels = np.asanyarray(nibabel.load(case(root, 5)).dataobj)
+    write(case(root, 5), np.stack([voxels, voxels], axis=-1))
+    return r"case_5\.nii\.gz: the image has 2 channels, the network takes 1"
+
+
+SPOILERS = [truncated, no_nifti, other_size, out_of_range, missing, not_finite, other_channels]
+
+
+@pytest.mark.parametrize("spoil", SPOILERS)
+def test_a_volume_that_cannot_be_used(root: Path, spoil: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    message = spoil(root)
+    with pytest.raises(ValueError, match=message):
+        load_data(task(root), 0)
+    assert len(load_data(task(root, bad_data="skip"), 0).train) == 5  # type: ignore[arg-type]
+    assert "left out: 1 of 6 train volumes" in capsys.readouterr().out
+
+
+def test_no_volumes(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="has no volumes in imagesTr with labels in labelsTr"):
+        load_data(task(tmp_path), 0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"strides": [2]}, r"task.strides \[2\] must be one fewer than task.channels"),
+        ({"classes": 1}, "task.classes is 1, expected 2 or more"),
+        ({"patch": [8, 8]}, r"task.patch is \[8, 8\], expected three sizes"),
+    ],
+)
+def test_settings_are_checked(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Task(**wrong)
+
+
+def test_a_patch_that_the_strides_do_not_divide(root: Path) -> None:
+    with pytest.raises(ValueError, match=r"task.patch is \[8, 9, 8\], .* is \[8, 12, 8\]"):
+        load_data(task(root, patch=[8, 9, 8]), 0)
+
+
+def test_a_random_network_is_made_once_and_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = Task(channels=[2, 4], strides=[2], res_units=0, classes=2)
+    first = load_base(small)
+    monkeypatch.setenv("FLORA_CACHE", str(tmp_path / "other"))
+    second = load_base(small)
+    assert first.name_or_path != second.name_or_path
+    again = AutoModel.from_pretrained(second.name_or_path)
+    assert type(again) is VolumeUNet
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name])
+        assert torch.equal(value, again.state_dict()[name])
+
+
+def test_dice() -> None:
+    truth = np.zeros((2, 1, 1, 4), np.int64)
+    truth[0, 0, 0] = [0, 1, 1, 2]
+    truth[1, 0, 0] = [0, 0, 1, 1]  # no class 2: it does not count
+    predicted = np.array([[[[0, 1, 2, 2]]], [[[0, 0, 1, 1]]]])
+    expected = (2 / 3 + 2 / 3 + 1) / 3
+    assert compute_metrics(EvalPrediction(predicted, truth))["dice"] == pytest.approx(expected)
+    assert compute_metrics(EvalPrediction(truth, truth)) == {"dice": 1.0}
+    assert compute_metrics(EvalPrediction(0 * truth, 0 * truth)) == {"dice": 0.0}
+    logits = torch.nn.functional.one_hot(torch.tensor(predicted), 3).movedim(-1, 1).float()
+    assert torch.equal(preprocess_logits(logits, torch.tensor(truth)), torch.tensor(predicted))
