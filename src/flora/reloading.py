@@ -77,11 +77,12 @@ def load_base(folder: Path, base: str | None = None) -> PreTrainedModel:
     where = base or config.get("base_model_name_or_path")
     if not where:
         raise ValueError(f"{folder / ADAPTER_CONFIG} names no base model; give it with --base")
-    if base is None and Path(where).is_absolute() and not Path(where).is_dir() and (folder / FILE).is_file():
-        settings = read(
-            str(folder / FILE)
-        )  # the cache was cleared, or this is another machine: the recipe makes it again
-        return settings.load_recipe().load_base(settings.task)
+    if base is None and (folder / FILE).is_file():  # the recipe knows what else the base needs, such as its labels
+        settings = read(str(folder / FILE))
+        gone = Path(where).is_absolute() and not Path(where).is_dir()  # the cache was cleared, or another machine
+        model = settings.load_recipe().load_base(settings.task)
+        if gone or model.name_or_path == where:
+            return model
     try:
         with hidden_bars() if Path(where).is_dir() else nullcontext():  # a download has a bar
             return cast("PreTrainedModel", _model_class(config, folder).from_pretrained(where))
