@@ -283,8 +283,8 @@ def pretrained(kind: Any, where: str, **options: Any) -> Any:
         raise FileNotFoundError(f"task.model is {where!r}: {kind.__name__} cannot load it ({reason})") from None
 
 
-def with_held_out(parts: dict[str, list[Value]]) -> dict[str, list[Value]]:
-    """Train, validation and test; what is missing is held out of the training part, always the same items.
+def with_held_out(parts: dict[str, list[Value]], share: float = HELD_OUT) -> dict[str, list[Value]]:
+    """Train, validation and test; what is missing is a share of the training part, always the same items.
 
     Raises:
         ValueError: there are too few items to hold some out.
@@ -294,7 +294,7 @@ def with_held_out(parts: dict[str, list[Value]]) -> dict[str, list[Value]]:
         if parts.get(split):
             continue
         train = list(parts["train"])
-        count = max(1, round(HELD_OUT * len(train)))
+        count = max(1, round(share * len(train)))
         if count >= len(train):
             raise ValueError(f"task.data has no {split} part and only {len(train)} items to hold some out of")
         random.Random(SPLIT_SEED).shuffle(train)
