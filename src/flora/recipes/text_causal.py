@@ -74,6 +74,8 @@ def example(record: object) -> dict[str, Any]:
         if empty := [key for key in ("instruction", "output") if not texts[key].strip()]:
             raise ValueError(f"{empty[0]!r} is empty or not there; the record has {', '.join(map(repr, row))}")
         return {"prompt": prompt_of(texts["instruction"], texts["input"]), "completion": texts["output"]}
+    if not isinstance(row["messages"], list):
+        raise ValueError(f"expected a list of messages, got {type(row['messages']).__name__}")
     messages = [parsed(message, ["role", "content"]) for message in row["messages"]]
     for message in messages:
         if not isinstance(message["content"], str) or not message["content"].strip():
