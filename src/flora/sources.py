@@ -250,6 +250,8 @@ def records(
 ) -> dict[str, list[Item[Any]]]:
     """The records of each split of a local data set or one of the hub, unchecked: for :func:`parsed` and ``sift``.
 
+    An image of the hub is a dict with the ``bytes`` of its file.
+
     Args:
         where: a file, a folder with a file for each split, or a hub id.
         endings: of such files; the first that is there counts.
@@ -260,13 +262,23 @@ def records(
         FileNotFoundError, ValueError: there is no such data set, or it has no training part.
     """
     if not is_local(where):
-        parts = hub(where, name)
-        return {key: [Item(f"{where}: {key}[{at}]", row) for at, row in enumerate(parts[key])] for key in parts}
+        parts = {split: _undecoded(part) for split, part in hub(where, name).items()}
+        return {key: [Item(f"{where}: {key}[{at}]", row) for at, row in enumerate(part)] for key, part in parts.items()}
     files = split_files(Path(where).expanduser(), endings)
     return {
         split: table_rows(path, columns) if path.suffix in (".csv", ".tsv") else json_entries(path)
         for split, path in files.items()
     }
+
+
+def _undecoded(part: Any) -> Any:
+    """A data set of the hub whose images are the bytes of their files, not pixels."""
+    from datasets import Image
+
+    for column, kind in part.features.items():
+        if isinstance(kind, Image):
+            part = part.cast_column(column, Image(decode=False))
+    return part
 
 
 def pretrained(kind: Any, where: str, **options: Any) -> Any:

@@ -9,12 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
     DebertaV2Config,
     DebertaV2Model,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3MoeConfig,
@@ -37,6 +43,7 @@ OPPOSITES = {
     "dark": "light",
     "loud": "quiet",
 }
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (250, 250, 250)}
 
 
 def sentences() -> dict[str, list[tuple[str, int]]]:
@@ -124,13 +131,10 @@ def instruction_lines(folder: Path) -> None:
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def _language_sizes(folder: Path) -> dict[str, Any]:
-    """The tokenizer of the instructions, written, and the sizes of a small decoder for it."""
-    frame = "Below is an instruction that describes a task , paired with an input that provides further context . "
-    frame += "Write a response that appropriately completes the request . ### Instruction : ### Input : ### Response : "
-    texts = [frame, *(text for rows in instructions().values() for row in rows for text in row.values())]
+def _language_sizes(folder: Path, texts: Iterable[str], special: Iterable[str] = ()) -> dict[str, Any]:
+    """A tokenizer of the texts, written, and the sizes of a small decoder for it."""
     return {
-        "vocab_size": len(write_tokenizer(folder, texts)),
+        "vocab_size": len(write_tokenizer(folder, texts, special)),
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": 2,
@@ -142,15 +146,61 @@ def _language_sizes(folder: Path) -> dict[str, Any]:
     }
 
 
+def _instruction_texts() -> list[str]:
+    frame = "Below is an instruction that describes a task , paired with an input that provides further context . "
+    frame += "Write a response that appropriately completes the request . ### Instruction : ### Input : ### Response : "
+    return [frame, *(text for rows in instructions().values() for row in rows for text in row.values())]
+
+
 def llama(folder: Path) -> None:
     """LLaMA in small."""
-    write_model(folder, LlamaForCausalLM, LlamaConfig(**_language_sizes(folder)))
+    write_model(folder, LlamaForCausalLM, LlamaConfig(**_language_sizes(folder, _instruction_texts())))
 
 
 def moe(folder: Path) -> None:
     """Qwen3-MoE in small: five experts in one 3-D parameter, of which two see each token."""
-    sizes = {**_language_sizes(folder), "head_dim": 8, "num_experts": 5, "num_experts_per_tok": 2}
+    sizes = {**_language_sizes(folder, _instruction_texts()), "head_dim": 8, "num_experts": 5, "num_experts_per_tok": 2}
     write_model(folder, Qwen3MoeForCausalLM, Qwen3MoeConfig(**sizes, moe_intermediate_size=24))
+
+
+def conversations(folder: Path) -> None:
+    """Visual instructions in LLaVA's format: train.json, validation.json, test.json, and images of one colour."""
+    draw = random.Random(0)
+    (folder / "images").mkdir()
+    for split, size in SIZES.items():
+        entries: list[dict[str, Any]] = []
+        for at in range(size // 4):
+            name, colour = draw.choice(list(COLOURS.items()))
+            shape = draw.choice([(20, 26), (31, 24), (24, 24)])
+            file = f"images/{split}-{at}.png"
+            Image.new("RGB", shape, colour).save(folder / file)
+            turns = ["<image>\nWhat colour is it ?", f"It is {name} .", "Say it twice .", f"{name} {name}"]
+            talk = [{"from": ("human", "gpt")[turn % 2], "value": text} for turn, text in enumerate(turns)]
+            entries.append({"id": f"{split}-{at}", "image": file, "conversations": talk})
+        (folder / f"{split}.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
+
+
+def llava(folder: Path) -> None:
+    """LLaVA 1.5 in small, with its processor: nine tokens for an image of 24 x 24."""
+    words = "A chat between a curious human and an artificial intelligence assistant . The assistant gives helpful , "
+    words += (
+        "detailed , and polite answers to the human ' s questions . USER : ASSISTANT : What colour is it ? It is . "
+    )
+    words += "Say it twice . " + " ".join(COLOURS)
+    text = _language_sizes(folder, [words], ["<image>"])
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    vision: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**vision, num_hidden_layers=2, image_size=24, patch_size=8, projection_dim=16),
+        text_config=LlamaConfig(**text),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=9,
+    )
+    size = {"height": 24, "width": 24}
+    images = CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size=size)
+    options = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    LlavaProcessor(images, tokenizer, **options).save_pretrained(folder)
+    write_model(folder, LlavaForConditionalGeneration, config)
 
 
 MAKERS = {
@@ -159,4 +209,6 @@ MAKERS = {
     "instructions": instruction_lines,
     "llama": llama,
     "moe": moe,
+    "conversations": conversations,
+    "llava": llava,
 }
