@@ -1,8 +1,7 @@
 """GLUE: a text encoder learns one of the eight tasks; sentences or pairs of them are classified or scored.
 
 Data: the hub's ``nyu-mll/glue``, or a local folder with train, validation and test as .jsonl, .tsv or .csv and the
-columns of the hub. GLUE keeps the labels of its test sets: its validation set is then what is tested on, and a part of
-the training data is held out to choose on.
+columns of the hub. Where the test set has no labels, as GLUE's, the validation set is tested on and another one held out.
 """
 
 from __future__ import annotations
@@ -187,6 +186,7 @@ class GlueTrainer(Trainer):
     def __init__(self, model: nn.Module, arguments: TrainingArguments, **options: Any) -> None:
         super().__init__(model, arguments, **options)
         self.compute_metrics = partial(compute_metrics, name=cast("Any", model).config.finetuning_task)
+        self.model_accepts_loss_kwargs = False  # its loss is a mean: not to be multiplied by the processes
 
 
 TRAINER = GlueTrainer
