@@ -1,7 +1,7 @@
 """GLUE: a text encoder learns one of the eight tasks; sentences or pairs of them are classified or scored.
 
 Data: the hub's ``nyu-mll/glue``, or a local folder with train, validation and test as .jsonl, .tsv or .csv and the
-columns of the hub. Where the test set has no labels, as in GLUE, the validation set is the test and another is held out.
+columns of the hub. Where the test set has no labels, as in GLUE, the validation set is the test, another is held out.
 """
 
 from __future__ import annotations
