@@ -281,7 +281,7 @@ def _undecoded(part: Any) -> Any:
     return part
 
 
-def pretrained(kind: Any, where: str, **options: Any) -> Any:
+def load_pretrained(kind: Any, where: str, **options: Any) -> Any:
     """``kind.from_pretrained(where)``, of a local folder without progress bars.
 
     Raises:

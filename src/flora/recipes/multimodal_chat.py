@@ -24,7 +24,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from flora.recipes import Data
 from flora.recipes.text_causal import AnswerTrainer, compute_metrics
 from flora.samples import locate
-from flora.sources import check_image, parsed, pretrained, records, sift, with_held_out
+from flora.sources import check_image, load_pretrained, parsed, records, sift, with_held_out
 
 __all__ = ["ARGUMENTS", "METRIC", "TRAINER", "Task", "compute_metrics", "load_base", "load_data"]
 METRIC = "token_accuracy"
@@ -138,7 +138,7 @@ def load_data(task: Task, seed: int) -> Data:
     items = records(where, (".json", ".jsonl"), name=task.subset)
     good = {key: sift(part, check, bad=task.bad_data, what=f"{key} entries") for key, part in items.items()}
     rows = {key: [check(item.value) for item in part] for key, part in good.items()}
-    processor = pretrained(AutoProcessor, locate(task.model))
+    processor = load_pretrained(AutoProcessor, locate(task.model))
     processor.chat_template = TEMPLATE
     pictures = List(Image(mode="RGB"))
     parts = with_held_out(rows, task.held_out).values()
@@ -149,7 +149,7 @@ def load_data(task: Task, seed: int) -> Data:
 
 def load_base(task: Task) -> PreTrainedModel:
     """The model, in the precision that it is stored in."""
-    return cast("PreTrainedModel", pretrained(LlavaForConditionalGeneration, locate(task.model)))
+    return cast("PreTrainedModel", load_pretrained(LlavaForConditionalGeneration, locate(task.model)))
 
 
 @dataclass

@@ -20,7 +20,7 @@ from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 
 from flora.recipes import Data
 from flora.samples import locate
-from flora.sources import parsed, pretrained, records, sift, with_held_out
+from flora.sources import load_pretrained, parsed, records, sift, with_held_out
 
 METRIC = "token_accuracy"
 ARGUMENTS = SFTConfig
@@ -93,7 +93,7 @@ def load_data(task: Task, seed: int) -> Data:
         FileNotFoundError, ValueError: data or tokenizer cannot be loaded, or records cannot be used.
     """
     parts = records(locate(task.data), ENDINGS, ("instruction", "input", "output"))
-    tokenizer = pretrained(AutoTokenizer, locate(task.model))
+    tokenizer = load_pretrained(AutoTokenizer, locate(task.model))
     good = {key: sift(part, example, bad=task.bad_data, what=f"{key} records") for key, part in parts.items()}
     rows = with_held_out({key: [example(item.value) for item in part] for key, part in good.items()}, task.held_out)
     chat = {isinstance(row["prompt"], list) for part in rows.values() for row in part}
@@ -107,7 +107,7 @@ def load_data(task: Task, seed: int) -> Data:
 
 def load_base(task: Task) -> PreTrainedModel:
     """The language model, in the precision that it is stored in."""
-    return cast("PreTrainedModel", pretrained(AutoModelForCausalLM, locate(task.model)))
+    return cast("PreTrainedModel", load_pretrained(AutoModelForCausalLM, locate(task.model)))
 
 
 class AnswerTrainer(SFTTrainer):

@@ -30,7 +30,7 @@ from transformers import (
 
 from flora.recipes import Data
 from flora.samples import locate
-from flora.sources import Item, parsed, pretrained, records, sift, with_held_out
+from flora.sources import Item, load_pretrained, parsed, records, sift, with_held_out
 
 METRIC = "score"
 
@@ -166,7 +166,7 @@ def load_data(task: Task, seed: int) -> Data:
         if not 1 <= task.train_size <= (most := len(rows["train"])):
             raise ValueError(f"task.train_size is {task.train_size}, expected 1 to {most}, the training rows there are")
         rows["train"] = random.Random(seed).sample(rows["train"], task.train_size)
-    tokenizer = pretrained(AutoTokenizer, locate(task.model))
+    tokenizer = load_pretrained(AutoTokenizer, locate(task.model))
     train, validation, test = (Examples(part, tokenizer, task.max_length) for part in rows.values())
     return Data(train, validation, test, DataCollatorWithPadding(tokenizer), tokenizer)
 
@@ -175,7 +175,7 @@ def load_base(task: Task) -> PreTrainedModel:
     """The encoder with a new head for the task, whose name is kept in the model's config."""
     names = dict(enumerate(KINDS[task.name].labels))
     labels = {"id2label": names, "label2id": {name: at for at, name in names.items()}} if names else {"num_labels": 1}
-    model = pretrained(AutoModelForSequenceClassification, locate(task.model), **labels)
+    model = load_pretrained(AutoModelForSequenceClassification, locate(task.model), **labels)
     model.config.finetuning_task = task.name
     return cast("PreTrainedModel", model)
 
