@@ -60,7 +60,7 @@ FOREIGN: dict[str, set[str]] = {
 }
 DISTRIBUTIONS = {  # scikit-learn brings numpy and scipy along
     "sklearn": "scikit-learn", "yaml": "pyyaml", "numpy": "scikit-learn", "scipy": "scikit-learn", "PIL": "pillow",
-    "lycoris": "lycoris-lora", "huggingface_hub": "transformers",
+    "lycoris": "lycoris-lora", "huggingface_hub": "transformers", "tokenizers": "transformers",
 }  # fmt: skip
 IN_ALL = {"recipes", "samples", "sources", "volume_unet"}  # rooms that may import what the extra ``all`` brings
 OPTIONAL = {  # imported where a model asks for it, with a message if it is not there

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import random
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, cast
 
 from tqdm import tqdm
 
@@ -20,8 +21,8 @@ Bad = Literal["error", "skip"]
 SHOWN = 3  # bad items that a message names
 SPLIT_NAMES = {  # a split -> what folders, files and hub data sets call it
     "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval"),
+    "validation": ("validation", "valid", "val", "dev", "validation_matched"),
+    "test": ("test", "testing", "eval", "test_matched"),
 }
 HELD_OUT = 0.15  # of the training data, for a split that is not given
 SPLIT_SEED = 0
@@ -77,26 +78,72 @@ def _reason(value: Value, check: Callable[[Value], object]) -> str | None:
     return None
 
 
+def text_of(path: Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        ValueError: it is not UTF-8; names file and line.
+    """
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}:{line}: not UTF-8 text ({error.reason}); convert the file to UTF-8") from None
+
+
 def json_lines(path: Path) -> list[Item[str]]:
     """The lines of a JSONL file that are not blank, unparsed: give :func:`parsed` to ``sift``."""
-    text = path.read_text(encoding="utf-8")
-    return [Item(f"{path}:{at}", line) for at, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    lines = text_of(path).split("\n")  # not splitlines: JSON strings may hold other line separators
+    return [Item(f"{path}:{at}", line) for at, line in enumerate(lines, start=1) if line.strip()]
 
 
-def parsed(line: str, required: Sequence[str] = ()) -> dict[str, Any]:
-    """One line of a JSONL file as a dict.
+def json_entries(path: Path) -> list[Item[Any]]:
+    """The entries of a ``.json`` file that is one list, or the lines of a ``.jsonl`` file; for :func:`parsed`.
+
+    Raises:
+        ValueError: the ``.json`` file cannot be parsed, or is not a list.
+    """
+    if path.suffix != ".json":
+        return cast("list[Item[Any]]", json_lines(path))
+    try:
+        entries = json.loads(text_of(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from None
+    if not isinstance(entries, list):
+        raise ValueError(f"{path} must be one list of entries, got {type(entries).__name__}")
+    return [Item(f"{path}: entry {at}", entry) for at, entry in enumerate(entries, start=1)]
+
+
+def table_rows(path: Path, columns: Sequence[str]) -> list[Item[Any]]:
+    """The rows of a .csv file, or of a .tsv file without quoting, by column; without a header those of ``columns``."""
+    dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
+    text = text_of(path)
+    header = next(csv.reader([text.partition("\n")[0].rstrip("\r")], **dialect), [])
+    names = None if set(columns) & set(header) else columns
+    reader = csv.DictReader(io.StringIO(text, newline=""), names, **dialect)
+    return [  # fields beyond the header lie under None
+        Item(f"{path}:{reader.line_num}", {key: field for key, field in row.items() if field is not None})
+        for row in reader
+    ]
+
+
+def parsed(entry: object, required: Sequence[str] = ()) -> dict[str, Any]:
+    """A line of a JSONL file, or an entry that was parsed before, as a dict.
 
     Raises:
         ValueError: it is not a JSON object, or lacks a required key.
     """
     try:
-        value = json.loads(line)
+        value = json.loads(entry) if isinstance(entry, str) else entry
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON ({error.msg} at column {error.colno})") from None
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object, got {type(value).__name__}")
     if missing := [key for key in required if key not in value]:
         raise ValueError(f"lacks {', '.join(map(repr, missing))}; it has {', '.join(map(repr, value))}")
+    if None in value:
+        raise ValueError(f"has {len(value[None])} more fields than there are columns")
     return value
 
 
@@ -151,11 +198,27 @@ def split_paths(root: Path, ending: str = "") -> dict[str, Path]:
     return found if "train" in found else {"train": root}
 
 
+def split_files(root: Path, endings: Sequence[str]) -> dict[str, Path]:
+    """The files of a local data set by the names of ``SPLIT_NAMES``, with the first of the endings that is there.
+
+    Raises:
+        FileNotFoundError: ``root`` does not exist.
+        ValueError: it is a folder without a training file, or a file with another ending.
+    """
+    for ending in endings:
+        paths = split_paths(root, ending)
+        if paths["train"].is_file() and paths["train"].suffix == ending:
+            return paths
+    kinds = ", ".join(endings)
+    raise ValueError(
+        f"task.data is {str(root)!r}: expected a file ({kinds}), or a folder with train{endings[0]} or alike"
+    )
+
+
 def is_local(where: str) -> bool:
     """Whether a data set or model is a path of this machine: it exists, or is written as a path."""
-    return (
-        Path(where).exists() or where.startswith((".", "/", "~")) or Path(where).suffix in (".json", ".jsonl", ".csv")
-    )
+    files = (".json", ".jsonl", ".csv", ".tsv")
+    return Path(where).exists() or where.startswith((".", "/", "~")) or Path(where).suffix in files
 
 
 def load_pretrained(kind: Any, where: str, **options: Any) -> Any:
@@ -219,8 +282,44 @@ def row_file(rows: Any, row: int, column: str) -> Path | io.BytesIO:
     return Path(stored["path"]) if stored["bytes"] is None else io.BytesIO(stored["bytes"])
 
 
-def with_held_out(parts: dict[str, list[Value]]) -> dict[str, list[Value]]:
-    """Train, validation and test; what is missing is held out of the training part, always the same items.
+def records(
+    where: str, endings: Sequence[str], columns: Sequence[str] = (), name: str | None = None
+) -> dict[str, list[Item[Any]]]:
+    """The records of each split of a local data set or one of the hub, unchecked: for :func:`parsed` and ``sift``.
+
+    An image of the hub is a dict with the ``bytes`` of its file.
+
+    Args:
+        where: a file, a folder with a file for each split, or a hub id.
+        endings: of such files; the first that is there counts.
+        columns: of a table without a header.
+        name: of a configuration of the hub's data set.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such data set, or it has no training part.
+    """
+    if not is_local(where):
+        parts = {split: _undecoded(part) for split, part in hub(where, name).items()}
+        return {key: [Item(f"{where}: {key}[{at}]", row) for at, row in enumerate(part)] for key, part in parts.items()}
+    files = split_files(Path(where).expanduser(), endings)
+    return {
+        split: table_rows(path, columns) if path.suffix in (".csv", ".tsv") else json_entries(path)
+        for split, path in files.items()
+    }
+
+
+def _undecoded(part: Any) -> Any:
+    """A data set of the hub whose images are the bytes of their files, not pixels."""
+    from datasets import Image
+
+    for column, kind in part.features.items():
+        if isinstance(kind, Image):
+            part = part.cast_column(column, Image(decode=False))
+    return part
+
+
+def with_held_out(parts: dict[str, list[Value]], share: float = HELD_OUT) -> dict[str, list[Value]]:
+    """Train, validation and test; what is missing is a share of the training part, always the same items.
 
     Raises:
         ValueError: there are too few items to hold some out.
@@ -230,7 +329,7 @@ def with_held_out(parts: dict[str, list[Value]]) -> dict[str, list[Value]]:
         if parts.get(split):
             continue
         train = list(parts["train"])
-        count = max(1, round(HELD_OUT * len(train)))
+        count = max(1, round(share * len(train)))
         if count >= len(train):
             raise ValueError(f"task.data has no {split} part and only {len(train)} items to hold some out of")
         random.Random(SPLIT_SEED).shuffle(train)
