@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from itertools import combinations
 from pathlib import Path
@@ -13,21 +14,33 @@ from sklearn.datasets import load_digits
 from transformers import EvalPrediction
 
 from flora.recipes import CONFIGS, config_names, digits, load_recipe, recipe_names
+from flora.samples import sample_names
 from flora.settings import read
 
 
 def test_every_config_is_checked_against_its_recipe() -> None:
     names = config_names()
-    assert len(names) == 2
+    assert len(names) == 22
+    ids = 0
     for name in names:
         settings = read(name)
         assert settings.recipe in recipe_names()
+        assert settings.recipe == name.partition("-")[0]
+        for where in (getattr(settings.task, key, None) for key in ("model", "data", "images")):
+            if where is None or where.startswith("./"):  # a folder that the user fills
+                continue
+            if name.endswith("-tiny"):
+                assert where.removeprefix("sample:") in sample_names()
+            else:
+                assert re.fullmatch(r"[\w.-]+/[\w.-]+", where), f"{name}: {where} is no hub id"
+                ids += 1
         assert (CONFIGS / f"{name}.yaml").read_text().startswith(f"# flora train {name}\n")
         assert settings.output == Path("outputs") / name
+    assert ids >= 15
 
 
 def test_every_recipe_has_the_names_of_the_contract() -> None:
-    assert recipe_names() == ["digits"]
+    assert len(recipe_names()) == 10
     for name in recipe_names():
         recipe = load_recipe(name)
         assert all(hasattr(recipe, item) for item in ("Task", "METRIC", "load_base", "load_data", "compute_metrics"))

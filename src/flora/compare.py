@@ -38,7 +38,6 @@ from flora.settings import Settings
 from flora.training import METRICS, make_trainer, measure, training_arguments
 
 KEPT = "flora"  # the method whose first adapter is kept, ready to load
-DEFAULT_RANK = 8  # of the LoRA whose cost is the budget where none is given
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,12 @@ class Bench:
             self._keep(run, model, {**result, **found})
         batch = next(iter(trainer.get_eval_dataloader(data.test)))
         inputs = {key: value.to(trainer.args.device) for key, value in batch.items() if key != "labels"}
-        _, difference, _ = verified_merge(model, inputs)
+        try:
+            _, difference, _ = verified_merge(model, inputs)
+        except (RuntimeError, ValueError) as error:  # another library's adapter
+            if run.method == KEPT:
+                raise
+            return {**found, "merge_error": str(error).partition("\n")[0]}
         return {**found, "merge_difference": difference}
 
     def _keep(self, run: Run, model: PeftModel, result: dict[str, Any]) -> None:
@@ -224,8 +228,8 @@ def compare(settings: Settings, methods: Sequence[str], seeds: Sequence[int]) ->
 
 
 def _budgets(settings: Settings, recipe: Recipe) -> list[int]:
-    given = settings.comparison.budgets
-    return list(given) or [default_budget(recipe.load_base(settings.task), settings.adapter, DEFAULT_RANK)]
+    given, rank = settings.comparison.budgets, settings.comparison.lora_r
+    return list(given) or [default_budget(recipe.load_base(settings.task), settings.adapter, rank)]
 
 
 def _score(result: dict[str, Any], recipe: Recipe) -> float:
@@ -268,6 +272,7 @@ def _row(metric: str, search: dict[float, float], best: float, finals: list[dict
         "peak_memory": statistics.median(memory) if memory else None,
         "file_bytes": finals[0]["file_bytes"],
         "merge_difference": max(merged, default=None),
+        "merge_error": finals[0].get("merge_error"),
         "runs": finals,
     }
 

@@ -35,12 +35,14 @@ class Comparison:
     Args:
         learning_rates: the grid that each method's learning rate is chosen from, on validation.
         budgets: trainable parameters that every adapter may spend, the head not counted; each is a comparison of its
-            own. Empty: what LoRA of rank 8 costs.
+            own. Empty: what LoRA of rank ``lora_r`` costs.
+        lora_r: that rank.
         scale: alpha / r of the adapters other than FLoRA.
     """
 
     learning_rates: list[float] = field(default_factory=lambda: [1e-4, 3e-4, 1e-3, 3e-3])
     budgets: list[int] = field(default_factory=list)
+    lora_r: int = 8
     scale: float = 2.0
 
     def __post_init__(self) -> None:
@@ -48,6 +50,8 @@ class Comparison:
             raise ValueError(f"compare.learning_rates is {self.learning_rates}, expected one or more above 0")
         if self.budgets and min(self.budgets) < 1:
             raise ValueError(f"compare.budgets is {self.budgets}, expected counts of parameters from 1")
+        if self.lora_r < 1:
+            raise ValueError(f"compare.lora_r is {self.lora_r}, expected 1 or more")
 
 
 @dataclass(frozen=True)

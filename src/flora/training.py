@@ -143,6 +143,7 @@ def train(settings: Settings, *, resume: bool = False, overwrite: bool = False) 
         "total_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 2),
+        "processes": arguments.world_size,
         "resumed_at": int(checkpoint.name.rpartition("-")[2]) if checkpoint else None,
         **provenance(),
     }

@@ -123,7 +123,9 @@ def _merged(rows: Sequence[Row]) -> list[str]:
         if row["merge_difference"] is not None:
             worst[row["title"]] = max(worst.get(row["title"], 0.0), row["merge_difference"])
     told = ", ".join(f"{title} {difference:.1e}" for title, difference in worst.items())
-    return [f"Largest difference between the outputs of a merged model and the unmerged one: {told}."] if worst else []
+    failed = {row["title"]: row["merge_error"] for row in rows if row.get("merge_error")}
+    notes = [f"Largest difference between the outputs of a merged model and the unmerged one: {told}."] if worst else []
+    return notes + [f"{title} cannot be merged here: {reason}." for title, reason in failed.items()]
 
 
 def comparison_page(report: Row) -> str:

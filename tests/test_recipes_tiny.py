@@ -1,0 +1,94 @@
+"""Every ``-tiny`` config, offline, by the code that runs a real one: trained, measured again, killed and resumed."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flora.folders import read_json
+from flora.recipes import config_names
+from flora.settings import Settings, read
+from flora.training import evaluate, train
+
+TINY = [name for name in config_names() if name.endswith("-tiny")]
+FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "config.yaml", "loss.png", "metrics.json"}
+ADAPTER = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The samples are made once; one thread, so that a run can be compared bit for bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+    torch.set_num_threads(threads)
+
+
+def settings_of(name: str, output: Path) -> Settings:
+    return read(name, [f"output={output}", "training.disable_tqdm=true"])
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_trains_and_measures_the_same_and_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
+    output, again = tmp_path / "run", tmp_path / "again"
+    settings = settings_of(name, output)
+    metrics = train(settings)
+    assert {path.name for path in output.iterdir()} >= FILES
+    losses = [entry["loss"] for entry in read_json(output / "trainer_state.json")["log_history"] if "loss" in entry]
+    assert len(losses) >= 4
+    assert sum(losses[-2:]) < 0.95 * sum(losses[:2])
+    assert settings.load_recipe().METRIC in metrics["test"]
+    found, same = evaluate(output)
+    assert same is True
+    assert found == pytest.approx(metrics["test"], rel=1e-6)
+
+    checkpoint = min(output.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+    assert int(checkpoint.name.partition("-")[2]) < metrics["steps"]
+    again.mkdir()
+    shutil.copytree(checkpoint, again / checkpoint.name)
+    settings_of(name, again).save(again)
+    resumed = train(settings_of(name, again), resume=True)
+    assert resumed["resumed_at"] == int(checkpoint.name.partition("-")[2])
+    weights, expected = load_file(again / ADAPTER), load_file(output / ADAPTER)
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+
+
+def test_every_recipe_has_a_tiny_config() -> None:
+    assert len(TINY) == 11
+
+
+def test_killed_by_the_system_at_a_random_step_and_resumed(cache: None, tmp_path: Path) -> None:
+    train(settings_of("digits-tiny", tmp_path / "whole"))
+    command = [sys.executable, "-m", "flora_cli", "train", "digits-tiny", f"output={tmp_path / 'run'}"]
+    process = subprocess.Popen(
+        [*command, "training.save_steps=1"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    seen, wanted = 0, random.randint(2, 15)
+    while process.poll() is None and seen < wanted:
+        time.sleep(0.005)
+        steps = [path.name.partition("-")[2] for path in (tmp_path / "run").glob("checkpoint-*")]
+        seen = max([seen, *(int(step) for step in steps if step.isdigit())])
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    resumed = train(read("digits-tiny", [f"output={tmp_path / 'run'}", "training.save_steps=1"]), resume=True)
+    assert resumed["steps"] == 20
+    weights, expected = load_file(tmp_path / "run" / ADAPTER), load_file(tmp_path / "whole" / ADAPTER)
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
