@@ -82,7 +82,6 @@ def test_the_fused_way_computes_at_most_its_forward_again(  # type: ignore[no-un
     make, size, ranks, told, monkeypatch
 ) -> None:
     """Where it adds into output and gradient; with a sum of the weights it computes less per position."""
-    monkeypatch.setattr(fused, "SUM_PAYS_ABOVE", math.inf)
     monkeypatch.setattr(fused_conv, "SUM_PAYS_FROM", math.inf)
     real = {batch: measured(make(), torch.randn(batch, *size), ranks, "factored") for batch in (2, 5)}
     weight = make().weight

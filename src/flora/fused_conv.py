@@ -14,8 +14,8 @@ from flora.planning import SUM_PAYS_FROM
 from flora.tucker import Tucker, mode_product
 
 aten = torch.ops.aten
-LARGE_KERNEL = 25  # entries of a depthwise kernel, and
-LARGE_MAP = 100  # pixels of its input, from which its gradient is faster on channels-last copies
+LARGE_KERNEL = 25  # entries of a depthwise kernel from which torch's own gradient of it is slow
+NARROW = 16  # channels below which a product writes them faster with the pixels innermost, to be turned afterwards
 Geometry = tuple[Any, ...]  # stride, padding, dilation, transposed, output padding, groups
 
 
@@ -41,9 +41,33 @@ def conv_transpose(
 ) -> Tensor:
     """The same for ConvTranspose1d to ConvTranspose3d, whose weight and form are (in, out, *kernel)."""
     inner, out = form.factors[:2]
+    core = kernels.spatial_core(form, scale)
     extra = kernels.output_padding(base, x, output_size)
+    apart = tuple(base.stride) == tuple(base.kernel_size) and {*base.dilation} == {1}
+    if apart and not any((*base.padding, *extra)):
+        return _patches(x, weight, bias, core, inner, out)
     geometry = (base.stride, base.padding, base.dilation, True, extra, 1)
-    return _conv(x, weight, bias, kernels.spatial_core(form, scale), inner, out, geometry)
+    return _conv(x, weight, bias, core, inner, out, geometry)
+
+
+def _patches(
+    x: Tensor, weight: Tensor, bias: Tensor | None, core: Tensor, inner: Tensor | None, out: Tensor | None
+) -> Tensor:
+    """A transposed convolution whose patches do not overlap: a kernel of size 1, then pixels from channels."""
+    outputs, *kernel = weight.shape[1:]
+    up = (core if out is None else mode_product(core, out, 1)).flatten(1).T  # (O * K, Ji)
+    if bias is not None:
+        bias = bias.repeat_interleave(weight[0, 0].numel())
+    down, up = (up, None) if inner is None else (inner.T, up)
+    y = _Pointwise.apply(x, weight.flatten(1).T, bias, down, up, (1,) * len(kernel))  # type: ignore[no-untyped-call]
+    last = _rows(y) is not None
+    y = y.unflatten(1, (outputs, *kernel))
+    dims = range(2, 2 + len(kernel))
+    pairs = [dim for first in dims for dim in (first + len(kernel), first)]
+    sizes = [side * step for side, step in zip(x.shape[2:], kernel, strict=True)]
+    if last:
+        return y.permute(0, *pairs, 1).reshape(x.shape[0], *sizes, outputs).movedim(-1, 1)  # type: ignore[no-any-return]
+    return y.permute(0, 1, *pairs).reshape(x.shape[0], outputs, *sizes)  # type: ignore[no-any-return]
 
 
 def _conv(
@@ -57,14 +81,9 @@ def _conv(
 ) -> Tensor:
     stride, padding, _, transposed = geometry[:4]
     if core[0, 0].numel() == 1 and not transposed and not any(padding):
+        down = core.flatten(1) if inner is None else core.flatten(1) @ inner.T
         wide: Tensor = _Pointwise.apply(  # type: ignore[no-untyped-call]
-            x,
-            weight,
-            bias,
-            core.flatten(1) if inner is None else core.flatten(1) @ inner.T,
-            out,
-            tuple(stride),
-            geometry,
+            x, weight.flatten(1), bias, down, out, tuple(stride)
         )
         return wide
     y: Tensor = _Conv.apply(x, weight, bias, core, inner, out, geometry)  # type: ignore[no-untyped-call]
@@ -87,7 +106,7 @@ class _Conv(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, core, inner, out)
         ctx.geometry = geometry
-        if _sums_weights(x, weight, geometry):
+        if _sums_weights(x, weight):
             return aten.convolution(  # type: ignore[no-any-return]
                 x, _stand_in(weight, core, inner, out, geometry), bias, *geometry
             )
@@ -106,18 +125,16 @@ class _Conv(torch.autograd.Function):
         if torch.is_grad_enabled():
             return again(ctx, _plain_conv, (x, weight, bias, core, inner, out), (geometry,), grad)
         small = x if inner is None else _project(inner, x)
-        wants_x = ctx.needs_input_grad[0]
-        grad_out = None
-        back = grad
+        wants_x, whole = ctx.needs_input_grad[0], _sums_weights(x, weight)
+        grad_out, back = None, grad
         if out is not None:
             grad_out = _outer(grad, _hidden(small, core, geometry)).to(out.dtype)
             back = _project(out, grad)
-        mask = [inner is not None or (wants_x and not _sums_weights(x, weight, geometry)), True, False]
+        mask = [inner is not None or (wants_x and not whole), True, False]
         grad_small, grad_core, _ = aten.convolution_backward(back, small, core.to(x.dtype), None, *geometry, mask)
         grad_inner = None if inner is None else _outer(x, grad_small).to(inner.dtype)
         grad_x = None
         if wants_x:
-            whole = _sums_weights(x, weight, geometry)
             used = _stand_in(weight, core, inner, out, geometry) if whole else weight
             grad_x = aten.convolution_backward(grad, x, used, None, *geometry, [True, False, False])[0]
             if inner is None and not whole:
@@ -128,13 +145,12 @@ class _Conv(torch.autograd.Function):
         return grad_x, None, grad_bias, grad_core.to(core.dtype), grad_inner, grad_out, None
 
 
-def _sums_weights(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+def _sums_weights(x: Tensor, weight: Tensor) -> bool:
     """Whether to run the layer once with W + dW instead of adding into output and gradient.
 
-    It pays where the activations far outnumber the weights. Not in half precision: the sum would round a small dW away.
+    It pays where the activations outnumber the weights. Not in half precision: the sum would round a small dW away.
     """
-    inputs, outputs = weight.shape[:2] if geometry[3] else weight.shape[1::-1]
-    activations = x.numel() // inputs * (inputs + outputs)
+    activations = x.numel() // x.shape[1] * sum(weight.shape[:2])
     return weight.dtype in (torch.float32, torch.float64) and activations > SUM_PAYS_FROM * weight.numel()
 
 
@@ -148,7 +164,7 @@ def _stand_in(weight: Tensor, core: Tensor, inner: Tensor | None, out: Tensor | 
 
 
 class _Pointwise(torch.autograd.Function):
-    """A kernel of size 1: matrix products on the channels. down (Jo, I), out (O, Jo) or None."""
+    """A kernel of size 1: products on the channels. weight (O, I), down (Jo, I), out (O, Jo) or None."""
 
     @staticmethod
     def forward(
@@ -159,38 +175,40 @@ class _Pointwise(torch.autograd.Function):
         down: Tensor,
         out: Tensor | None,
         stride: tuple[int, ...],
-        geometry: Geometry,
     ) -> Tensor:
-        y: Tensor = aten.convolution(x, weight, bias, *geometry)
-        seen = x[_steps(stride)]
+        ctx.save_for_backward(x, weight, bias, down, out)
+        ctx.stride = stride
+        seen = _seen(x, stride)
+        if _sums_weights(seen, weight):
+            return _mix(_pointwise_sum(weight, down, out), bias, seen)
+        y = _mix(weight, bias, seen)
         if out is None:
             _add_projected(y, down, seen)
         else:
             _add_projected(y, out, _project(down.T, seen))
-        ctx.save_for_backward(x, weight, bias, down, out)
-        ctx.stride, ctx.geometry = stride, geometry
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, bias, down, out = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return again(ctx, _plain_pointwise, (x, weight, bias, down, out), (ctx.stride, ctx.geometry), grad)
-        steps = _steps(ctx.stride)
-        seen, back, grad_out = x[steps], grad, None
+            return again(ctx, _plain_pointwise, (x, weight, bias, down, out), (ctx.stride,), grad)
+        seen, back, grad_out = _seen(x, ctx.stride), grad, None
         if out is not None:
             grad_out = _outer(grad, _project(down.T, seen)).to(out.dtype)
             back = _project(out, grad)
         grad_down = _outer(seen, back).T.to(down.dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = aten.convolution_backward(grad, x, weight, None, *ctx.geometry, [True, False, False])[0]
-            if all(step == 1 for step in ctx.stride):
+            whole = _sums_weights(seen, weight)
+            grad_x = _mix((_pointwise_sum(weight, down, out) if whole else weight).T, None, grad)
+            if not whole:
                 _add_projected(grad_x, down.T, back)
-            else:
-                grad_x[steps] += _project(down, back)
+            if seen is not x:
+                part, grad_x = grad_x, torch.zeros_like(x)
+                grad_x[_steps(ctx.stride)] = part
         grad_bias = grad.sum([dim for dim in range(grad.ndim) if dim != 1]) if ctx.needs_input_grad[2] else None
-        return grad_x, None, grad_bias, grad_down, grad_out, None, None
+        return grad_x, None, grad_bias, grad_down, grad_out, None
 
 
 def _steps(stride: tuple[int, ...]) -> tuple[slice, ...]:
@@ -198,18 +216,37 @@ def _steps(stride: tuple[int, ...]) -> tuple[slice, ...]:
     return (slice(None), slice(None), *(slice(None, None, step) for step in stride))
 
 
+def _seen(x: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """The part of x at those positions, in the layout of x."""
+    return x if all(step == 1 for step in stride) else x[_steps(stride)].clone()
+
+
+def _pointwise_sum(weight: Tensor, down: Tensor, out: Tensor | None) -> Tensor:
+    """W + dW by one product into a copy of W."""
+    return weight + down if out is None else torch.addmm(weight, out, down)
+
+
+def _mix(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """A product on the channels: weight (O, I), bias (O,) or None, x (B, I, *S) -> (B, O, *S) in the layout of x."""
+    rows = _rows(x)
+    if rows is not None:
+        flat = F.linear(rows, weight, bias)
+        return flat.view(x.shape[0], *x.shape[2:], len(weight)).movedim(-1, 1)
+    many = weight.expand(x.shape[0], -1, -1)
+    flat = x.flatten(2)
+    y = torch.bmm(many, flat) if bias is None else torch.baddbmm(bias.unsqueeze(1), many, flat)
+    return y.view(x.shape[0], len(weight), *x.shape[2:])
+
+
 def _plain_pointwise(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    down: Tensor,
-    out: Tensor | None,
-    stride: tuple[int, ...],
-    geometry: Geometry,
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, out: Tensor | None, stride: tuple[int, ...]
 ) -> Tensor:
-    hidden = torch.einsum("bi...,ji->bj...", x[_steps(stride)], down.to(x.dtype))
-    change = hidden if out is None else torch.einsum("bj...,oj->bo...", hidden, out.to(x.dtype))
-    return aten.convolution(x, weight, bias, *geometry) + change  # type: ignore[no-any-return]
+    seen = x[_steps(stride)]
+    change = torch.einsum("bi...,ji->bj...", seen, down.to(x.dtype))
+    if out is not None:
+        change = torch.einsum("bj...,oj->bo...", change, out.to(x.dtype))
+    y = torch.einsum("bi...,oi->bo...", seen, weight) + change
+    return y if bias is None else y + bias.view(-1, *(1,) * (y.ndim - 2))
 
 
 def _hidden(small: Tensor, core: Tensor, geometry: Geometry) -> Tensor:
@@ -238,15 +275,19 @@ def _rows(x: Tensor) -> Tensor | None:
 
 
 def _project(matrix: Tensor, x: Tensor) -> Tensor:
-    """``matrix.T`` on the channels: matrix (C, J), x (B, C, *S) -> (B, J, *S) in the layout of x."""
+    """``matrix.T`` on the channels: matrix (C, J), x (B, C, *S) -> (B, J, *S), channels last.
+
+    Narrow tensors are kept so because convolutions over few channels are then about twice as fast.
+    """
     matrix = matrix.to(x.dtype)
     rows = _rows(x)
     if rows is not None:
         flat = rows @ matrix
-        return flat.view(x.shape[0], *x.shape[2:], matrix.shape[1]).movedim(-1, 1)
-    flat = x.reshape(x.shape[0], x.shape[1], -1)
-    transposed = matrix.T.contiguous().expand(x.shape[0], -1, -1)
-    return torch.bmm(transposed, flat).view(x.shape[0], matrix.shape[1], *x.shape[2:])
+    elif matrix.shape[1] < NARROW:
+        flat = torch.bmm(matrix.T.contiguous().expand(x.shape[0], -1, -1), x.flatten(2)).transpose(1, 2).contiguous()
+    else:
+        flat = torch.bmm(x.flatten(2).transpose(1, 2), matrix.expand(x.shape[0], -1, -1))
+    return flat.view(x.shape[0], *x.shape[2:], matrix.shape[1]).movedim(-1, 1)
 
 
 def _add_projected(y: Tensor, matrix: Tensor, hidden: Tensor) -> None:
@@ -255,12 +296,10 @@ def _add_projected(y: Tensor, matrix: Tensor, hidden: Tensor) -> None:
     rows = _rows(y)
     if rows is not None:
         rows.addmm_(hidden.movedim(1, -1).reshape(-1, hidden.shape[1]), matrix.T)
-        return
-    if not y.is_contiguous():
+    elif y.is_contiguous():
+        y.view(*y.shape[:2], -1).baddbmm_(matrix.expand(y.shape[0], -1, -1), hidden.flatten(2))
+    else:
         y += _project(matrix.T, hidden)
-        return
-    flat = hidden.reshape(*hidden.shape[:2], -1)
-    y.view(*y.shape[:2], -1).baddbmm_(matrix.expand(y.shape[0], -1, -1), flat)
 
 
 def _outer(wide: Tensor, narrow: Tensor) -> Tensor:
@@ -268,32 +307,33 @@ def _outer(wide: Tensor, narrow: Tensor) -> Tensor:
     rows = _rows(wide)
     if rows is not None:
         return (narrow.movedim(1, -1).reshape(-1, narrow.shape[1]).T @ rows).T
-    first, second = (part.reshape(*part.shape[:2], -1) for part in (narrow, wide))
-    return torch.bmm(first, second.transpose(1, 2)).sum(0).T
+    return torch.bmm(narrow.flatten(2), wide.flatten(2).transpose(1, 2)).sum(0).T
 
 
 def is_slow_depthwise(module: Any, weight: Tensor, x: Tensor) -> bool:
-    """Whether torch computes the gradient of this depthwise kernel faster on channels-last copies.
-
-    On a CPU that is so, by a factor of two to three, for large kernels (ConvNeXt's 7x7) on maps that are not tiny.
-    """
-    depthwise = x.ndim == weight.ndim == 4 and weight.shape[1] == 1 and module.groups == weight.shape[0] > 1
-    large = depthwise and weight[0].numel() >= LARGE_KERNEL and x.shape[2] * x.shape[3] >= LARGE_MAP
-    plain = large and x.device.type == "cpu" and weight.requires_grad and x.is_contiguous()
+    """Whether this is a trained depthwise kernel whose gradient torch computes slowly, as ConvNeXt's 7x7 on a CPU."""
+    channels = x.shape[1] if x.ndim == weight.ndim >= 4 else 1
+    depthwise = channels > 1 and weight.shape[:2] == (channels, 1) and module.groups == channels
+    large = depthwise and weight[0].numel() >= LARGE_KERNEL and weight.requires_grad
+    plain = large and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
     return (
         plain and module.padding_mode == "zeros" and not isinstance(module.padding, str) and in_plain_eager(x, weight)
     )
 
 
 def depthwise(module: Any, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """A depthwise convolution whose kernel is trained: the gradient of the kernel is taken on channels-last copies."""
-    geometry = (module.stride, module.padding, module.dilation, False, (0, 0), module.groups)
+    """A depthwise convolution whose kernel is trained.
+
+    The gradient of the kernel is a depthwise convolution too: of each channel of each sample by its own output's
+    gradient, with stride and dilation exchanged. On a CPU torch's own way takes about ten times as long.
+    """
+    geometry = (module.stride, module.padding, module.dilation, False, (0,) * (x.ndim - 2), module.groups)
     y: Tensor = _Depthwise.apply(x, weight, bias, geometry)  # type: ignore[no-untyped-call]
     return y
 
 
 class _Depthwise(torch.autograd.Function):
-    """Shapes: x (B, C, H, W), weight (C, 1, *K) -> (B, C, H', W')."""
+    """Shapes: x (B, C, *S), weight (C, 1, *K) -> (B, C, *S')."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
@@ -306,11 +346,18 @@ class _Depthwise(torch.autograd.Function):
         x, weight, bias = ctx.saved_tensors
         if torch.is_grad_enabled():
             return again(ctx, aten.convolution, (x, weight, bias), ctx.geometry, grad)
-        grad_x = grad_bias = None
+        stride, padding, dilation, *rest = ctx.geometry
+        grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = aten.convolution_backward(grad, x, weight, None, *ctx.geometry, [True, False, False])[0]
-        last = [part.contiguous(memory_format=torch.channels_last) for part in (grad, x)]
-        grad_weight = aten.convolution_backward(*last, weight, None, *ctx.geometry, [False, True, False])[1]
-        if ctx.needs_input_grad[2]:
-            grad_bias = grad.sum((0, 2, 3))
+        planes = x.shape[0] * x.shape[1]
+        apart = aten.convolution(
+            x.reshape(1, planes, *x.shape[2:]),
+            grad.reshape(planes, 1, *grad.shape[2:]),
+            None,
+            *(dilation, padding, stride, *rest[:2], planes),
+        )
+        inside = (slice(None), slice(None), *(slice(size) for size in weight.shape[2:]))
+        grad_weight = apart[inside].view(*x.shape[:2], *weight.shape[2:]).sum(0).unsqueeze(1)
+        grad_bias = grad.sum([dim for dim in range(grad.ndim) if dim != 1]) if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias, None
