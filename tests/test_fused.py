@@ -98,7 +98,7 @@ def test_output_and_gradients_equal_those_of_the_dense_weight(
 def test_both_ways_of_a_convolution_are_reached() -> None:
     _, x, form = make("conv2d")
     weight = torch.zeros(5, 3, 3, 2)
-    assert not fused_conv._sums_weights(x, weight)
+    assert not fused_conv._sums_weights(x[:1, :, :2], weight)
     assert fused_conv._sums_weights(torch.zeros(2, 3, 40, 50), weight)
     assert not fused_conv._sums_weights(torch.zeros(2, 3, 40, 50), weight.bfloat16())
     assert form.ranks == (3, 2, 2, 2)

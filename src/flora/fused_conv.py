@@ -23,9 +23,12 @@ def conv(base: Any, weight: Tensor, bias: Tensor | None, form: Tucker, scale: fl
     """The layer with ``weight + scale * form``, for Conv1d to Conv3d with one group. x: (batch, in, *spatial)."""
     out, inner = form.factors[:2]
     padding = base.padding
+    sides = base._reversed_padding_repeated_twice
+    if base.padding_mode == "zeros" and isinstance(padding, str) and sides[::2] == sides[1::2]:
+        padding = tuple(sides[::2][::-1])
     if base.padding_mode != "zeros" or isinstance(padding, str):
         mode = "constant" if base.padding_mode == "zeros" else base.padding_mode
-        x, padding = F.pad(x, base._reversed_padding_repeated_twice, mode=mode), (0,) * len(base.kernel_size)
+        x, padding = F.pad(x, sides, mode=mode), (0,) * len(base.kernel_size)
     geometry = (base.stride, padding, base.dilation, False, (0,) * len(base.kernel_size), 1)
     return _conv(x, weight, bias, kernels.spatial_core(form, scale), inner, out, geometry)
 
@@ -41,33 +44,9 @@ def conv_transpose(
 ) -> Tensor:
     """The same for ConvTranspose1d to ConvTranspose3d, whose weight and form are (in, out, *kernel)."""
     inner, out = form.factors[:2]
-    core = kernels.spatial_core(form, scale)
     extra = kernels.output_padding(base, x, output_size)
-    apart = tuple(base.stride) == tuple(base.kernel_size) and {*base.dilation} == {1}
-    if apart and not any((*base.padding, *extra)):
-        return _patches(x, weight, bias, core, inner, out)
     geometry = (base.stride, base.padding, base.dilation, True, extra, 1)
-    return _conv(x, weight, bias, core, inner, out, geometry)
-
-
-def _patches(
-    x: Tensor, weight: Tensor, bias: Tensor | None, core: Tensor, inner: Tensor | None, out: Tensor | None
-) -> Tensor:
-    """A transposed convolution whose patches do not overlap: a kernel of size 1, then pixels from channels."""
-    outputs, *kernel = weight.shape[1:]
-    up = (core if out is None else mode_product(core, out, 1)).flatten(1).T  # (O * K, Ji)
-    if bias is not None:
-        bias = bias.repeat_interleave(weight[0, 0].numel())
-    down, up = (up, None) if inner is None else (inner.T, up)
-    y = _Pointwise.apply(x, weight.flatten(1).T, bias, down, up, (1,) * len(kernel))  # type: ignore[no-untyped-call]
-    last = _rows(y) is not None
-    y = y.unflatten(1, (outputs, *kernel))
-    dims = range(2, 2 + len(kernel))
-    pairs = [dim for first in dims for dim in (first + len(kernel), first)]
-    sizes = [side * step for side, step in zip(x.shape[2:], kernel, strict=True)]
-    if last:
-        return y.permute(0, *pairs, 1).reshape(x.shape[0], *sizes, outputs).movedim(-1, 1)  # type: ignore[no-any-return]
-    return y.permute(0, 1, *pairs).reshape(x.shape[0], outputs, *sizes)  # type: ignore[no-any-return]
+    return _conv(x, weight, bias, kernels.spatial_core(form, scale), inner, out, geometry)
 
 
 def _conv(
@@ -79,14 +58,18 @@ def _conv(
     out: Tensor | None,
     geometry: Geometry,
 ) -> Tensor:
-    stride, padding, _, transposed = geometry[:4]
-    if core[0, 0].numel() == 1 and not transposed and not any(padding):
+    stride, padding, dilation, transposed, extra = geometry[:5]
+    y: Tensor
+    apart = transposed and tuple(stride) == weight.shape[2:] and {*dilation} == {1} and not any((*padding, *extra))
+    if apart and _sums_weights(x, weight):
+        up = (core if out is None else mode_product(core, out, 1)).flatten(1).T  # (O * K, Ji)
+        small = (up, None) if inner is None else (inner.T, up)
+        y = _Pointwise.apply(x, weight, bias, *small, geometry)  # type: ignore[no-untyped-call]
+    elif core[0, 0].numel() == 1 and not transposed and not any(padding):
         down = core.flatten(1) if inner is None else core.flatten(1) @ inner.T
-        wide: Tensor = _Pointwise.apply(  # type: ignore[no-untyped-call]
-            x, weight.flatten(1), bias, down, out, tuple(stride)
-        )
-        return wide
-    y: Tensor = _Conv.apply(x, weight, bias, core, inner, out, geometry)  # type: ignore[no-untyped-call]
+        y = _Pointwise.apply(x, weight, bias, down, out, geometry)  # type: ignore[no-untyped-call]
+    else:
+        y = _Conv.apply(x, weight, bias, core, inner, out, geometry)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -164,24 +147,24 @@ def _stand_in(weight: Tensor, core: Tensor, inner: Tensor | None, out: Tensor | 
 
 
 class _Pointwise(torch.autograd.Function):
-    """A kernel of size 1: products on the channels. weight (O, I), down (Jo, I), out (O, Jo) or None."""
+    """A kernel of size 1, or a transposed one whose patches lie apart: backward takes products on the channels.
+
+    Shapes: weight (O, I, 1 ..) or transposed (I, O, *K), down (J, I), out (O, J) or transposed (O * K, J), or None.
+    Of the transposed, the output's gradient is seen with the pixels of a patch as channels.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        down: Tensor,
-        out: Tensor | None,
-        stride: tuple[int, ...],
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, out: Tensor | None, geometry: Geometry
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, down, out)
-        ctx.stride = stride
-        seen = _seen(x, stride)
-        if _sums_weights(seen, weight):
-            return _mix(_pointwise_sum(weight, down, out), bias, seen)
-        y = _mix(weight, bias, seen)
+        ctx.geometry = geometry
+        if _sums_weights(x, weight):
+            matrix = _sum(_matrix(weight, geometry), down, out)
+            used = (matrix.T if geometry[3] else matrix).reshape(weight.shape)
+            return aten.convolution(x, used, bias, *geometry)  # type: ignore[no-any-return]
+        y: Tensor = aten.convolution(x, weight, bias, *geometry)
+        seen = x[_steps(geometry)]
         if out is None:
             _add_projected(y, down, seen)
         else:
@@ -191,62 +174,71 @@ class _Pointwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, bias, down, out = ctx.saved_tensors
+        geometry = ctx.geometry
         if torch.is_grad_enabled():
-            return again(ctx, _plain_pointwise, (x, weight, bias, down, out), (ctx.stride,), grad)
-        seen, back, grad_out = _seen(x, ctx.stride), grad, None
+            return again(ctx, _plain_pointwise, (x, weight, bias, down, out), (geometry,), grad)
+        grad_bias = grad.sum([dim for dim in range(grad.ndim) if dim != 1]) if ctx.needs_input_grad[2] else None
+        steps, grad_out = _steps(geometry), None
+        seen = x[steps].contiguous() if _rows(x) is None else x[steps]
+        if geometry[3]:
+            grad = _patches(grad, weight.shape[2:])
+        back = grad
         if out is not None:
             grad_out = _outer(grad, _project(down.T, seen)).to(out.dtype)
             back = _project(out, grad)
         grad_down = _outer(seen, back).T.to(down.dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            whole = _sums_weights(seen, weight)
-            grad_x = _mix((_pointwise_sum(weight, down, out) if whole else weight).T, None, grad)
+            matrix, whole = _matrix(weight, geometry), _sums_weights(x, weight)
+            grad_x = _mix((_sum(matrix, down, out) if whole else matrix).T, grad)
             if not whole:
                 _add_projected(grad_x, down.T, back)
-            if seen is not x:
+            if grad_x.shape != x.shape:
                 part, grad_x = grad_x, torch.zeros_like(x)
-                grad_x[_steps(ctx.stride)] = part
-        grad_bias = grad.sum([dim for dim in range(grad.ndim) if dim != 1]) if ctx.needs_input_grad[2] else None
+                grad_x[steps] = part
         return grad_x, None, grad_bias, grad_down, grad_out, None
 
 
-def _steps(stride: tuple[int, ...]) -> tuple[slice, ...]:
+def _steps(geometry: Geometry) -> tuple[slice, ...]:
     """The positions that a kernel of size 1 sees."""
-    return (slice(None), slice(None), *(slice(None, None, step) for step in stride))
+    return (slice(None), slice(None), *(slice(None, None, 1 if geometry[3] else step) for step in geometry[0]))
 
 
-def _seen(x: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """The part of x at those positions, in the layout of x."""
-    return x if all(step == 1 for step in stride) else x[_steps(stride)].clone()
+def _matrix(weight: Tensor, geometry: Geometry) -> Tensor:
+    """The weight as what a product on the channels takes: (O, I), or transposed (O * K, I)."""
+    return weight.flatten(1).T if geometry[3] else weight.flatten(1)
 
 
-def _pointwise_sum(weight: Tensor, down: Tensor, out: Tensor | None) -> Tensor:
+def _sum(matrix: Tensor, down: Tensor, out: Tensor | None) -> Tensor:
     """W + dW by one product into a copy of W."""
-    return weight + down if out is None else torch.addmm(weight, out, down)
+    return matrix + down if out is None else torch.addmm(matrix, out, down)
 
 
-def _mix(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """A product on the channels: weight (O, I), bias (O,) or None, x (B, I, *S) -> (B, O, *S) in the layout of x."""
+def _patches(grad: Tensor, kernel: tuple[int, ...]) -> Tensor:
+    """The pixels of each patch as channels, in the layout of grad: (B, O, *(S * K)) -> (B, O * K, *S)."""
+    dims, sizes = len(kernel), [size // step for size, step in zip(grad.shape[2:], kernel, strict=True)]
+    split = grad.reshape(*grad.shape[:2], *(part for pair in zip(sizes, kernel, strict=True) for part in pair))
+    places, inside = range(2, 2 + 2 * dims, 2), range(3, 3 + 2 * dims, 2)
+    if _rows(grad) is not None:
+        return split.permute(0, *places, 1, *inside).reshape(len(grad), *sizes, -1).movedim(-1, 1)
+    return split.permute(0, 1, *inside, *places).reshape(len(grad), -1, *sizes)
+
+
+def _mix(matrix: Tensor, x: Tensor) -> Tensor:
+    """A product on the channels: matrix (O, I), x (B, I, *S) -> (B, O, *S) in the layout of x."""
     rows = _rows(x)
     if rows is not None:
-        flat = F.linear(rows, weight, bias)
-        return flat.view(x.shape[0], *x.shape[2:], len(weight)).movedim(-1, 1)
-    many = weight.expand(x.shape[0], -1, -1)
-    flat = x.flatten(2)
-    y = torch.bmm(many, flat) if bias is None else torch.baddbmm(bias.unsqueeze(1), many, flat)
-    return y.view(x.shape[0], len(weight), *x.shape[2:])
+        return (rows @ matrix.T).view(x.shape[0], *x.shape[2:], len(matrix)).movedim(-1, 1)
+    return torch.bmm(matrix.expand(x.shape[0], -1, -1), x.flatten(2)).view(x.shape[0], len(matrix), *x.shape[2:])
 
 
 def _plain_pointwise(
-    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, out: Tensor | None, stride: tuple[int, ...]
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, out: Tensor | None, geometry: Geometry
 ) -> Tensor:
-    seen = x[_steps(stride)]
-    change = torch.einsum("bi...,ji->bj...", seen, down.to(x.dtype))
-    if out is not None:
-        change = torch.einsum("bj...,oj->bo...", change, out.to(x.dtype))
-    y = torch.einsum("bi...,oi->bo...", seen, weight) + change
-    return y if bias is None else y + bias.view(-1, *(1,) * (y.ndim - 2))
+    """The same in plain operations, with dW whole, for the gradient of a gradient."""
+    update = (down if out is None else out @ down).to(weight.dtype)
+    update = (update.T if geometry[3] else update).reshape(weight.shape)
+    return aten.convolution(x, weight, bias, *geometry) + aten.convolution(x, update, None, *geometry)  # type: ignore[no-any-return]
 
 
 def _hidden(small: Tensor, core: Tensor, geometry: Geometry) -> Tensor:
