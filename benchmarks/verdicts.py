@@ -121,6 +121,13 @@ def _same_layers(row: Row, clock: str) -> float | None:
     return times(alike[0], "lora")(row, clock) if alike else None
 
 
+def choice(row: Row, clock: str) -> float | None:
+    """The time of the path that "auto" takes over that of the best path; None where a path has none."""
+    paths = {name: time_of(row, f"flora-{name}", clock) for name in ("rebuild", "factored")}
+    chosen, known = paths.get(row["methods"]["flora"]["note"]), [value for value in paths.values() if value]
+    return chosen / min(known) if chosen else None
+
+
 def _attach(row: Row, clock: str) -> float | None:
     return row["methods"]["flora"]["attach_ms"][clock] / row["methods"]["lora"]["attach_ms"][clock]
 
@@ -176,6 +183,7 @@ CHECKS = [
         sense=">=",
         reason=DENSE_RUN,
     ),
+    Check("The plan's path / the best path, every row", "layers", always, choice, 1.1),
     Check("MoE, FLoRA / LoRA, time", "layers", MOE, times("flora", "lora"), 1.0),
     Check(
         "Whole models, FLoRA / LoRA, every model",
@@ -248,11 +256,5 @@ def geomean(values: list[float]) -> float:
 
 def slow_choices(rows: list[Row], clock: str = "median") -> dict[str, float]:
     """Rows where the path that "auto" takes is more than a tenth slower than the best one -> how many times."""
-    found = {}
-    for row in rows:
-        paths = {name: time_of(row, name, clock) for name in ("flora-rebuild", "flora-factored")}
-        chosen = paths.get(f"flora-{row['methods']['flora']['note']}")
-        known = [value for value in paths.values() if value]
-        if chosen and known and chosen > 1.1 * min(known):
-            found[row["case"]] = chosen / min(known)
-    return found
+    found = {row["case"]: choice(row, clock) for row in rows}
+    return {name: times for name, times in found.items() if times and times > 1.1}

@@ -34,6 +34,9 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, ...
     "conv3d": (lambda: nn.Conv3d(3, 4, (1, 2, 2)), (1, 3, 2, 3, 3), (2, 2, 1, 2, 1)),
     "transposed conv1d": (lambda: nn.ConvTranspose1d(3, 4, 3, stride=2, output_padding=1), (2, 3, 4), (2, 3, 2)),
     "transposed conv2d": (lambda: nn.ConvTranspose2d(3, 4, (2, 3), stride=2, padding=1), (2, 3, 3, 2), (2, 2, 2, 2)),
+    "transposed conv2d, patches": (lambda: nn.ConvTranspose2d(3, 4, (2, 3), stride=(2, 3)), (2, 3, 3, 2), (2, 3, 2, 2)),
+    "transposed conv1d, patches, in whole": (lambda: nn.ConvTranspose1d(3, 4, 2, 2, bias=False), (2, 3, 5), (3, 2, 2)),
+    "transposed conv3d, patches, out whole": (lambda: nn.ConvTranspose3d(3, 2, 2, 2), (1, 3, 2, 1, 2), (2, 2, 2, 1, 2)),
 }
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # of torch, on the reference
 each_layer = pytest.mark.parametrize("name", LAYERS)
@@ -73,7 +76,7 @@ def leaves(x: Tensor, form: Tucker) -> list[Tensor]:
 
 
 def test_the_number_of_layers() -> None:
-    assert len(LAYERS) == 19
+    assert len(LAYERS) == 22
 
 
 @pytest.mark.parametrize("sums", [True, False])  # a convolution runs with W + dW, or adds to output and gradient
@@ -82,7 +85,6 @@ def test_output_and_gradients_equal_those_of_the_dense_weight(
     name: str, sums: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fused_conv, "SUM_PAYS_FROM", 0 if sums else math.inf)
-    monkeypatch.setattr(fused, "SUM_PAYS_ABOVE", 0 if sums else math.inf)
     layer, x, form = make(name)
     out, expected = through(layer, x, form), dense(layer, x, form)
     assert torch.allclose(out, expected, atol=1e-12)
@@ -95,11 +97,10 @@ def test_output_and_gradients_equal_those_of_the_dense_weight(
 
 def test_both_ways_of_a_convolution_are_reached() -> None:
     _, x, form = make("conv2d")
-    geometry = (None, None, None, False)
     weight = torch.zeros(5, 3, 3, 2)
-    assert not fused_conv._sums_weights(x, weight, geometry)
-    assert fused_conv._sums_weights(torch.zeros(2, 3, 40, 50), weight, geometry)
-    assert not fused_conv._sums_weights(torch.zeros(2, 3, 40, 50), weight.bfloat16(), geometry)
+    assert not fused_conv._sums_weights(x[:1, :, :2], weight)
+    assert fused_conv._sums_weights(torch.zeros(2, 3, 40, 50), weight)
+    assert not fused_conv._sums_weights(torch.zeros(2, 3, 40, 50), weight.bfloat16())
     assert form.ranks == (3, 2, 2, 2)
 
 
@@ -132,7 +133,16 @@ def test_a_trained_bias_and_an_input_without_gradient(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["conv2d", "conv2d, reflect", "conv2d, 1x1", "conv2d, 1x1, every pixel", "transposed conv2d", "conv3d"]
+    "name",
+    [
+        "conv2d",
+        "conv2d, reflect",
+        "conv2d, 1x1",
+        "conv2d, 1x1, every pixel",
+        "transposed conv2d",
+        "transposed conv2d, patches",
+        "conv3d",
+    ],
 )
 def test_channels_last(name: str) -> None:
     layer, x, form = make(name)
@@ -172,9 +182,8 @@ def test_the_input_is_kept_and_little_else(name: str) -> None:
     middle = x * 1.0  # an activation, as the layer before would give it
     parameters = [layer.weight, layer.bias, *leaves(x, form)]
     if name == "linear":
-        assert kept(lambda: through(layer, middle, form), parameters) == middle.nbytes
-        few = middle[:5]
-        assert kept(lambda: through(layer, few, form), parameters) == middle.nbytes + 4 * 5 * min(form.ranks)
+        hidden = 4 * len(x) * min(form.ranks)
+        assert kept(lambda: through(layer, middle, form), parameters) == middle.nbytes + hidden
         return
     small = 4 * 2 * sum(value.numel() for value in leaves(x, form)[1:]) + 512  # products of core and kernel factors
     assert kept(lambda: through(layer, middle, form), parameters) <= middle.nbytes + small
@@ -220,10 +229,11 @@ def test_bfloat16_with_a_float32_adapter(name: str) -> None:
     assert low.grad.dtype == torch.bfloat16
 
 
-DEPTHWISE: dict[str, Callable[[], nn.Conv2d]] = {
+DEPTHWISE: dict[str, Callable[[], Any]] = {
     "7x7": lambda: nn.Conv2d(5, 5, 7, padding=3, groups=5),
     "5x7, strided, dilated": lambda: nn.Conv2d(3, 3, (5, 7), stride=2, dilation=(1, 2), padding=(2, 6), groups=3),
     "no bias": lambda: nn.Conv2d(3, 3, 5, padding=2, groups=3, bias=False),
+    "volume": lambda: nn.Conv3d(3, 3, (3, 4, 3), stride=(1, 3, 2), padding=1, groups=3),
 }
 
 
@@ -231,15 +241,17 @@ DEPTHWISE: dict[str, Callable[[], nn.Conv2d]] = {
 def test_a_large_depthwise_kernel(name: str) -> None:
     torch.manual_seed(0)
     layer = DEPTHWISE[name]().double()
-    x = torch.randn(2, layer.in_channels, 11, 13, dtype=torch.float64).requires_grad_(True)
+    size = (2, layer.in_channels, 11, 13, 7)[: layer.weight.ndim]
+    x = torch.randn(size, dtype=torch.float64).requires_grad_(True)
     wanted = [x, *layer.parameters()]
     assert fused_conv.is_slow_depthwise(layer, layer.weight, x)
     out = row(layer).apply(layer, layer.weight, layer.bias, x)
     assert torch.equal(out, layer(x))
+    assert "Depthwise" in str(out.grad_fn)
     found = torch.autograd.grad(out.square().sum(), wanted)
     for value, other in zip(found, torch.autograd.grad(layer(x).square().sum(), wanted), strict=True):
         assert torch.allclose(value, other, atol=1e-10)
-    given = [x[:, :, :10, :10].detach().requires_grad_(True), *wanted[1:]]
+    given = [x[:, :, :10, :10].detach().clone().requires_grad_(True), *wanted[1:]]
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return fused_conv.depthwise(layer, weight, bias, x)
@@ -251,9 +263,8 @@ def test_a_large_depthwise_kernel(name: str) -> None:
 def test_where_a_depthwise_kernel_is_left_to_torch() -> None:
     layer, x = nn.Conv2d(5, 5, 7, padding=3, groups=5), torch.randn(2, 5, 11, 13)
     assert fused_conv.is_slow_depthwise(layer, layer.weight, x)
-    assert not fused_conv.is_slow_depthwise(layer, layer.weight, x[:, :, :9, :9])
     assert not fused_conv.is_slow_depthwise(layer, layer.weight.detach(), x)
-    assert not fused_conv.is_slow_depthwise(layer, layer.weight, x.to(memory_format=torch.channels_last))
+    assert not fused_conv.is_slow_depthwise(layer.bfloat16(), layer.weight, x.bfloat16())
     small = nn.Conv2d(5, 5, 3, groups=5)
     assert not fused_conv.is_slow_depthwise(small, small.weight, x)
     dense = nn.Conv2d(5, 5, 7)

@@ -82,7 +82,6 @@ def test_the_fused_way_computes_at_most_its_forward_again(  # type: ignore[no-un
     make, size, ranks, told, monkeypatch
 ) -> None:
     """Where it adds into output and gradient; with a sum of the weights it computes less per position."""
-    monkeypatch.setattr(fused, "SUM_PAYS_ABOVE", math.inf)
     monkeypatch.setattr(fused_conv, "SUM_PAYS_FROM", math.inf)
     real = {batch: measured(make(), torch.randn(batch, *size), ranks, "factored") for batch in (2, 5)}
     weight = make().weight
@@ -117,6 +116,7 @@ CHOICES = [
     ((4096, 4096), (32, 32), {}, "factored"),
     ((96, 1, 7, 7), (4, 1, 2, 2), {"groups": 96}, "rebuild"),  # depthwise: a dense kernel is next to nothing
     ((512, 256, 3, 3), (32, 32, 2, 2), {}, "factored"),
+    ((128, 64, 2, 2), (16, 16, 2, 2), {"stride": 4}, "factored"),  # patches: a product on the channels
     ((64, 48), (64, 48), {}, "rebuild"),  # whole: there is nothing to factor
     ((30_522, 768), (8, 8), {"kind": "embedding", "positions": 512}, "factored"),
 ]
@@ -130,7 +130,7 @@ def test_the_cheaper_path_is_chosen(shape, ranks, told, path) -> None:  # type: 
 
 
 def test_the_table_of_choices_is_whole() -> None:
-    assert len(CHOICES) == 6
+    assert len(CHOICES) == 7
 
 
 @given(st.integers(2, 99), st.integers(2, 99), st.integers(1, 32), st.integers(1, 5000))

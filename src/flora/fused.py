@@ -1,10 +1,10 @@
 """The factored path beside a frozen layer, as one autograd function that keeps the input and little else.
 
 Written as separate operations, an adapter beside a layer reads and writes the activations again for each product,
-scaling and sum, and keeps every intermediate. Here the change is added in place into the layer's own output and into
-the gradient of its input, the core is folded into the factor that leaves the smaller inner rank, and the small
-intermediates are computed again in backward. Products are ordered so that the skinny side is contiguous, which the BLAS
-libraries reward.
+scaling and sum, and keeps every intermediate. Here the core is folded into the factor that leaves the smaller inner
+rank, the skinny product writes the change first, the bias with it, and the layer's own product is added to that: so the
+change costs no pass over the activations beyond the one that the bias takes in any case. The gradient of the input is
+made alike.
 
 ``can_fuse`` says when it may be used; otherwise, and for the gradient of a gradient, ``kernels`` does the same in plain
 operations.
@@ -21,8 +21,6 @@ from torch.nn import functional as F
 
 from flora import kernels
 from flora.tucker import Tucker
-
-SUM_PAYS_ABOVE = 1.5  # tokens per width of the input (or output) from which a linear layer runs with W + dW
 
 
 def can_fuse(x: Tensor, weight: Tensor) -> bool:
@@ -64,16 +62,11 @@ class _Linear(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         up, down = _skinny(scale * core, inner, out, x.dtype)
-        hidden = None
-        if _sums_weights(x.shape[0], x.shape[1], weight):
-            y = F.linear(x, _stand_in(weight, up, down), bias)
-        else:
-            y = F.linear(x, weight, bias)
-            hidden = x @ down.T.contiguous()
-            if up is None:
-                y += hidden
-            else:
-                y.addmm_(hidden, up.T)
+        hidden = x @ down.T  # (T, J)
+        y = hidden if up is None else _product(hidden, up, bias)
+        if up is None and bias is not None:
+            y += bias
+        y.addmm_(x, weight.T)
         ctx.save_for_backward(x, weight, bias, core, inner, out, None if up is None else hidden)
         ctx.scale = scale
         return y
@@ -86,35 +79,21 @@ class _Linear(torch.autograd.Function):
             return again(ctx, _plain_linear, (x, weight, bias, core, inner, out), (scale,), grad)
         grad = grad.contiguous()
         up, down = _skinny(scale * core, inner, out, x.dtype)
-        back = grad if up is None else grad @ up  # (T, J)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            if _sums_weights(x.shape[0], grad.shape[1], weight):
-                grad_x = grad @ _stand_in(weight, up, down)
-            else:
-                grad_x = grad @ weight
-                grad_x.addmm_(back, down)
+        back = grad if up is None else grad @ up.T.contiguous().T  # (T, J)
+        grad_x = (back @ down).addmm_(grad, weight) if ctx.needs_input_grad[0] else None
         grad_down = back.T @ x  # (J, I)
-        grad_up = None
-        if up is not None:
-            hidden = x @ down.T.contiguous() if hidden is None else hidden
-            grad_up = (hidden.T @ grad).T  # (O, J)
+        grad_up = None if hidden is None else (hidden.T @ grad).T  # (O, J)
         grad_core, grad_inner, grad_out = _unfold(scale * core, inner, out, grad_down, grad_up)
         grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
         return grad_x, None, grad_bias, scale * grad_core, grad_inner, grad_out, None
 
 
-def _sums_weights(tokens: int, width: int, weight: Tensor) -> bool:
-    """Whether one product with W + dW is cheaper than adding into the (tokens, other) result of the one with W.
-
-    The sum has ``width`` rows of that many entries. Not in half precision: it would round a small dW away.
-    """
-    return weight.dtype in (torch.float32, torch.float64) and tokens > SUM_PAYS_ABOVE * width
-
-
-def _stand_in(weight: Tensor, up: Tensor | None, down: Tensor) -> Tensor:
-    """W + dW by one product into a copy of W."""
-    return weight + down if up is None else torch.addmm(weight, up, down)
+def _product(hidden: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
+    """``hidden @ up.T + bias`` written once: the bias is one more column. hidden: (T, J), up: (O, J) -> (T, O)."""
+    if bias is not None:
+        hidden = torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1)
+        up = torch.cat([up, bias.unsqueeze(1)], 1)
+    return hidden @ up.T
 
 
 def _folds_down(core: Tensor, inner: Tensor | None) -> bool:
