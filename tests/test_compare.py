@@ -174,7 +174,9 @@ def test_a_method_that_refuses_is_a_row_with_its_reason(cache: None, tmp_path: P
     assert "LoRA: not possible here (rank 1 costs" in comparison_page(report)
 
 
-@pytest.mark.parametrize("change", ["compare.budgets=[0]", "compare.lora_r=0", "compare.learning_rates=[]", "compare.learning_rates=[-1]"])
+@pytest.mark.parametrize(
+    "change", ["compare.budgets=[0]", "compare.lora_r=0", "compare.learning_rates=[]", "compare.learning_rates=[-1]"]
+)
 def test_bad_settings_are_named(tmp_path: Path, change: str) -> None:
     with pytest.raises(ValueError, match=change.partition("=")[0].replace(".", r"\.")):
         tiny(tmp_path, change)

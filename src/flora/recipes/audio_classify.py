@@ -30,6 +30,7 @@ from flora.sources import (
     Bad,
     Item,
     class_folders,
+    head_options,
     hub,
     is_local,
     load_pretrained,
@@ -96,9 +97,7 @@ def read_sound(clip: Clip, rate: int) -> np.ndarray:
     if not np.isfinite(wave).all():
         raise ValueError("has samples that are NaN or infinite")
     ratio = Fraction(rate, own)
-    mono: np.ndarray = wave.mean(axis=1)
-    if ratio != 1:
-        mono = resample_poly(mono, ratio.numerator, ratio.denominator)
+    mono: np.ndarray = resample_poly(wave.mean(axis=1), ratio.numerator, ratio.denominator)
     return mono.astype(np.float32)
 
 
@@ -189,13 +188,9 @@ def load_data(task: Task, seed: int) -> Data:
 def load_base(task: Task) -> PreTrainedModel:
     """The model, with a head for the classes of the data; a head that it does not have yet starts the same always."""
     _, classes = clips(task)
-    names = dict(enumerate(classes))
-    labels = {"id2label": names, "label2id": {name: label for label, name in names.items()}}
     with torch.random.fork_rng():
         torch.manual_seed(HEAD_SEED)
-        model = load_pretrained(
-            AutoModelForAudioClassification, locate(task.model), ignore_mismatched_sizes=True, **labels
-        )
+        model = load_pretrained(AutoModelForAudioClassification, locate(task.model), **head_options(classes))
     return cast("PreTrainedModel", model)
 
 
