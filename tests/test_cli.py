@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import flora_cli
-from flora.recipes import CONFIGS
+from flora.recipes import CONFIGS, config_names
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
@@ -82,7 +82,7 @@ ERRORS = {
     "no adapter": (["merge", "nowhere", "--out", "x"], "nowhere does not exist"),
     "unknown method": (["compare", "digits", "--methods", "flra"], "did you mean 'flora'?"),
     "seed twice": (["compare", "digits", "--seeds", "1,1"], "must each be given, and once"),
-    "copy of nothing": (["recipes", "copy"], "with NAME one of digits, digits-tiny"),
+    "copy of nothing": (["recipes", "copy"], "with NAME one of audio_classify, audio_classify-tiny, "),
 }
 
 
@@ -140,7 +140,7 @@ def test_recipes_are_listed_and_copied(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert [line.split()[0] for line in run(capsys, "recipes")[1].splitlines()] == ["digits", "digits-tiny"]
+    assert [line.split()[0] for line in run(capsys, "recipes")[1].splitlines()] == config_names()
     assert run(capsys, "recipes", "copy", "digits")[0] == 0
     assert Path("digits.yaml").read_text() == (CONFIGS / "digits.yaml").read_text()
     assert "exists here already" in run(capsys, "recipes", "copy", "digits")[2]

@@ -125,7 +125,7 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_a_model_that_is_not_there(tones: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"task.model .*cannot be loaded as AutoFeatureExtractor"):
+    with pytest.raises(FileNotFoundError, match=r"task.model is .*AutoFeatureExtractor cannot load it"):
         load_data(task(tones, model=str(tmp_path)), 0)
 
 

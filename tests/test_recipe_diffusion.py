@@ -97,7 +97,7 @@ def test_an_empty_folder(tmp_path: Path) -> None:
 
 
 def test_a_pipeline_that_is_not_there(rings: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"task.model .* cannot be loaded as UNet2DConditionModel"):
+    with pytest.raises(FileNotFoundError, match=r"task.model is .*UNet2DConditionModel cannot load it"):
         load_base(task(rings, model=str(tmp_path)))
 
 

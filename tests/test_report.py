@@ -16,7 +16,7 @@ import flora_cli
 from flora.convert import load
 from flora.report.anatomy import anatomy, anatomy_page, core_in_orthonormal_basis, mode_energy, top_half
 from flora.report.comparison import comparison_notes, comparison_page, comparison_table, size
-from flora.report.plots import accuracy_against_parameters, loss_curve
+from flora.report.plots import loss_curve, quality_against_parameters
 from flora.report.provenance import provenance
 
 
@@ -24,6 +24,8 @@ def row(method: str, values: list[float], **changes: object) -> dict[str, object
     mean = sum(values) / len(values)
     return {
         "method": method,
+        "title": {"flora": "FLoRA", "lora": "LoRA"}.get(method, method),
+        "budget": None if method == "frozen" else 8592,
         "trainable_parameters": 1234567,
         "learning_rate": 0.01,
         "mean": mean,
@@ -31,6 +33,8 @@ def row(method: str, values: list[float], **changes: object) -> dict[str, object
         "values": values,
         "search": {"0.001": 0.5, "0.01": 0.8, "0.1": 0.7},
         "seconds": 4.25,
+        "seconds_per_step": 0.0425,
+        "peak_memory": None if method == "frozen" else 12_300_000,
         "file_bytes": 43700,
         "merge_difference": None,
         **changes,
@@ -46,8 +50,7 @@ REPORT = {
     "recipe": "digits",
     "metric": "accuracy",
     "seeds": [0, 1],
-    "budget": 8592,
-    "adapted_layers": {"flora": 14, "lora": 10},
+    "budgets": [8592],
     "rows": ROWS,
     **provenance(),
 }
@@ -57,18 +60,22 @@ def test_the_table_has_a_line_per_method() -> None:
     lines = comparison_table(ROWS, "accuracy").splitlines()
     assert len(lines) == 2 + len(ROWS)
     assert [cell.strip() for cell in lines[3].split("|")[1:-1]] == [
-        "flora", "1,234,567", "0.8500 ± 0.0100", "0.01", "4.2", "43.7 KB",
+        "**FLoRA**", "1,234,567", "0.8500 ± 0.0100", "", "0.01", "0.043", "12.3 MB", "43.7 KB",
     ]  # fmt: skip
+    assert [cell.strip() for cell in lines[4].split("|")[4:8]] == ["+0.0000 ± 0.5718", "0.01", "0.043", "12.3 MB"]
+    assert comparison_table([{"method": "lora", "title": "LoRA", "refused": "no"}], "accuracy") == ""
 
 
 def test_the_notes_say_who_wins_and_what_was_not_searched() -> None:
-    notes = " ".join(comparison_notes(REPORT))
-    assert "frozen: the learning rate 0.1 is at the edge of the grid." in notes
-    assert "flora minus frozen: +0.2400 (more than the spread of 0.0100; better with 2 of 2 seeds)." in notes
-    assert "flora minus lora: +0.0000 (less than the spread of 0.0100; better with 1 of 2 seeds)." in notes
-    assert "flora: merged and unmerged agree, largest difference of the outputs 1.50e-06" in notes
-    assert "FLoRA adapts 14 layers; LoRA 10, as it refuses the grouped convolutions." in notes
-    assert "flora minus" not in " ".join(comparison_notes({**REPORT, "rows": ROWS[2:]}))
+    notes = comparison_notes(REPORT)
+    assert "The chosen learning rate is at the edge of the grid for frozen (0.1)." in notes
+    assert "FLoRA is not told apart from frozen (+0.2400), LoRA at 8,592 (+0.0000)." in notes
+    assert notes[-1] == (
+        "Largest difference between the outputs of a merged model and the unmerged one: FLoRA 1.5e-06, LoRA 2.0e-06."
+    )
+    alone = comparison_notes({**REPORT, "rows": [*ROWS[2:], row("loha", [0.1, 0.2], merge_error="it broke")]})
+    assert not [note for note in alone if note.startswith("FLoRA is")]
+    assert alone[-1] == "loha cannot be merged here: it broke."
 
 
 def test_the_page_says_where_it_was_measured() -> None:
@@ -94,7 +101,7 @@ def test_plots(tmp_path: Path) -> None:
     history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 1.2}, {"step": 3, "x": 1}]
     loss_curve(tmp_path / "loss.png", history, "loss")
     loss_curve(tmp_path / "empty.png", [], "nothing was logged")
-    accuracy_against_parameters(tmp_path / "compare.png", ROWS, "accuracy", "digits")
+    quality_against_parameters(tmp_path / "compare.png", ROWS, "accuracy", "digits")
     for name in ("loss", "empty", "compare"):
         assert min(png_size(tmp_path / f"{name}.png")) > 300
 

@@ -28,7 +28,7 @@ from flora.memory import watch_growth
 from flora.merging import verified_merge
 from flora.methods import METHODS
 from flora.recipes import Data, Recipe, nearest
-from flora.reloading import ADAPTER, ADAPTER_CONFIG
+from flora.reloading import ADAPTER, ADAPTER_CONFIG, LABELS
 from flora.report.card import model_card
 from flora.report.comparison import comparison_page
 from flora.report.plots import quality_against_parameters
@@ -123,7 +123,7 @@ class Bench:
         if not isinstance(model, PeftModel):
             return found
         if run.method == KEPT and run.seed == self.settings.seed and not (self.folder / KEPT / ADAPTER).is_file():
-            self._keep(run, model, {**result, **found})
+            self._keep(run, model, data, {**result, **found})
         batch = next(iter(trainer.get_eval_dataloader(data.test)))
         inputs = {key: value.to(trainer.args.device) for key, value in batch.items() if key != "labels"}
         try:
@@ -134,16 +134,22 @@ class Bench:
             return {**found, "merge_error": str(error).partition("\n")[0]}
         return {**found, "merge_difference": difference}
 
-    def _keep(self, run: Run, model: PeftModel, result: dict[str, Any]) -> None:
+    def _keep(self, run: Run, model: PeftModel, data: Data, result: dict[str, Any]) -> None:
         """Writes the adapter as an output folder that ``flora eval``, ``merge`` and ``inspect`` take."""
         training = {**self.settings.training, "learning_rate": run.learning_rate}
         adapter = {**self.settings.adapter, "budget": run.budget}
         target = self.folder / run.method
         with staged_folder(target) as staged:
             model.save_pretrained(str(staged))
+            if data.processor is not None:
+                data.processor.save_pretrained(staged)
+            if data.labels is not None:
+                write_json(staged / LABELS, data.labels)
             replace(self.settings, training=training, adapter=adapter, output=target).save(staged)
             metrics = {"recipe": self.settings.recipe, **result, "adapter_bytes": result["file_bytes"]}
-            write_text(staged / "README.md", model_card(metrics, read_json(staged / ADAPTER_CONFIG), str(target)))
+            classes = None if data.labels is None else len(data.labels)
+            card = model_card(metrics, read_json(staged / ADAPTER_CONFIG), str(target), classes)
+            write_text(staged / "README.md", card)
             write_json(staged / METRICS, {**metrics, **provenance()})
 
 
