@@ -126,32 +126,33 @@ def _attach(result: Row) -> list[str]:
 
 def _quality(title: str, text: str, result: Row) -> list[str]:
     metric, task = result["metric"], result["question"]
+    file = f"{task.removeprefix('quality-')}.yaml"
     return [
         f"## Quality: {title}",
-        f"{text} `flora compare` with {task.removeprefix('quality-')}.yaml of [benchmarks/quality](../benchmarks/quality).",
+        f"{text} Config: [{file}](../benchmarks/quality/{file}).",
         comparison_table(result["rows"], metric),
         f"![{metric} against trainable parameters]({task}.png)",
         "\n".join(f"* {note}" for note in comparison_notes(result)),
-        "The runs shared two cores with each other and with other work, one thread each: of their times and memory only "
-        "large differences tell something; the tables above are measured for that.",
+        "The runs shared two cores with each other and with other work, one thread each, so of their times and memory "
+        "only large differences tell something; the tables above are measured for that.",
     ]
 
 
 QUALITY = {
     "quality-cifar": (
         "4-D convolutions",
-        "A ResNet-20 trained on CIFAR-10 (270,000 parameters, real weights) is adapted to inverted, blurred JPEG copies "
-        "from 20 images of each class, 60 steps. FLoRA's scale was chosen from 1 and 4 on validation.",
+        "A ResNet-20 trained on CIFAR-10 (270,000 parameters) is adapted to inverted, blurred JPEG copies of it from 20 "
+        "images of each class, 60 steps. FLoRA's scale was chosen from 1 and 4 on validation.",
     ),
     "quality-hippocampus": (
         "5-D convolutions",
-        "A 3-D U-Net of MONAI (35,000 parameters, trained on 120 volumes) is adapted to MRI of inverted contrast, other "
+        "A 3-D U-Net of MONAI (35,000 parameters, trained on 120 MRI volumes) is adapted to inverted contrast with another "
         "gamma and noise from 8 volumes, 80 steps. FLoRA alone adapts the transposed convolutions.",
     ),
     "quality-sst2": (
         "text",
-        "MiniLM-L6 (22.7 million parameters), trained for sentence similarity, learns sentiment from 128 short sentences "
-        "of SST-2, 48 steps.",
+        "MiniLM-L6 (22.7 million parameters), trained for sentence similarity, learns sentiment from 128 short "
+        "sentences of SST-2, 48 steps.",
     ),
 }
 SECTIONS: dict[str, Any] = {
