@@ -141,13 +141,13 @@ def _quality(title: str, text: str, result: Row) -> list[str]:
 QUALITY = {
     "quality-cifar": (
         "4-D convolutions",
-        "A ResNet-20 trained on CIFAR-10 (270,000 parameters) is adapted to inverted, blurred JPEG copies of it from 20 "
+        "A ResNet-20 trained on CIFAR-10 (270,000 parameters) is adapted to inverted, blurred JPEG copies from 20 "
         "images of each class, 60 steps. FLoRA's scale was chosen from 1 and 4 on validation.",
     ),
     "quality-hippocampus": (
         "5-D convolutions",
-        "A 3-D U-Net of MONAI (35,000 parameters, trained on 120 MRI volumes) is adapted to inverted contrast with another "
-        "gamma and noise from 8 volumes, 80 steps. FLoRA alone adapts the transposed convolutions.",
+        "A 3-D U-Net of MONAI (35,000 parameters, trained on 120 MRI volumes) is adapted to inverted contrast with "
+        "another gamma and noise from 8 volumes, 80 steps. FLoRA is the only adapter that takes transposed convolutions.",
     ),
     "quality-sst2": (
         "text",
