@@ -147,7 +147,7 @@ QUALITY = {
     "quality-hippocampus": (
         "5-D convolutions",
         "A 3-D U-Net of MONAI (35,000 parameters, trained on 120 MRI volumes) is adapted to inverted contrast with "
-        "another gamma and noise from 8 volumes, 80 steps. FLoRA is the only adapter that takes transposed convolutions.",
+        "another gamma and noise from 8 volumes, 80 steps. Only FLoRA adapts the transposed convolutions.",
     ),
     "quality-sst2": (
         "text",

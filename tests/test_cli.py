@@ -78,6 +78,10 @@ ERRORS = {
     "flag": (["train", "digits", "resume=perhaps"], "expected resume=true or resume=false"),
     "unknown recipe": (["train", "digits", "recipe=digit"], "did you mean 'digits'?"),
     "no config": (["train", "digit"], "no config 'digit'"),
+    "settings that clash": (
+        ["train", "digits-tiny", "output=x", "training.load_best_model_at_end=true"],
+        "the settings under 'training' do not go together here: ",
+    ),
     "no folder": (["eval", "nowhere"], "nowhere/config.yaml does not exist"),
     "no adapter": (["merge", "nowhere", "--out", "x"], "nowhere does not exist"),
     "unknown method": (["compare", "digits", "--methods", "flra"], "did you mean 'flora'?"),

@@ -80,7 +80,10 @@ def training_arguments(settings: Settings, output: Path, **changes: Any) -> Trai
     """The Trainer's arguments: those of the config over a few defaults, ``changes`` over both."""
     defaults = {"dataloader_pin_memory": torch.cuda.is_available(), "label_names": ["labels"], "report_to": "none"}
     given = {**defaults, **settings.training, "seed": settings.seed, **changes}
-    return cast("TrainingArguments", optional(settings.load_recipe(), "ARGUMENTS")(str(output), **given))
+    try:
+        return cast("TrainingArguments", optional(settings.load_recipe(), "ARGUMENTS")(str(output), **given))
+    except ValueError as error:  # such as bf16 where the machine has none
+        raise ValueError(f"the settings under 'training' do not go together here: {error}") from None
 
 
 def measure(trainer: Trainer, dataset: Dataset[Any]) -> dict[str, float]:
