@@ -215,6 +215,7 @@ def _supported(base: nn.Module, request: Request, configure: Configure) -> list[
     found = []
     for name in targets(base, request.adapter):
         layer = nn.Sequential(copy.deepcopy(modules[name]).to("meta"))
+        # What PEFT refuses, each adapter with an error of its own kind, is left out.
         with warnings.catch_warnings(), suppress(ValueError, NotImplementedError, TypeError, UserWarning):
             warnings.filterwarnings("error", "LoRA adapter added to ConvNd layer with groups")
             get_peft_model(cast("Any", layer), _without_head(configure({"0": 1})))

@@ -72,7 +72,7 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     check_exists(path, "tensor file")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+    except Exception as error:  # torch raises errors of many kinds for a file that is no checkpoint
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"{path} is truncated, corrupt or holds code besides tensors: {reason}; save its state_dict as safetensors"

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -177,9 +178,7 @@ class _Plan:
 
     def change(self, name: str) -> Tensor:
         """The sum of the changes of a weight."""
-        total = sum(weight * entry.dense().float() for entry, weight in self.entries[name])
-        assert isinstance(total, Tensor)
-        return total
+        return cast("Tensor", sum(weight * entry.dense().float() for entry, weight in self.entries[name]))
 
     def layout(self, file: str) -> list[tuple[str, str, tuple[int, ...]]]:
         """Name, dtype and shape of what goes into a file: what was there, and new whole tensors in the last one."""

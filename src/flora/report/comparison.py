@@ -82,8 +82,11 @@ def comparison_notes(report: Row) -> list[str]:
         f"Every adapter may spend {budgets} parameters, the head not counted; ranks are solved for that. Each is on "
         "those of FLoRA's layers that it can adapt.",
         f"FLoRA minus it: mean of the differences seed by seed, with the {CONFIDENCE:.0%} interval of Student's t. "
-        "Methods without a choice of size are held against FLoRA at its largest.",
-        *(f"{row['title']}: not possible here ({row['refused']})." for row in report["rows"] if "refused" in row),
+        "Methods without a choice of size are held against FLoRA at its largest. The intervals are not corrected for "
+        "the number of pairs.",
+        *dict.fromkeys(
+            f"{row['title']}: not possible here ({row['refused']})." for row in report["rows"] if "refused" in row
+        ),
     ]
     return notes + _edges(rows) + _verdicts(rows) + _merged(rows)
 
