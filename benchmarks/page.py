@@ -144,7 +144,7 @@ def _quality(title: str, text: str, result: Row) -> list[str]:
 TUNED = (
     "FLoRA had more tuning than the others: its default start was changed after its validation scores on the CIFAR and "
     "SST-2 tasks with the first seed had been seen, and the scales 1 and 4 were tried there (CIFAR took 4, SST-2 2 in "
-    "between, the hippocampus 4 unseen). The authors' scheme has FLoRA's scale, all other adapters alpha / r = 2. No test "
+    "between, the hippocampus 4 unseen). The authors' scheme has FLoRA's scale, other adapters alpha / r = 2. No test "
     "score was used for that."
 )
 QUALITY = {
