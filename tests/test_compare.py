@@ -174,6 +174,48 @@ def test_a_method_that_refuses_is_a_row_with_its_reason(cache: None, tmp_path: P
     assert "LoRA: not possible here (rank 1 costs" in comparison_page(report)
 
 
+def test_an_adapter_that_its_own_library_cannot_merge_is_told(cache: None, tmp_path: Path) -> None:
+    """PEFT's LoHa cannot be merged where a trained head is a module of several layers; FLoRA can."""
+    quick = ["training.max_steps=2", "training.disable_tqdm=true", "compare.learning_rates=[0.01]"]
+    report = compare(read("text_glue-tiny", [f"output={tmp_path / 'run'}", *quick]), ["loha", "flora"], [0])
+    loha, flora = report["rows"]
+    assert loha["merge_difference"] is None
+    assert "LoHa cannot be merged here: 'ContextPooler' object has no attribute 'weight'." in comparison_notes(report)
+    assert flora["merge_difference"] < 1e-5
+    assert flora["merge_error"] is None
+
+
+def test_a_rate_at_which_training_diverges_is_not_chosen(
+    cache: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = module._train
+
+    def diverging(trainer: Any, seed: int) -> dict[str, Any]:
+        if trainer.args.learning_rate == 0.03:
+            for value in trainer.model.parameters():
+                value.data.fill_(float("nan"))
+            raise ValueError("boxes must be finite")
+        return train(trainer, seed)
+
+    monkeypatch.setattr(module, "_train", diverging)
+    settings = tiny(tmp_path / "run", "training.max_steps=2")
+    assert compare(settings, ["frozen"], [0])["rows"][0]["learning_rate"] == 0.01
+    only = tiny(tmp_path / "only", "training.max_steps=2", "compare.learning_rates=[0.03]")
+    row = compare(only, ["frozen"], [0])["rows"][0]
+    assert row["refused"] == "training diverged at the learning rate 0.03"
+
+
+def test_an_error_that_is_not_divergence_is_raised(
+    cache: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(trainer: Any, seed: int) -> dict[str, Any]:
+        raise ValueError("a defect")
+
+    monkeypatch.setattr(module, "_train", broken)
+    with pytest.raises(ValueError, match="a defect"):
+        compare(tiny(tmp_path / "run"), ["frozen"], [0])
+
+
 @pytest.mark.parametrize(
     "change", ["compare.budgets=[0]", "compare.lora_r=0", "compare.learning_rates=[]", "compare.learning_rates=[-1]"]
 )

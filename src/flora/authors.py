@@ -35,6 +35,15 @@ class AuthorsScheme(nn.Module):
             for size, rank in zip(weight.shape, ranks, strict=True)
         )
 
+    def __getattr__(self, name: str) -> Any:
+        """What the layer has besides: models ask for ``weight.dtype`` and the like."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":
+                raise
+            return getattr(self.base, name)
+
     def dense(self) -> Tensor:
         """The update, by one mode product after the other; in the shape of the weight."""
         update: Tensor = self.core

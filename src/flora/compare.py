@@ -106,12 +106,17 @@ class Bench:
             trainer = make_trainer(
                 model, self.recipe, data, training_arguments(self.settings, Path(scratch), **changes)
             )
+            try:
+                trained = {**_train(trainer, run.seed), "validation": measure(trainer, data.validation)}
+            except ValueError as error:  # losses of detectors refuse boxes that are NaN
+                if all(torch.isfinite(value).all() for value in model.parameters()):
+                    raise
+                raise RefusedError(f"training diverged at the learning rate {run.learning_rate:g}") from error
             result: dict[str, Any] = {
                 "trainable_parameters": trainable(model),
                 "total_parameters": sum(parameter.numel() for parameter in model.parameters()),
-                **_train(trainer, run.seed),
                 "seed": run.seed,
-                "validation": measure(trainer, data.validation),
+                **trained,
             }
             return {**result, **self._final(run, trainer, data, result)} if run.final else result
 
@@ -128,7 +133,7 @@ class Bench:
         inputs = {key: value.to(trainer.args.device) for key, value in batch.items() if key != "labels"}
         try:
             _, difference, _ = verified_merge(model, inputs)
-        except (RuntimeError, ValueError) as error:  # another library's adapter
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # as other libraries' adapters fail
             if run.method == KEPT:
                 raise
             return {**found, "merge_error": str(error).partition("\n")[0]}
@@ -260,8 +265,8 @@ def _tell(bench: Bench, run: Run, bar: tqdm[Any]) -> dict[str, Any]:
 
 def _row(metric: str, search: dict[float, float], best: float, finals: list[dict[str, Any]]) -> dict[str, Any]:
     """A method's line of the table, with every number it is made of; or why there is none."""
-    if "refused" in finals[0]:
-        return {"refused": finals[0]["refused"]}
+    if refusals := [result["refused"] for result in finals if "refused" in result]:
+        return {"refused": refusals[0]}
     values = [result["test"][metric] for result in finals]
     memory = [result["peak_memory"] for result in finals if result["peak_memory"] is not None]
     merged = [result["merge_difference"] for result in finals if "merge_difference" in result]
