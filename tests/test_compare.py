@@ -183,6 +183,19 @@ def test_an_adapter_that_its_own_library_cannot_merge_is_told(cache: None, tmp_p
     assert "LoHa cannot be merged here: 'ContextPooler' object has no attribute 'weight'." in comparison_notes(report)
     assert flora["merge_difference"] < 1e-5
     assert flora["merge_error"] is None
+    page = comparison_page(report)
+    assert "One seed (0), so no spread" in page
+    assert "nan" not in page
+
+
+def test_dora_leaves_out_layers_whose_result_would_be_nan() -> None:
+    """RT-DETR's ``sampling_offsets`` start at zero; DoRA divides by the norm of each output's weights."""
+    base = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 5))
+    with torch.no_grad():
+        base[1].weight[3] = 0.0
+    adapted = METHODS["dora"].build(base, Request({"target_modules": ["0", "1"]}, 1.0, 60))
+    assert trainable(adapted) == 4 * (5 + 7) + 7
+    assert torch.isfinite(adapted(torch.ones(2, 5))).all()
 
 
 def test_a_rate_at_which_training_diverges_is_not_chosen(

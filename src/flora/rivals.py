@@ -1,6 +1,7 @@
 """The adapters that FLoRA is compared with, at the ranks that spend a budget: PEFT's, LyCORIS', the authors' scheme.
 
-Each is put on those of FLoRA's targets that it can adapt. PEFT's layers are tried one by one on the meta device.
+Each is put on those of FLoRA's targets that it can adapt. PEFT's layers are tried one by one on the meta device; DoRA
+also leaves out layers with an output whose weights are all zero.
 """
 
 from __future__ import annotations
@@ -214,6 +215,8 @@ def _supported(base: nn.Module, request: Request, configure: Configure) -> list[
     modules = dict(base.named_modules())
     found = []
     for name in targets(base, request.adapter):
+        if getattr(configure({name: 1}), "use_dora", False) and _has_zero_row(modules[name]):
+            continue
         layer = nn.Sequential(copy.deepcopy(modules[name]).to("meta"))
         # What PEFT refuses, each adapter with an error of its own kind, is left out.
         with warnings.catch_warnings(), suppress(ValueError, NotImplementedError, TypeError, UserWarning):
@@ -221,6 +224,11 @@ def _supported(base: nn.Module, request: Request, configure: Configure) -> list[
             get_peft_model(cast("Any", layer), _without_head(configure({"0": 1})))
             found.append(name)
     return found
+
+
+def _has_zero_row(layer: nn.Module) -> bool:
+    """Whether the weights of one output are all zero: DoRA divides by their norm, so that its result is NaN."""
+    return not bool(cast("nn.Parameter", layer.weight).flatten(1).any(1).all())
 
 
 def _without_head(config: PeftConfig) -> PeftConfig:

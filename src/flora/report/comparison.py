@@ -33,15 +33,17 @@ def _line(row: Row, rows: Sequence[Row], metric: str) -> dict[str, str]:
     return {
         "method": f"**{row['title']}**" if row["method"] == "flora" else row["title"],
         "trainable parameters": f"{row['trainable_parameters']:,}",
-        f"{metric} (test)": f"{row['mean']:.4f} ± {row['std']:.4f}",
-        f"FLoRA minus it, {CONFIDENCE:.0%}": ""
-        if difference is None
-        else f"{difference[0]:+.4f} ± {difference[1]:.4f}",
+        f"{metric} (test)": f"{row['mean']:.4f}" + (f" ± {row['std']:.4f}" if len(row["values"]) > 1 else ""),
+        f"FLoRA minus it, {CONFIDENCE:.0%}": "" if difference is None else _interval(*difference),
         "learning rate": f"{row['learning_rate']:g}",
         "s / step": f"{row['seconds_per_step']:.3f}",
         "peak memory": "" if row["peak_memory"] is None else size(row["peak_memory"]),
         "file": size(row["file_bytes"]),
     }
+
+
+def _interval(mean: float, half: float) -> str:
+    return f"{mean:+.4f}" if math.isnan(half) else f"{mean:+.4f} ± {half:.4f}"
 
 
 def against(row: Row, rows: Sequence[Row]) -> tuple[float, float] | None:
@@ -76,8 +78,12 @@ def comparison_notes(report: Row) -> list[str]:
     """What a reader must know beside the table, a sentence each."""
     rows = [row for row in report["rows"] if "refused" not in row]
     budgets = ", ".join(f"{budget:,}" for budget in report["budgets"])
+    seeds = ", ".join(map(str, report["seeds"]))
+    runs = (
+        f"Mean and standard deviation over the seeds {seeds}" if "," in seeds else f"One seed ({seeds}), so no spread"
+    )
     notes = [
-        f"Mean and standard deviation over the seeds {', '.join(map(str, report['seeds']))}; each learning rate was "
+        f"{runs}; each learning rate was "
         "chosen on validation from the same grid with the first seed; the test set was used by the final runs only.",
         f"Every adapter may spend {budgets} parameters, the head not counted; ranks are solved for that. Each is on "
         "those of FLoRA's layers that it can adapt.",
