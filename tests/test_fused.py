@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flora import fused, fused_conv
+from flora import fused, fused_depthwise, fused_pointwise
 from flora.layers import find_layer
 from flora.tucker import Tucker
 
@@ -84,7 +84,7 @@ def test_the_number_of_layers() -> None:
 def test_output_and_gradients_equal_those_of_the_dense_weight(
     name: str, sums: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused_conv, "SUM_PAYS_FROM", 0 if sums else math.inf)
+    monkeypatch.setattr(fused_pointwise, "SUM_PAYS_FROM", 0 if sums else math.inf)
     layer, x, form = make(name)
     out, expected = through(layer, x, form), dense(layer, x, form)
     assert torch.allclose(out, expected, atol=1e-12)
@@ -95,12 +95,35 @@ def test_output_and_gradients_equal_those_of_the_dense_weight(
         assert torch.allclose(value, other, atol=1e-11)
 
 
+@pytest.mark.parametrize("name", [name for name in LAYERS if "patches" in name])
+@pytest.mark.parametrize("last", [False, True])
+def test_some_samples_at_a_time(name: str, last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of transposed convolutions whose patches lie apart, so that what is turned around stays in the cache."""
+    monkeypatch.setattr(fused_pointwise, "SUM_PAYS_FROM", 0)
+    layer, x, form = make(name)
+    x = torch.randn(3, *x.shape[1:], dtype=x.dtype)
+    layout = {3: torch.contiguous_format, 4: torch.channels_last, 5: torch.channels_last_3d}[x.ndim]
+    x = (x.to(memory_format=layout) if last else x).requires_grad_(True)
+    expected = dense(layer, x, form)
+    weight = torch.randn_like(expected)
+    sizes = []
+    for numbers in (expected.numel() // 3, 2 * expected.numel() // 3, expected.numel()):
+        monkeypatch.setattr(fused_pointwise, "CACHED", numbers)
+        sizes.append(fused_pointwise._slice_size(expected))
+        out = through(layer, x, form)
+        assert torch.allclose(out, expected, atol=1e-12)
+        found = torch.autograd.grad((out * weight).sum(), leaves(x, form))
+        exact = torch.autograd.grad((expected * weight).sum(), leaves(x, form), retain_graph=True)
+        assert all(torch.allclose(value, other, atol=1e-11) for value, other in zip(found, exact, strict=True))
+    assert sizes == [1, 2, 3]
+
+
 def test_both_ways_of_a_convolution_are_reached() -> None:
     _, x, form = make("conv2d")
     weight = torch.zeros(5, 3, 3, 2)
-    assert not fused_conv._sums_weights(x[:1, :, :2], weight)
-    assert fused_conv._sums_weights(torch.zeros(2, 3, 40, 50), weight)
-    assert not fused_conv._sums_weights(torch.zeros(2, 3, 40, 50), weight.bfloat16())
+    assert not fused_pointwise.sums_weights(x[:1, :, :2], weight)
+    assert fused_pointwise.sums_weights(torch.zeros(2, 3, 40, 50), weight)
+    assert not fused_pointwise.sums_weights(torch.zeros(2, 3, 40, 50), weight.bfloat16())
     assert form.ranks == (3, 2, 2, 2)
 
 
@@ -244,7 +267,7 @@ def test_a_large_depthwise_kernel(name: str) -> None:
     size = (2, layer.in_channels, 11, 13, 7)[: layer.weight.ndim]
     x = torch.randn(size, dtype=torch.float64).requires_grad_(True)
     wanted = [x, *layer.parameters()]
-    assert fused_conv.is_slow_depthwise(layer, layer.weight, x)
+    assert fused_depthwise.is_slow_depthwise(layer, layer.weight, x)
     out = row(layer).apply(layer, layer.weight, layer.bias, x)
     assert torch.equal(out, layer(x))
     assert "Depthwise" in str(out.grad_fn)
@@ -254,7 +277,7 @@ def test_a_large_depthwise_kernel(name: str) -> None:
     given = [x[:, :, :10, :10].detach().clone().requires_grad_(True), *wanted[1:]]
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return fused_conv.depthwise(layer, weight, bias, x)
+        return fused_depthwise.depthwise(layer, weight, bias, x)
 
     assert torch.autograd.gradcheck(run, given, fast_mode=True)
     assert torch.autograd.gradgradcheck(run, given, fast_mode=True)
@@ -262,10 +285,10 @@ def test_a_large_depthwise_kernel(name: str) -> None:
 
 def test_where_a_depthwise_kernel_is_left_to_torch() -> None:
     layer, x = nn.Conv2d(5, 5, 7, padding=3, groups=5), torch.randn(2, 5, 11, 13)
-    assert fused_conv.is_slow_depthwise(layer, layer.weight, x)
-    assert not fused_conv.is_slow_depthwise(layer, layer.weight.detach(), x)
-    assert not fused_conv.is_slow_depthwise(layer.bfloat16(), layer.weight, x.bfloat16())
+    assert fused_depthwise.is_slow_depthwise(layer, layer.weight, x)
+    assert not fused_depthwise.is_slow_depthwise(layer, layer.weight.detach(), x)
+    assert not fused_depthwise.is_slow_depthwise(layer.bfloat16(), layer.weight, x.bfloat16())
     small = nn.Conv2d(5, 5, 3, groups=5)
-    assert not fused_conv.is_slow_depthwise(small, small.weight, x)
+    assert not fused_depthwise.is_slow_depthwise(small, small.weight, x)
     dense = nn.Conv2d(5, 5, 7)
-    assert not fused_conv.is_slow_depthwise(dense, dense.weight, x)
+    assert not fused_depthwise.is_slow_depthwise(dense, dense.weight, x)

@@ -17,12 +17,13 @@ PACKAGE = "flora"
 # A room is a file or a folder of src/flora; `flora` is its __init__, `flora_cli` the file beside it. A room may import
 # from the levels above its own in this list, and from nothing beside or below it. A new file gets a room here.
 LEVELS: list[set[str]] = [
-    {"tucker", "folders"},
+    {"tucker", "folders", "channels"},
     {"ranks", "fold"},
     {"planning", "decomposition", "initialize"},
     {"delta", "kernels", "experts"},
     {"fused"},
-    {"fused_conv"},
+    {"fused_pointwise"},
+    {"fused_conv", "fused_depthwise"},
     {"layers"},
     {"layout"},
     {"tuner", "convert"},
@@ -50,7 +51,10 @@ FOREIGN: dict[str, set[str]] = {
     "delta": set(),
     "kernels": set(),
     "fused": set(),
+    "channels": set(),
     "fused_conv": set(),
+    "fused_pointwise": set(),
+    "fused_depthwise": set(),
     "experts": set(),
     "layers": {"transformers"},
     "layout": set(),

@@ -1,0 +1,58 @@
+"""Products on the channels of activations (batch, channels, *spatial), in whichever layout those have."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NARROW = 16  # channels below which a product writes them faster with the pixels innermost, to be turned afterwards
+
+
+def rows(x: Tensor) -> Tensor | None:
+    """A channels-last tensor (B, C, *S) as its rows (B * S, C), without a copy; None for other layouts."""
+    last = x.movedim(1, -1)
+    return last.reshape(-1, x.shape[1]) if last.is_contiguous() and not x.is_contiguous() else None
+
+
+def project(matrix: Tensor, x: Tensor) -> Tensor:
+    """``matrix.T`` on the channels: matrix (C, J), x (B, C, *S) -> (B, J, *S), channels last.
+
+    Narrow tensors are kept so because convolutions over few channels are then about twice as fast.
+    """
+    matrix = matrix.to(x.dtype)
+    lines = rows(x)
+    if lines is not None:
+        flat = lines @ matrix
+    elif matrix.shape[1] < NARROW:
+        flat = torch.bmm(matrix.T.contiguous().expand(x.shape[0], -1, -1), x.flatten(2)).transpose(1, 2).contiguous()
+    else:
+        flat = torch.bmm(x.flatten(2).transpose(1, 2), matrix.expand(x.shape[0], -1, -1))
+    return flat.view(x.shape[0], *x.shape[2:], matrix.shape[1]).movedim(-1, 1)
+
+
+def add_projected(y: Tensor, matrix: Tensor, hidden: Tensor) -> None:
+    """Adds ``matrix`` on the channels of hidden (B, J, *S) into y (B, C, *S), in place; matrix (C, J)."""
+    matrix = matrix.to(y.dtype)
+    lines = rows(y)
+    if lines is not None:
+        lines.addmm_(hidden.movedim(1, -1).reshape(-1, hidden.shape[1]), matrix.T)
+    elif y.is_contiguous():
+        y.view(*y.shape[:2], -1).baddbmm_(matrix.expand(y.shape[0], -1, -1), hidden.flatten(2))
+    else:
+        y += project(matrix.T, hidden)
+
+
+def outer(wide: Tensor, narrow: Tensor) -> Tensor:
+    """The sum over batch and positions of ``wide narrow^T``: (B, C, *S), (B, J, *S) -> (C, J)."""
+    lines = rows(wide)
+    if lines is not None:
+        return (narrow.movedim(1, -1).reshape(-1, narrow.shape[1]).T @ lines).T
+    return torch.bmm(narrow.flatten(2), wide.flatten(2).transpose(1, 2)).sum(0).T
+
+
+def mix(matrix: Tensor, x: Tensor) -> Tensor:
+    """A product on the channels: matrix (O, I), x (B, I, *S) -> (B, O, *S) in the layout of x."""
+    lines = rows(x)
+    if lines is not None:
+        return (lines @ matrix.T).view(x.shape[0], *x.shape[2:], len(matrix)).movedim(-1, 1)
+    return torch.bmm(matrix.expand(x.shape[0], -1, -1), x.flatten(2)).view(x.shape[0], len(matrix), *x.shape[2:])

@@ -1,0 +1,174 @@
+"""The fused function of convolutions that are a product on the channels: ``fused_conv`` decides which those are."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flora.channels import add_projected, mix, outer, project, rows
+from flora.fused import again
+from flora.planning import SUM_PAYS_FROM
+
+aten = torch.ops.aten
+CACHED = 2**18  # numbers that a CPU's cache holds
+Geometry = tuple[Any, ...]  # stride, padding, dilation, transposed, output padding, groups
+
+
+def pointwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, out: Tensor | None, geometry: Geometry
+) -> Tensor:
+    """The layer with ``weight + out @ down``; shapes as of ``_Pointwise``."""
+    y: Tensor = _Pointwise.apply(x, weight, bias, down, out, geometry)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Pointwise(torch.autograd.Function):
+    """A kernel of size 1, or a transposed one whose patches lie apart: products on the channels.
+
+    Shapes: weight (O, I, 1 ..) or transposed (I, O, *K), down (J, I), out (O, J) or transposed (O * K, J), or None.
+    Of the transposed, the output's gradient is seen with the pixels of a patch as channels.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, out: Tensor | None, geometry: Geometry
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, bias, down, out)
+        ctx.geometry = geometry
+        if sums_weights(x, weight):
+            matrix = _sum(_matrix(weight, geometry), down, out)
+            if geometry[3] and _faster_by_product(x, down, out):
+                return _spread_product(matrix, x, weight.shape[2:], bias)
+            used = (matrix.T if geometry[3] else matrix).reshape(weight.shape)
+            return aten.convolution(x, used, bias, *geometry)  # type: ignore[no-any-return]
+        y: Tensor = aten.convolution(x, weight, bias, *geometry)
+        seen = x[_steps(geometry)]
+        if out is None:
+            add_projected(y, down, seen)
+        else:
+            add_projected(y, out, project(down.T, seen))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight, bias, down, out = ctx.saved_tensors
+        geometry = ctx.geometry
+        if torch.is_grad_enabled():
+            return again(ctx, _plain_pointwise, (x, weight, bias, down, out), (geometry,), grad)
+        grad_bias = grad.sum([dim for dim in range(grad.ndim) if dim != 1]) if ctx.needs_input_grad[2] else None
+        whole, matrix = sums_weights(x, weight), None
+        if ctx.needs_input_grad[0]:
+            matrix = _matrix(weight, geometry)
+            matrix = _sum(matrix, down, out) if whole else matrix
+        size = _slice_size(grad) if geometry[3] else len(x)
+        parts = [
+            _pointwise_gradients(seen, own, matrix, whole, down, out, geometry)
+            for seen, own in zip(x.split(size), grad.split(size), strict=True)
+        ]
+        grad_x, grad_down, grad_out = parts[0]
+        if len(parts) > 1:
+            grad_x = None if matrix is None else torch.cat([part[0] for part in parts])
+            grad_down = torch.stack([part[1] for part in parts]).sum(0)
+            grad_out = None if out is None else torch.stack([part[2] for part in parts]).sum(0)
+        grad_out = None if out is None else grad_out.to(out.dtype)
+        return grad_x, None, grad_bias, grad_down.to(down.dtype), grad_out, None
+
+
+def _pointwise_gradients(
+    x: Tensor, grad: Tensor, matrix: Tensor | None, whole: bool, down: Tensor, out: Tensor | None, geometry: Geometry
+) -> tuple[Any, Tensor, Any]:
+    """Of x, down and out, for some of the samples; matrix is that of the weight, the change in it if ``whole``."""
+    steps, grad_out = _steps(geometry), None
+    seen = x[steps].contiguous() if rows(x) is None else x[steps]
+    if geometry[3]:
+        grad = _patches(grad, geometry[0])
+    back = grad
+    if out is not None:
+        grad_out = outer(grad, project(down.T, seen))
+        back = project(out, grad)
+    grad_down = outer(seen, back).T
+    if matrix is None:
+        return None, grad_down, grad_out
+    grad_x = mix(matrix.T, grad)
+    if not whole:
+        add_projected(grad_x, down.T, back)
+    if grad_x.shape != x.shape:
+        part, grad_x = grad_x, torch.zeros_like(x)
+        grad_x[steps] = part
+    return grad_x, grad_down, grad_out
+
+
+def _steps(geometry: Geometry) -> tuple[slice, ...]:
+    """The positions that a kernel of size 1 sees."""
+    return (slice(None), slice(None), *(slice(None, None, 1 if geometry[3] else step) for step in geometry[0]))
+
+
+def _matrix(weight: Tensor, geometry: Geometry) -> Tensor:
+    """The weight as what a product on the channels takes: (O, I), or transposed (O * K, I)."""
+    return weight.flatten(1).T if geometry[3] else weight.flatten(1)
+
+
+def _sum(matrix: Tensor, down: Tensor, out: Tensor | None) -> Tensor:
+    """W + dW by one product into a copy of W."""
+    return matrix + down if out is None else torch.addmm(matrix, out, down)
+
+
+def _patches(grad: Tensor, kernel: tuple[int, ...]) -> Tensor:
+    """The pixels of each patch as channels, in the layout of grad: (B, O, *(S * K)) -> (B, O * K, *S)."""
+    dims, sizes = len(kernel), [size // step for size, step in zip(grad.shape[2:], kernel, strict=True)]
+    split = grad.reshape(*grad.shape[:2], *(part for pair in zip(sizes, kernel, strict=True) for part in pair))
+    places, inside = range(2, 2 + 2 * dims, 2), range(3, 3 + 2 * dims, 2)
+    if rows(grad) is not None:
+        return split.permute(0, *places, 1, *inside).reshape(len(grad), *sizes, -1).movedim(-1, 1)
+    return split.permute(0, 1, *inside, *places).reshape(len(grad), -1, *sizes)
+
+
+def _spread_product(matrix: Tensor, x: Tensor, kernel: tuple[int, ...], bias: Tensor | None) -> Tensor:
+    """The transposed convolution of patches that lie apart: matrix (O * K, I), x (B, I, *S) -> (B, O, *(S * K))."""
+    dims, places = len(kernel), x.shape[2:]
+    order = (0, 1, *(mode for dim in range(dims) for mode in (2 + dims + dim, 2 + dim)))
+    inside = tuple(size for pair in zip(places, kernel, strict=True) for size in pair)
+    y = x.new_empty(len(x), len(matrix) // math.prod(kernel), *inside)
+    size = _slice_size(y)
+    for seen, target in zip(x.split(size), y.split(size), strict=True):
+        patches = mix(matrix, seen).view(len(seen), -1, *kernel, *places).permute(order)
+        if bias is None:
+            target.copy_(patches)
+        else:
+            torch.add(patches, bias.view(-1, *(1,) * (2 * dims)), out=target)
+    return y.view(*y.shape[:2], *(place * step for place, step in zip(places, kernel, strict=True)))
+
+
+def _slice_size(y: Tensor) -> int:
+    """How many samples at a time, so that what is turned around stays in the cache of a CPU."""
+    return len(y) if y.device.type != "cpu" else max(1, CACHED * len(y) // max(1, y.numel()))
+
+
+def _faster_by_product(x: Tensor, down: Tensor, out: Tensor | None) -> bool:
+    """Whether a transposed convolution whose patches lie apart is better run as a product and a copy.
+
+    On a CPU torch turns planes into blocks and back for it. A change of zero keeps torch's way, so that a new adapter
+    leaves the output as it was to the last bit.
+    """
+    return x.device.type == "cpu" and x.is_contiguous() and bool(down.any()) and (out is None or bool(out.any()))
+
+
+def _plain_pointwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, out: Tensor | None, geometry: Geometry
+) -> Tensor:
+    """The same in plain operations, with dW whole, for the gradient of a gradient."""
+    update = (down if out is None else out @ down).to(weight.dtype)
+    update = (update.T if geometry[3] else update).reshape(weight.shape)
+    return aten.convolution(x, weight, bias, *geometry) + aten.convolution(x, update, None, *geometry)  # type: ignore[no-any-return]
+
+
+def sums_weights(x: Tensor, weight: Tensor) -> bool:
+    """Whether to run the layer once with W + dW instead of adding into output and gradient.
+
+    It pays where the activations outnumber the weights. Not in half precision: the sum would round a small dW away.
+    """
+    activations = x.numel() // x.shape[1] * sum(weight.shape[:2])
+    return weight.dtype in (torch.float32, torch.float64) and activations > SUM_PAYS_FROM * weight.numel()
