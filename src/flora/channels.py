@@ -50,9 +50,12 @@ def outer(wide: Tensor, narrow: Tensor) -> Tensor:
     return torch.bmm(narrow.flatten(2), wide.flatten(2).transpose(1, 2)).sum(0).T
 
 
-def mix(matrix: Tensor, x: Tensor) -> Tensor:
-    """A product on the channels: matrix (O, I), x (B, I, *S) -> (B, O, *S) in the layout of x."""
+def mix(matrix: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A product on the channels: matrix (O, I), x (B, I, *S), bias (O,) -> (B, O, *S) in the layout of x."""
     lines = rows(x)
     if lines is not None:
-        return (lines @ matrix.T).view(x.shape[0], *x.shape[2:], len(matrix)).movedim(-1, 1)
-    return torch.bmm(matrix.expand(x.shape[0], -1, -1), x.flatten(2)).view(x.shape[0], len(matrix), *x.shape[2:])
+        flat = lines @ matrix.T if bias is None else torch.addmm(bias, lines, matrix.T)
+        return flat.view(x.shape[0], *x.shape[2:], len(matrix)).movedim(-1, 1)
+    pair = (matrix.expand(x.shape[0], -1, -1), x.flatten(2))
+    y = torch.bmm(*pair) if bias is None else torch.baddbmm(bias.unsqueeze(1), *pair)
+    return y.view(x.shape[0], len(matrix), *x.shape[2:])

@@ -13,7 +13,7 @@ from flora.fused import again
 from flora.planning import SUM_PAYS_FROM
 
 aten = torch.ops.aten
-CACHED = 2**18  # numbers that a CPU's cache holds
+CACHED = 2**19  # numbers turned around at a time on a CPU: its caches hold them
 Geometry = tuple[Any, ...]  # stride, padding, dilation, transposed, output padding, groups
 
 
@@ -63,16 +63,20 @@ class _Pointwise(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             matrix = _matrix(weight, geometry)
             matrix = _sum(matrix, down, out) if whole else matrix
+        rest = (matrix, whole, down, out, geometry)
         size = _slice_size(grad) if geometry[3] else len(x)
-        parts = [
-            _pointwise_gradients(seen, own, matrix, whole, down, out, geometry)
-            for seen, own in zip(x.split(size), grad.split(size), strict=True)
-        ]
-        grad_x, grad_down, grad_out = parts[0]
-        if len(parts) > 1:
-            grad_x = None if matrix is None else torch.cat([part[0] for part in parts])
-            grad_down = torch.stack([part[1] for part in parts]).sum(0)
-            grad_out = None if out is None else torch.stack([part[2] for part in parts]).sum(0)
+        if size >= len(x):
+            grad_x, grad_down, grad_out = _pointwise_gradients(x, grad, *rest)
+        else:
+            grad_x, grad_down = None if matrix is None else torch.empty_like(x), torch.zeros_like(down)
+            grad_out = None if out is None else torch.zeros_like(out)
+            for part in (slice(start, start + size) for start in range(0, len(x), size)):
+                own_x, own_down, own_out = _pointwise_gradients(x[part], grad[part], *rest)
+                grad_down += own_down
+                if grad_x is not None:
+                    grad_x[part] = own_x
+                if grad_out is not None:
+                    grad_out += own_out
         grad_out = None if out is None else grad_out.to(out.dtype)
         return grad_x, None, grad_bias, grad_down.to(down.dtype), grad_out, None
 
@@ -132,13 +136,10 @@ def _spread_product(matrix: Tensor, x: Tensor, kernel: tuple[int, ...], bias: Te
     order = (0, 1, *(mode for dim in range(dims) for mode in (2 + dims + dim, 2 + dim)))
     inside = tuple(size for pair in zip(places, kernel, strict=True) for size in pair)
     y = x.new_empty(len(x), len(matrix) // math.prod(kernel), *inside)
+    each = None if bias is None else bias.repeat_interleave(math.prod(kernel))
     size = _slice_size(y)
     for seen, target in zip(x.split(size), y.split(size), strict=True):
-        patches = mix(matrix, seen).view(len(seen), -1, *kernel, *places).permute(order)
-        if bias is None:
-            target.copy_(patches)
-        else:
-            torch.add(patches, bias.view(-1, *(1,) * (2 * dims)), out=target)
+        target.copy_(mix(matrix, seen, each).view(len(seen), -1, *kernel, *places).permute(order))
     return y.view(*y.shape[:2], *(place * step for place, step in zip(places, kernel, strict=True)))
 
 
