@@ -151,6 +151,22 @@ def test_finding_the_targets_leaves_the_base_as_it_is(cache: None, tmp_path: Pat
     assert {name: type(module) for name, module in base.named_modules()} == before
 
 
+def test_lora_is_put_on_stacks_of_experts_too(cache: None) -> None:
+    """By PEFT's ``target_parameters``, at ranks of their own; DoRA has no such way and leaves them out."""
+    settings = read("text_causal-moe-tiny")
+    base = settings.load_recipe().load_base(settings.task)
+    experts = [name for name, leaves in targets(base, settings.adapter).items() if leaves]
+    assert experts == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
+    budget = default_budget(base, settings.adapter, 2) + 900
+    adapted: Any = METHODS["lora"].build(base, Request(settings.adapter, 1.0, budget))
+    stacks = {name: trainable(adapted.base_model.model.get_submodule(name)) for name in experts}
+    assert stacks[experts[0]] > stacks[experts[1]] > 0
+    assert 0.9 * budget < trainable(adapted) - trainable(adapted.base_model.model.lm_head) <= budget
+    base = settings.load_recipe().load_base(settings.task)
+    other = METHODS["dora"].build(base, Request(settings.adapter, 1.0, budget))
+    assert not any("experts" in name for name, value in other.named_parameters() if value.requires_grad)
+
+
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.matched])
 def test_too_small_a_budget_is_refused(cache: None, tmp_path: Path, method: str) -> None:
     settings = tiny(tmp_path)

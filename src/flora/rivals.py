@@ -10,7 +10,7 @@ import copy
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +28,8 @@ from flora.tuner.targets import exact_pattern
 LOKR_FACTORS = (-1, 16, 8, 4, 2)  # how LoKr splits a matrix, from its default, the cheapest, to the dearest
 PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 KERNEL = ("kd", "kh", "kw")
-Configure = Callable[[dict[str, int]], PeftConfig]  # rank of each layer -> a config of PEFT
+Targets = Mapping[str, list[str]]  # module -> its raw parameters that are adapted; none for a layer as such
+Configure = Callable[[dict[str, int], Targets], PeftConfig]  # the rank of each module -> a config of PEFT
 
 
 class RefusedError(ValueError):
@@ -66,7 +67,7 @@ def lora(base: nn.Module, request: Request, **options: Any) -> nn.Module:
 
 def loha(base: nn.Module, request: Request) -> nn.Module:
     """PEFT's LoHa. Raises as :func:`lora` does."""
-    return _peft(base, request, lambda ranks: LoHaConfig(**_fields(ranks, request, "alpha")))
+    return _peft(base, request, lambda ranks, found: LoHaConfig(**_fields(request, "alpha", ranks, found)))
 
 
 def lokr(base: nn.Module, request: Request) -> nn.Module:
@@ -78,16 +79,16 @@ def lokr(base: nn.Module, request: Request) -> nn.Module:
     for factor in LOKR_FACTORS:
         configure = partial(_lokr, request, factor)
         try:
-            ranks = _solve(base, request, configure)
+            ranks, found = _solve(base, request, configure)
         except RefusedError:
             if spent:
                 break
             raise
-        cost = sum(_peft_costs(base, configure, ranks).values())
-        spent[cost] = configure(ranks)
+        cost = sum(_peft_costs(base, configure, ranks, found).values())
+        spent[cost] = configure(ranks, found)
         if cost >= 0.95 * request.budget:
             break
-    return get_peft_model(cast("Any", base), spent[max(spent)])
+    return _adapt(base, spent[max(spent)])
 
 
 def lycoris(base: nn.Module, request: Request) -> nn.Module:
@@ -146,12 +147,16 @@ def authors(base: nn.Module, request: Request) -> nn.Module:
     return train_head(base, request.head)
 
 
-def targets(base: nn.Module, adapter: dict[str, Any]) -> list[str]:
-    """The names of the modules that FLoRA adapts with this configuration; ``base`` is left as it is."""
+def targets(base: nn.Module, adapter: dict[str, Any]) -> dict[str, list[str]]:
+    """The modules that FLoRA adapts with this configuration, of each the raw parameters; ``base`` is left as it is."""
     adapted = get_peft_model(cast("Any", base), FloraConfig(**{**adapter, "modules_to_save": None}))
-    names = list(cast("Any", adapted.base_model).targeted_module_names)
+    tuner = cast("Any", adapted.base_model)
+    found: dict[str, list[str]] = {name: [] for name in tuner.targeted_module_names}
+    for name in tuner.targeted_parameter_names:
+        owner, _, leaf = name.rpartition(".")
+        found.setdefault(owner, []).append(leaf)
     adapted.unload()
-    return names
+    return found
 
 
 def train_head(base: nn.Module, head: list[str]) -> nn.Module:
@@ -166,39 +171,49 @@ def default_budget(base: nn.Module, adapter: dict[str, Any], rank: int) -> int:
     """What PEFT's LoRA of that rank costs on FLoRA's targets, the head not counted."""
     request = Request(adapter, 1.0, 0)
     configure = partial(_lora, request, {})
-    names = _supported(base, request, configure)
-    return sum(_peft_costs(base, configure, dict.fromkeys(names, rank)).values())
+    found = _supported(base, request, configure)
+    return sum(_peft_costs(base, configure, dict.fromkeys(found, rank), found).values())
 
 
-def _lora(request: Request, options: dict[str, Any], ranks: dict[str, int]) -> PeftConfig:
-    return LoraConfig(**_fields(ranks, request, "lora_alpha"), **options)
+def _lora(request: Request, options: dict[str, Any], ranks: dict[str, int], found: Targets) -> PeftConfig:
+    return LoraConfig(**_fields(request, "lora_alpha", ranks, found), **options)
 
 
-def _lokr(request: Request, factor: int, ranks: dict[str, int]) -> PeftConfig:
-    return LoKrConfig(**_fields(ranks, request, "alpha"), decompose_factor=factor)
+def _lokr(request: Request, factor: int, ranks: dict[str, int], found: Targets) -> PeftConfig:
+    return LoKrConfig(**_fields(request, "alpha", ranks, found), decompose_factor=factor)
 
 
-def _fields(ranks: dict[str, int], request: Request, alpha: str) -> dict[str, Any]:
-    """What the configs of PEFT have in common; the names of layers are matched whole."""
+def _fields(request: Request, alpha: str, ranks: dict[str, int], found: Targets) -> dict[str, Any]:
+    """What the configs of PEFT have in common; the names of modules are matched whole."""
     least = min(ranks.values())
-    higher = {exact_pattern(name): rank for name, rank in ranks.items() if rank != least}
+    patterns = {name: exact_pattern(name) + (rf"\.({'|'.join(found[name])})" if found[name] else "") for name in ranks}
+    higher = {patterns[name]: rank for name, rank in ranks.items() if rank != least}
+    raw = [f"{name}.{leaf}" for name in ranks for leaf in found[name]]
     return {
         "r": least,
         alpha: request.scale * least,
-        "target_modules": "|".join(map(re.escape, ranks)),
+        "target_modules": "|".join(re.escape(name) for name in ranks if not found[name]) or None,
         "rank_pattern": higher,
         "alpha_pattern": {pattern: request.scale * rank for pattern, rank in higher.items()},
         "modules_to_save": request.head or None,
+        **({"target_parameters": raw} if raw else {}),
     }
 
 
 def _peft(base: nn.Module, request: Request, configure: Configure) -> nn.Module:
-    return get_peft_model(cast("Any", base), configure(_solve(base, request, configure)))
+    return _adapt(base, configure(*_solve(base, request, configure)))
 
 
-def _solve(base: nn.Module, request: Request, configure: Configure) -> dict[str, int]:
-    names = _supported(base, request, configure)
-    return _match(lambda rank: _peft_costs(base, configure, dict.fromkeys(names, rank)), request)
+def _adapt(base: nn.Module, config: PeftConfig) -> nn.Module:
+    """PEFT's model, without its warning that patterns for raw parameters matched no module."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+        return get_peft_model(cast("Any", base), config)
+
+
+def _solve(base: nn.Module, request: Request, configure: Configure) -> tuple[dict[str, int], Targets]:
+    found = _supported(base, request, configure)
+    return _match(lambda rank: _peft_costs(base, configure, dict.fromkeys(found, rank), found), request), found
 
 
 def _match(costs: Costs, request: Request) -> dict[str, int]:
@@ -210,25 +225,27 @@ def _match(costs: Costs, request: Request) -> dict[str, int]:
         raise RefusedError(str(error)) from None
 
 
-def _supported(base: nn.Module, request: Request, configure: Configure) -> list[str]:
+def _supported(base: nn.Module, request: Request, configure: Configure) -> Targets:
     """Those of FLoRA's targets that PEFT puts this kind of adapter on without a warning that it cannot be merged."""
     modules = dict(base.named_modules())
-    found = []
-    for name in targets(base, request.adapter):
-        if getattr(configure({name: 1}), "use_dora", False) and _has_zero_row(modules[name]):
-            continue
+    found = {}
+    for name, leaves in targets(base, request.adapter).items():
         layer = nn.Sequential(copy.deepcopy(modules[name]).to("meta"))
         # What PEFT refuses, each adapter with an error of its own kind, is left out.
         with warnings.catch_warnings(), suppress(ValueError, NotImplementedError, TypeError, UserWarning):
             warnings.filterwarnings("error", "LoRA adapter added to ConvNd layer with groups")
-            get_peft_model(cast("Any", layer), _without_head(configure({"0": 1})))
-            found.append(name)
+            config = _without_head(configure({"0": 1}, {"0": leaves}))
+            if getattr(config, "use_dora", False) and _has_zero_row(modules[name]):
+                continue
+            _adapt(layer, config)
+            found[name] = leaves
     return found
 
 
 def _has_zero_row(layer: nn.Module) -> bool:
     """Whether the weights of one output are all zero: DoRA divides by their norm, so that its result is NaN."""
-    return not bool(cast("nn.Parameter", layer.weight).flatten(1).any(1).all())
+    weight = getattr(layer, "weight", None)
+    return weight is not None and not bool(weight.flatten(1).any(1).all())
 
 
 def _without_head(config: PeftConfig) -> PeftConfig:
@@ -236,10 +253,10 @@ def _without_head(config: PeftConfig) -> PeftConfig:
     return config
 
 
-def _peft_costs(base: nn.Module, configure: Configure, ranks: dict[str, int]) -> dict[str, int]:
-    """Layer -> trainable parameters of its adapter, by building it on the meta device."""
+def _peft_costs(base: nn.Module, configure: Configure, ranks: dict[str, int], found: Targets) -> dict[str, int]:
+    """Module -> trainable parameters of its adapter, by building it on the meta device."""
     if not ranks:
         return {}
-    adapted = get_peft_model(copy.deepcopy(base).to("meta"), _without_head(configure(ranks)))
-    inner = cast("nn.Module", adapted.base_model.model)
+    adapted = _adapt(copy.deepcopy(base).to("meta"), _without_head(configure(ranks, found)))
+    inner = cast("Any", adapted.base_model).model
     return {name: trainable(inner.get_submodule(name)) for name in ranks}
