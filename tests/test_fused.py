@@ -84,7 +84,7 @@ def test_the_number_of_layers() -> None:
 def test_output_and_gradients_equal_those_of_the_dense_weight(
     name: str, sums: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused_pointwise, "SUM_PAYS_FROM", 0 if sums else math.inf)
+    monkeypatch.setattr(fused, "SUM_PAYS_FROM", 0 if sums else math.inf)
     layer, x, form = make(name)
     out, expected = through(layer, x, form), dense(layer, x, form)
     assert torch.allclose(out, expected, atol=1e-12)
@@ -99,7 +99,7 @@ def test_output_and_gradients_equal_those_of_the_dense_weight(
 @pytest.mark.parametrize("last", [False, True])
 def test_some_samples_at_a_time(name: str, last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of transposed convolutions whose patches lie apart, so that what is turned around stays in the cache."""
-    monkeypatch.setattr(fused_pointwise, "SUM_PAYS_FROM", 0)
+    monkeypatch.setattr(fused, "SUM_PAYS_FROM", 0)
     layer, x, form = make(name)
     x = torch.randn(3, *x.shape[1:], dtype=x.dtype)
     layout = {3: torch.contiguous_format, 4: torch.channels_last, 5: torch.channels_last_3d}[x.ndim]
@@ -118,12 +118,30 @@ def test_some_samples_at_a_time(name: str, last: bool, monkeypatch: pytest.Monke
     assert sizes == [1, 2, 3]
 
 
+@pytest.mark.parametrize("sums", [False, True])
+@pytest.mark.parametrize("name", [name for name in LAYERS if "linear" in name])
+def test_some_rows_at_a_time(name: str, sums: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a linear layer's backward, so that rows of input and gradient are fetched once."""
+    monkeypatch.setattr(fused, "SUM_PAYS_FROM", 0 if sums else math.inf)
+    monkeypatch.setattr(fused, "LEAST_ROWS", 3)
+    monkeypatch.setattr(fused, "CACHED", 0)
+    layer, x, form = make(name)
+    x = torch.randn(11, x.shape[-1], dtype=x.dtype, requires_grad=True)
+    expected = dense(layer, x, form)
+    weight = torch.randn_like(expected)
+    out = through(layer, x, form)
+    assert torch.allclose(out, expected, atol=1e-12)
+    found = torch.autograd.grad((out * weight).sum(), leaves(x, form))
+    exact = torch.autograd.grad((expected * weight).sum(), leaves(x, form))
+    assert all(torch.allclose(value, other, atol=1e-11) for value, other in zip(found, exact, strict=True))
+
+
 def test_both_ways_of_a_convolution_are_reached() -> None:
     _, x, form = make("conv2d")
     weight = torch.zeros(5, 3, 3, 2)
-    assert not fused_pointwise.sums_weights(x[:1, :, :2], weight)
-    assert fused_pointwise.sums_weights(torch.zeros(2, 3, 40, 50), weight)
-    assert not fused_pointwise.sums_weights(torch.zeros(2, 3, 40, 50), weight.bfloat16())
+    assert not fused.sums_weights(x[:1, :, :2], weight)
+    assert fused.sums_weights(torch.zeros(2, 3, 40, 50), weight)
+    assert not fused.sums_weights(torch.zeros(2, 3, 40, 50), weight.bfloat16())
     assert form.ranks == (3, 2, 2, 2)
 
 
@@ -197,15 +215,17 @@ def kept(run: Callable[[], Tensor], known: list[Tensor]) -> int:
     return sum(storages.values())
 
 
+@pytest.mark.parametrize("sums", [False, True])
 @pytest.mark.parametrize("name", ["linear", "conv2d", "transposed conv2d", "conv3d"])
-def test_the_input_is_kept_and_little_else(name: str) -> None:
+def test_the_input_is_kept_and_little_else(name: str, sums: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "SUM_PAYS_FROM", 0 if sums else math.inf)
     torch.manual_seed(0)
     layer, _, form = make(name, torch.float32)
     x = torch.randn(64, *LAYERS[name][1][1:]).requires_grad_(True)
     middle = x * 1.0  # an activation, as the layer before would give it
     parameters = [layer.weight, layer.bias, *leaves(x, form)]
     if name == "linear":
-        hidden = 4 * len(x) * min(form.ranks)
+        hidden = 0 if sums else 4 * len(x) * min(form.ranks)
         assert kept(lambda: through(layer, middle, form), parameters) == middle.nbytes + hidden
         return
     small = 4 * 2 * sum(value.numel() for value in leaves(x, form)[1:]) + 512  # products of core and kernel factors

@@ -12,7 +12,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from flora import FloraConfig, Plan, fused, fused_pointwise, plan
+from flora import FloraConfig, Plan, fused, plan
 from flora.tucker import count_params
 
 # layer, input for one sample, ranks, what plan() is told besides
@@ -82,7 +82,7 @@ def test_the_fused_way_computes_at_most_its_forward_again(  # type: ignore[no-un
     make, size, ranks, told, monkeypatch
 ) -> None:
     """Where it adds into output and gradient; with a sum of the weights it computes less per position."""
-    monkeypatch.setattr(fused_pointwise, "SUM_PAYS_FROM", math.inf)
+    monkeypatch.setattr(fused, "SUM_PAYS_FROM", math.inf)
     real = {batch: measured(make(), torch.randn(batch, *size), ranks, "factored") for batch in (2, 5)}
     weight = make().weight
     outs = {batch: make()(torch.randn(batch, *size)).numel() // weight.shape[0] for batch in (2, 5)}

@@ -2,9 +2,10 @@
 
 Written as separate operations, an adapter beside a layer reads and writes the activations again for each product,
 scaling and sum, and keeps every intermediate. Here the core is folded into the factor that leaves the smaller inner
-rank, the skinny product writes the change first, the bias with it, and the layer's own product is added to that: so the
-change costs no pass over the activations beyond the one that the bias takes in any case. The gradient of the input is
-made alike.
+rank. Where the activations outnumber the weights, the layer runs once with W + dW, and only the gradients of the small
+matrices are taken in the small space. Otherwise the skinny product writes the change first, the bias with it, and the
+layer's own product is added to that: so the change costs no pass over the activations beyond the one that the bias
+takes in any case. The gradient of the input is made alike.
 
 ``can_fuse`` says when it may be used; otherwise, and for the gradient of a gradient, ``kernels`` does the same in plain
 operations.
@@ -20,7 +21,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flora import kernels
+from flora.planning import SUM_PAYS_FROM
 from flora.tucker import Tucker
+
+CACHED = 2**18  # numbers that a CPU's cache holds
+LEAST_ROWS = 64  # that a product is worth its call for
 
 
 def can_fuse(x: Tensor, weight: Tensor) -> bool:
@@ -62,13 +67,16 @@ class _Linear(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         up, down = _skinny(scale * core, inner, out, x.dtype)
+        ctx.scale = scale
+        if sums_weights(x, weight):
+            ctx.save_for_backward(x, weight, bias, core, inner, out, None)
+            return F.linear(x, summed(weight, up, down), bias)
         hidden = x @ down.T  # (T, J)
         y = hidden if up is None else _product(hidden, up, bias)
         if up is None and bias is not None:
             y += bias
         y.addmm_(x, weight.T)
         ctx.save_for_backward(x, weight, bias, core, inner, out, None if up is None else hidden)
-        ctx.scale = scale
         return y
 
     @staticmethod
@@ -79,13 +87,48 @@ class _Linear(torch.autograd.Function):
             return again(ctx, _plain_linear, (x, weight, bias, core, inner, out), (scale,), grad)
         grad = grad.contiguous()
         up, down = _skinny(scale * core, inner, out, x.dtype)
-        back = grad if up is None else grad @ up.T.contiguous().T  # (T, J)
-        grad_x = (back @ down).addmm_(grad, weight) if ctx.needs_input_grad[0] else None
-        grad_down = back.T @ x  # (J, I)
-        grad_up = None if hidden is None else (hidden.T @ grad).T  # (O, J)
+        back, grad_down, grad_up = _of_skinny(x, grad, up, down, hidden)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            whole = sums_weights(x, weight)
+            grad_x = grad @ summed(weight, up, down) if whole else (back @ down).addmm_(grad, weight)
         grad_core, grad_inner, grad_out = _unfold(scale * core, inner, out, grad_down, grad_up)
         grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
         return grad_x, None, grad_bias, scale * grad_core, grad_inner, grad_out, None
+
+
+def _of_skinny(
+    x: Tensor, grad: Tensor, up: Tensor | None, down: Tensor, hidden: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients of the hidden tensor (T, J), of down (J, I) and of up (O, J).
+
+    Each product reads x or grad once more; on a CPU they take turns on some rows, which stay in its cache.
+    """
+    if up is None:
+        return grad, grad.T @ x, None
+    turned, size = up.T.contiguous().T, max(1, len(x))
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):  # in half precision sums would be rounded
+        size = max(LEAST_ROWS, CACHED // (x.shape[1] + grad.shape[1]))
+    back, grad_down, grad_up = [], torch.zeros_like(down), grad.new_zeros(down.shape[0], grad.shape[1])
+    for rows in (slice(start, start + size) for start in range(0, max(1, len(x)), size)):
+        back.append(grad[rows] @ turned)
+        grad_down.addmm_(back[-1].T, x[rows])
+        grad_up.addmm_((x[rows] @ down.T if hidden is None else hidden[rows]).T, grad[rows])
+    return torch.cat(back), grad_down, grad_up.T
+
+
+def sums_weights(x: Tensor, weight: Tensor) -> bool:
+    """Whether to run the layer once with W + dW instead of adding into output and gradient. x: (., in, ..).
+
+    It pays where the activations outnumber the weights. Not in half precision: the sum would round a small dW away.
+    """
+    activations = x.numel() // max(1, x.shape[1]) * sum(weight.shape[:2])
+    return weight.dtype in (torch.float32, torch.float64) and activations > SUM_PAYS_FROM * weight.numel()
+
+
+def summed(weight: Tensor, up: Tensor | None, down: Tensor) -> Tensor:
+    """W + dW by one product into a copy of W."""
+    return weight + down if up is None else torch.addmm(weight, up, down)
 
 
 def _product(hidden: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from flora import kernels
 from flora.channels import add_projected, outer, project
-from flora.fused import again
-from flora.fused_pointwise import Geometry, pointwise, sums_weights
+from flora.fused import again, sums_weights
+from flora.fused_pointwise import Geometry, pointwise
 from flora.tucker import Tucker, mode_product
 
 aten = torch.ops.aten

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from flora.channels import add_projected, mix, outer, project, rows
-from flora.fused import again
-from flora.planning import SUM_PAYS_FROM
+from flora.fused import again, summed, sums_weights
 
 aten = torch.ops.aten
 CACHED = 2**19  # numbers turned around at a time on a CPU: its caches hold them
@@ -39,7 +38,7 @@ class _Pointwise(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, down, out)
         ctx.geometry = geometry
         if sums_weights(x, weight):
-            matrix = _sum(_matrix(weight, geometry), down, out)
+            matrix = summed(_matrix(weight, geometry), out, down)
             if geometry[3] and _faster_by_product(x, down, out):
                 return _spread_product(matrix, x, weight.shape[2:], bias)
             used = (matrix.T if geometry[3] else matrix).reshape(weight.shape)
@@ -62,7 +61,7 @@ class _Pointwise(torch.autograd.Function):
         whole, matrix = sums_weights(x, weight), None
         if ctx.needs_input_grad[0]:
             matrix = _matrix(weight, geometry)
-            matrix = _sum(matrix, down, out) if whole else matrix
+            matrix = summed(matrix, out, down) if whole else matrix
         rest = (matrix, whole, down, out, geometry)
         size = _slice_size(grad) if geometry[3] else len(x)
         if size >= len(x):
@@ -115,11 +114,6 @@ def _matrix(weight: Tensor, geometry: Geometry) -> Tensor:
     return weight.flatten(1).T if geometry[3] else weight.flatten(1)
 
 
-def _sum(matrix: Tensor, down: Tensor, out: Tensor | None) -> Tensor:
-    """W + dW by one product into a copy of W."""
-    return matrix + down if out is None else torch.addmm(matrix, out, down)
-
-
 def _patches(grad: Tensor, kernel: tuple[int, ...]) -> Tensor:
     """The pixels of each patch as channels, in the layout of grad: (B, O, *(S * K)) -> (B, O * K, *S)."""
     dims, sizes = len(kernel), [size // step for size, step in zip(grad.shape[2:], kernel, strict=True)]
@@ -164,12 +158,3 @@ def _plain_pointwise(
     update = (down if out is None else out @ down).to(weight.dtype)
     update = (update.T if geometry[3] else update).reshape(weight.shape)
     return aten.convolution(x, weight, bias, *geometry) + aten.convolution(x, update, None, *geometry)  # type: ignore[no-any-return]
-
-
-def sums_weights(x: Tensor, weight: Tensor) -> bool:
-    """Whether to run the layer once with W + dW instead of adding into output and gradient.
-
-    It pays where the activations outnumber the weights. Not in half precision: the sum would round a small dW away.
-    """
-    activations = x.numel() // x.shape[1] * sum(weight.shape[:2])
-    return weight.dtype in (torch.float32, torch.float64) and activations > SUM_PAYS_FROM * weight.numel()

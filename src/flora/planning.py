@@ -22,7 +22,7 @@ KINDS = ("linear", "conv", "embedding")
 WIDE_RATE = 150e9  # operations per second of a product of two large matrices, or of a convolution
 SKINNY_RATE = 80e9  # of one with a side as narrow as a rank
 BANDWIDTH = 8e9  # bytes per second, read or written once
-SUM_PAYS_FROM = 2  # activations per weight from which a convolution of one group runs with W + dW in either path
+SUM_PAYS_FROM = 2  # activations per weight from which a layer of one group runs with W + dW in either path
 BUILD_PASSES = 20  # how often the dense update is read or written while it is built, added and differentiated
 
 
@@ -113,18 +113,19 @@ def plan(
     inputs = 0 if kind == "embedding" else positions * stride * shape[1] * groups
     outputs = positions * shape[1 if kind == "embedding" else 0]
     flops = {"rebuild": rebuild, "factored": factored}
-    hidden = _hidden_per_position(kind, shape, ranks, stride, groups)
+    sums = kind != "embedding" and groups == 1 and element_size >= 4 and inputs + outputs > SUM_PAYS_FROM * dense
+    hidden = 0 if sums else _hidden_per_position(kind, shape, ranks, stride, groups)
     kept = {"rebuild": element_size * (inputs + dense), "factored": element_size * (inputs + positions * hidden)}
     # Rebuild reads input and gradient once more; where patches do not overlap, torch computes the gradient of a kernel
-    # at half the rate. Factored reads or writes them four times, a convolution the input five; or both twice where it
-    # adds into a copy of the weight and not into output and gradient.
+    # at half the rate. Factored reads or writes them four times, a convolution the input five; or both twice where the
+    # layer runs with W + dW and nothing is added into output and gradient.
     patches = kind == "conv" and groups == 1 and stride == math.prod(shape[2:]) > 1
     rebuilt = element_size * (inputs + outputs + BUILD_PASSES * dense)
     passes = 4 * inputs + 4 * outputs
     if kind == "conv":
         passes += inputs + 4 * positions * hidden
-        if groups == 1 and inputs + outputs > SUM_PAYS_FROM * dense:
-            passes = 2 * inputs + 2 * outputs + BUILD_PASSES * dense
+    if sums:
+        passes = 2 * inputs + 2 * outputs + BUILD_PASSES * dense
     beside = element_size * passes
     seconds = {
         "rebuild": (2 if patches else 1) * rebuild / WIDE_RATE + rebuilt / BANDWIDTH,
