@@ -145,8 +145,14 @@ def test_a_plan_is_sane_for_every_linear(out: int, inner: int, r: int, positions
 
 
 def test_bytes_scale_with_the_element() -> None:
-    single, half = plan((96, 48), (8, 8), element_size=4), plan((96, 48), (8, 8), element_size=2)
+    single, half = (plan((96, 48), (8, 8), positions=16, element_size=size) for size in (4, 2))
     assert single.kept == {path: 2 * kept for path, kept in half.kept.items()}
+
+
+def test_many_tokens_keep_only_the_input_where_weights_are_summed() -> None:
+    many, half = (plan((96, 48), (8, 8), positions=4096, element_size=size) for size in (4, 2))
+    assert many.kept["factored"] == 4 * 4096 * 48
+    assert half.kept["factored"] == 2 * 4096 * (48 + 8)  # half precision does not sum
 
 
 # ---- print ---------------------------------------------------------------------------------------------------------
@@ -157,7 +163,7 @@ def test_printed() -> None:
     assert lines[0] == "weight (768, 3072), ranks (8, 8): 30,784 parameters (1.30% of 2,359,296)"
     assert lines[1] == "per training step at 4,096 output positions, beyond the frozen layer:"
     assert lines[2].split()[:-2] == ["rebuild", "19,440.9", "MFLOP", "57.00", "MiB", "kept"]
-    assert lines[3].split()[:-2] == ["->", "factored", "755.0", "MFLOP", "48.12", "MiB", "kept"]
+    assert lines[3].split()[:-2] == ["->", "factored", "755.0", "MFLOP", "48.00", "MiB", "kept"]
     assert lines[4] == "path: factored, the faster by operations and bytes moved"
     assert len(lines) == 5
 
