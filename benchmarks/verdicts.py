@@ -150,8 +150,8 @@ DENSE_RUN = (
     "costs a good part of the frozen step, while the scheme's second full run costs no more than on other rows."
 )
 SMALL_CORES = (
-    "In 3-D convolutions of few channels over many voxels, as in the U-Net, the small core's own convolutions and their "
-    "backward cost a good part of the frozen step."
+    "In 3-D convolutions of few channels over many voxels, as in the U-Net, the small core's own convolutions and "
+    "their backward cost a good part of the frozen step."
 )
 LORA_LEAVES_OUT = "PEFT's LoRA takes no depthwise convolution and leaves those layers out; see the line below."
 LINEAR, CONV, MOE = in_group("linear"), in_group("conv"), in_group("moe")
