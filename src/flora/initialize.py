@@ -26,17 +26,17 @@ def zero_first(core: Tensor, factors: Sequence[Tensor | None], over: Sequence[bo
     that inputs of rms 1 change the outputs by rms s * sqrt(J1) * rms(first factor) at any width. So the learning rates
     fit that LoRA is used with. If the first mode is whole, the core is zero.
     """
-    for factor, is_summed in zip(factors, over, strict=True):
+    if factors[0] is None:
+        nn.init.zeros_(core)
+    else:
+        nn.init.zeros_(factors[0])
+        unfolded = core.view(core.shape[0], -1)
+        spread = math.prod(rank for rank, is_summed in zip(core.shape[1:], over[1:], strict=True) if not is_summed)
+        nn.init.orthogonal_(unfolded, gain=math.sqrt(spread * max(1.0, unfolded.shape[0] / unfolded.shape[1])))
+    for factor, is_summed in zip(factors[1:], over[1:], strict=True):
         if factor is not None:
             size, rank = factor.shape
             nn.init.orthogonal_(factor, gain=1.0 if is_summed else math.sqrt(size / rank))
-    if factors[0] is None:
-        nn.init.zeros_(core)
-        return
-    unfolded = core.view(core.shape[0], -1)
-    spread = math.prod(rank for rank, is_summed in zip(core.shape[1:], over[1:], strict=True) if not is_summed)
-    nn.init.orthogonal_(unfolded, gain=math.sqrt(spread * max(1.0, unfolded.shape[0] / unfolded.shape[1])))
-    nn.init.zeros_(factors[0])
 
 
 def orthogonal(core: Tensor, factors: Sequence[Tensor | None], over: Sequence[bool]) -> None:

@@ -86,13 +86,14 @@ class FloraModel(BaseTuner):
 
     def _turn_off_fast_paths(self, key: str) -> None:
         """Encoders of torch read their layers' weights in eval without calling them, unless one has a hook."""
-        parts = key.split(".")
-        for end in range(len(parts)):
-            outer = self.model.get_submodule(".".join(parts[:end]))
+        outer = self.model
+        for name in key.split("."):
+            inner = getattr(outer, name)
             if isinstance(outer, nn.TransformerEncoder):
                 outer.use_nested_tensor = False
             if isinstance(outer, nn.TransformerEncoderLayer):
-                self.model.get_submodule(".".join(parts[: end + 1])).register_forward_pre_hook(_called)
+                inner.register_forward_pre_hook(_called)
+            outer = inner
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         """PEFT's injection; then the first training step is watched for layers that are never called."""
