@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flora import fused, fused_depthwise, fused_pointwise
+from flora import fused, fused_pointwise, trained_kernel
 from flora.layers import find_layer
 from flora.tucker import Tucker
 
@@ -272,43 +272,67 @@ def test_bfloat16_with_a_float32_adapter(name: str) -> None:
     assert low.grad.dtype == torch.bfloat16
 
 
-DEPTHWISE: dict[str, Callable[[], Any]] = {
-    "7x7": lambda: nn.Conv2d(5, 5, 7, padding=3, groups=5),
-    "5x7, strided, dilated": lambda: nn.Conv2d(3, 3, (5, 7), stride=2, dilation=(1, 2), padding=(2, 6), groups=3),
+TRAINED: dict[str, Callable[[], Any]] = {
+    "depthwise 7x7": lambda: nn.Conv2d(5, 5, 7, padding=3, groups=5),
+    "strided, dilated": lambda: nn.Conv2d(3, 3, (5, 7), stride=2, dilation=(1, 2), padding=(2, 6), groups=3),
     "no bias": lambda: nn.Conv2d(3, 3, 5, padding=2, groups=3, bias=False),
-    "volume": lambda: nn.Conv3d(3, 3, (3, 4, 3), stride=(1, 3, 2), padding=1, groups=3),
+    "depthwise, 3-D": lambda: nn.Conv3d(3, 3, (3, 4, 3), stride=(1, 3, 2), padding=1, groups=3),
+    "volume": lambda: nn.Conv3d(3, 5, (3, 2, 3), padding=(1, 0, 2)),
 }
 
 
-@pytest.mark.parametrize("name", DEPTHWISE)
-def test_a_large_depthwise_kernel(name: str) -> None:
+@pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_trained_kernel(name: str, last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     torch.manual_seed(0)
-    layer = DEPTHWISE[name]().double()
+    layer = TRAINED[name]()
+    dtype, tolerance = (torch.float32, 1e-4) if name == "volume" else (torch.float64, 1e-10)
+    layer = layer.to(dtype)
     size = (2, layer.in_channels, 11, 13, 7)[: layer.weight.ndim]
-    x = torch.randn(size, dtype=torch.float64).requires_grad_(True)
-    wanted = [x, *layer.parameters()]
-    assert fused_depthwise.is_slow_depthwise(layer, layer.weight, x)
+    x = torch.randn(size, dtype=dtype)
+    if last:
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    wanted = [x.requires_grad_(True), *layer.parameters()]
+    assert trained_kernel.is_slow(layer, layer.weight, x)
     out = row(layer).apply(layer, layer.weight, layer.bias, x)
     assert torch.equal(out, layer(x))
-    assert "Depthwise" in str(out.grad_fn)
+    assert "TrainedKernel" in str(out.grad_fn)
     found = torch.autograd.grad(out.square().sum(), wanted)
     for value, other in zip(found, torch.autograd.grad(layer(x).square().sum(), wanted), strict=True):
-        assert torch.allclose(value, other, atol=1e-10)
-    given = [x[:, :, :10, :10].detach().clone().requires_grad_(True), *wanted[1:]]
+        assert torch.allclose(value, other, atol=tolerance, rtol=1e-5)
+    given = [value.detach().double().requires_grad_(True) for value in (x[:, :, :10, :10], *wanted[1:])]
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return fused_depthwise.depthwise(layer, weight, bias, x)
+        return trained_kernel.conv(layer, weight, bias, x)
 
     assert torch.autograd.gradcheck(run, given, fast_mode=True)
     assert torch.autograd.gradgradcheck(run, given, fast_mode=True)
 
 
-def test_where_a_depthwise_kernel_is_left_to_torch() -> None:
-    layer, x = nn.Conv2d(5, 5, 7, padding=3, groups=5), torch.randn(2, 5, 11, 13)
-    assert fused_depthwise.is_slow_depthwise(layer, layer.weight, x)
-    assert not fused_depthwise.is_slow_depthwise(layer, layer.weight.detach(), x)
-    assert not fused_depthwise.is_slow_depthwise(layer.bfloat16(), layer.weight, x.bfloat16())
-    small = nn.Conv2d(5, 5, 3, groups=5)
-    assert not fused_depthwise.is_slow_depthwise(small, small.weight, x)
-    dense = nn.Conv2d(5, 5, 7)
-    assert not fused_depthwise.is_slow_depthwise(dense, dense.weight, x)
+KEPT_BY_TORCH: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
+    "small depthwise": (lambda: nn.Conv2d(5, 5, 3, groups=5), (2, 5, 11, 13)),
+    "large, not depthwise": (lambda: nn.Conv2d(5, 5, 7), (2, 5, 11, 13)),
+    "frozen": (lambda: nn.Conv2d(5, 5, 7, groups=5).requires_grad_(False), (2, 5, 11, 13)),
+    "half precision": (lambda: nn.Conv2d(5, 5, 7, groups=5).bfloat16(), (2, 5, 11, 13)),
+    "padded otherwise": (lambda: nn.Conv2d(5, 5, 7, padding=3, padding_mode="reflect", groups=5), (2, 5, 11, 13)),
+    "strided volume": (lambda: nn.Conv3d(3, 5, 3, stride=2), (2, 3, 11, 13, 7)),
+    "volume of many channels": (lambda: nn.Conv3d(65, 5, 3), (1, 65, 5, 4, 3)),
+    "volume of one channel": (lambda: nn.Conv3d(1, 5, 3), (1, 1, 5, 4, 3)),
+    "product on the channels": (lambda: nn.Conv3d(3, 5, 1), (1, 3, 5, 4, 3)),
+    "volume in double precision": (lambda: nn.Conv3d(3, 5, 3).double(), (1, 3, 5, 4, 3)),
+}
+
+
+@pytest.mark.parametrize("name", KEPT_BY_TORCH)
+def test_where_a_trained_kernel_is_left_to_torch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    make, size = KEPT_BY_TORCH[name]
+    layer = make()
+    assert not trained_kernel.is_slow(layer, layer.weight, torch.randn(size).to(layer.weight.dtype))
+
+
+def test_volumes_are_left_to_torch_with_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    layer = TRAINED["volume"]()
+    assert not trained_kernel.is_slow(layer, layer.weight, torch.randn(2, 3, 11, 13, 7))

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
-from flora import fused, fused_conv, fused_depthwise, kernels
+from flora import fused, fused_conv, kernels, trained_kernel
 from flora.tucker import Tucker
 
 Axes = tuple[str, ...]
@@ -75,8 +75,8 @@ def _linear_transposed(module: nn.Module, weight: Tensor, bias: Tensor | None, x
 
 
 def _conv(module: Any, weight: Tensor, bias: Tensor | None, input: Tensor) -> Tensor:
-    if fused_depthwise.is_slow_depthwise(module, weight, input):
-        return fused_depthwise.depthwise(module, weight, bias, input)
+    if trained_kernel.is_slow(module, weight, input):
+        return trained_kernel.conv(module, weight, bias, input)
     return module._conv_forward(input, weight, bias)  # type: ignore[no-any-return]
 
 

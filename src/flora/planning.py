@@ -117,19 +117,21 @@ def plan(
     hidden = 0 if sums else _hidden_per_position(kind, shape, ranks, stride, groups)
     kept = {"rebuild": element_size * (inputs + dense), "factored": element_size * (inputs + positions * hidden)}
     # Rebuild reads input and gradient once more; where patches do not overlap, torch computes the gradient of a kernel
-    # at half the rate. Factored reads or writes them four times, a convolution the input five; or both twice where the
-    # layer runs with W + dW and nothing is added into output and gradient.
+    # at half the rate. Factored reads or writes them four times, a convolution the input five. Where the layer runs
+    # with W + dW nothing is added into output and gradient: four products of six are left, and both are read twice, by
+    # a linear layer once, some rows at a time.
     patches = kind == "conv" and groups == 1 and stride == math.prod(shape[2:]) > 1
     rebuilt = element_size * (inputs + outputs + BUILD_PASSES * dense)
-    passes = 4 * inputs + 4 * outputs
+    skinny, passes = float(factored), 4 * inputs + 4 * outputs
     if kind == "conv":
         passes += inputs + 4 * positions * hidden
     if sums:
-        passes = 2 * inputs + 2 * outputs + BUILD_PASSES * dense
+        reads = 1 if kind == "linear" else 2
+        skinny, passes = factored * 2 / 3, reads * (inputs + outputs) + BUILD_PASSES * dense
     beside = element_size * passes
     seconds = {
         "rebuild": (2 if patches else 1) * rebuild / WIDE_RATE + rebuilt / BANDWIDTH,
-        "factored": factored / SKINNY_RATE + beside / BANDWIDTH,
+        "factored": skinny / SKINNY_RATE + beside / BANDWIDTH,
     }
     path = min(seconds, key=seconds.__getitem__)
     return Plan(shape, ranks, count_params(shape, ranks), positions, flops, kept, seconds, path)
