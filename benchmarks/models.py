@@ -52,6 +52,8 @@ def training(base: nn.Module, model: Model, inputs: dict[str, Tensor], options: 
     built = {name: make(copy.deepcopy(base), model) for name, make in METHODS.items()}
     if adapted_layers(built["flora-same"]) == adapted_layers(built["flora"]):
         del built["flora-same"]
+    for module in built.values():
+        leave_the_start(module)
     steps = {name: training_step(module, model, inputs) for name, module in built.items()}
     found: dict[str, Any] = {}
     with clock.threads(options.threads[0]):
@@ -72,6 +74,13 @@ def training(base: nn.Module, model: Model, inputs: dict[str, Tensor], options: 
         for name, values in times.items():
             found[name]["ms"][str(count)] = clock.summary(values)
     return found
+
+
+def leave_the_start(module: nn.Module) -> None:
+    """An adapter as it is after a first step: what starts at zero is zero no more."""
+    for value in module.parameters():
+        if value.requires_grad and not value.any():
+            nn.init.normal_(value, std=0.01)
 
 
 def training_step(module: nn.Module, model: Model, inputs: dict[str, Tensor]) -> Callable[[], object]:

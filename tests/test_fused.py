@@ -281,6 +281,28 @@ TRAINED: dict[str, Callable[[], Any]] = {
 }
 
 
+SLABS = [(2, 2**20), (1, 2**20), (3, 2**20), (1, 3 * 13 * 7 * 4), (2, 3 * 13 * 7 * 4), (3, 1)]  # samples, numbers
+
+
+@pytest.mark.parametrize(("samples", "numbers"), SLABS)
+@pytest.mark.parametrize("padding", [(0, 0, 0), (1, 0, 2), (4, 1, 1)])
+def test_the_kernel_of_a_volume_in_slabs(
+    samples: int, numbers: int, padding: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the depth is cut, and with more planes of zeros than the kernel reaches."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(trained_kernel, "CACHED", numbers)
+    torch.manual_seed(0)
+    layer, x = nn.Conv3d(3, 5, (3, 2, 3), padding=padding), torch.randn(samples, 3, 11, 13, 7)
+    assert trained_kernel.is_slow(layer, layer.weight, x)
+    trained_kernel.conv(layer, layer.weight, layer.bias, x).square().sum().backward()
+    found, layer.weight.grad = layer.weight.grad, None
+    layer(x).square().sum().backward()
+    assert found is not None
+    assert layer.weight.grad is not None
+    assert torch.allclose(found, layer.weight.grad, atol=1e-5 * float(layer.weight.grad.abs().max()))
+
+
 @pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_trained_kernel(name: str, last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,3 +358,45 @@ def test_volumes_are_left_to_torch_with_avx512(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     layer = TRAINED["volume"]()
     assert not trained_kernel.is_slow(layer, layer.weight, torch.randn(2, 3, 11, 13, 7))
+
+
+TRANSPOSED: dict[str, Callable[[], Any]] = {
+    "strided": lambda: nn.ConvTranspose3d(3, 5, 3, stride=2, padding=1, output_padding=1),
+    "no bias, dilated": lambda: nn.ConvTranspose3d(3, 5, (2, 1, 3), stride=(1, 2, 3), dilation=2, bias=False),
+}
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("planes", [0, 20480], ids=["one by one", "at once"])
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_a_transposed_volume(name: str, planes: int, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(trained_kernel, "LEAST_PLANES", planes)
+    torch.manual_seed(0)
+    layer, x = TRANSPOSED[name](), torch.randn(samples, 3, 5, 4, 2).requires_grad_()
+    change = row(layer).apply
+    assert torch.equal(change(layer, layer.weight.clone(), layer.bias, x), layer(x))
+    weight = (layer.weight.detach() + 0.1).requires_grad_()
+    out = change(layer, weight, layer.bias, x)
+    assert "TransposedVolume" in str(out.grad_fn)
+    assert out.is_contiguous()
+    wanted = [x, weight, *([] if layer.bias is None else [layer.bias])]
+    exact = torch.func.functional_call(layer, {"weight": weight}, (x,))
+    assert torch.allclose(out, exact, atol=1e-5)
+    found = torch.autograd.grad(out.square().sum(), wanted)
+    for value, other in zip(found, torch.autograd.grad(exact.square().sum(), wanted), strict=True):
+        assert torch.allclose(value, other, atol=1e-5 * float(other.abs().max()))
+    given = [value.detach().double().requires_grad_() for value in wanted]
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return trained_kernel.conv_transpose(layer, weight, bias, x, list(layer.output_padding))
+
+    assert torch.autograd.gradcheck(run, given, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, given, fast_mode=True)
+
+
+def test_an_empty_batch_of_transposed_volumes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    layer = TRANSPOSED["strided"]()
+    x = torch.randn(0, 3, 5, 4, 2)
+    assert row(layer).apply(layer, layer.weight + 1, layer.bias, x).shape == layer(x).shape

@@ -59,3 +59,17 @@ def mix(matrix: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
     pair = (matrix.expand(x.shape[0], -1, -1), x.flatten(2))
     y = torch.bmm(*pair) if bias is None else torch.baddbmm(bias.unsqueeze(1), *pair)
     return y.view(x.shape[0], len(matrix), *x.shape[2:])
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """A copy of contiguous x (B, C, *S) with the channels innermost: sample by sample, which torch turns in blocks."""
+    lines = x.new_empty(len(x), *x.shape[2:], x.shape[1])
+    for target, sample in zip(lines.flatten(1, -2), x.flatten(2), strict=True):
+        target.copy_(sample.T)
+    return lines.movedim(-1, 1)
+
+
+def copy_from_last(source: Tensor, target: Tensor) -> None:
+    """Copies channels-last source into contiguous target, both (B, C, *S), in the same way."""
+    for sample, plane in zip(source.movedim(1, -1).flatten(1, -2), target.flatten(2), strict=True):
+        plane.copy_(sample.T)

@@ -85,6 +85,8 @@ def _conv_transpose(
 ) -> Tensor:
     run = kernels.CONV_TRANSPOSE[weight.ndim - 2]
     extra = kernels.output_padding(module, input, output_size)
+    if trained_kernel.is_slow_transposed(module, weight, input):
+        return trained_kernel.conv_transpose(module, weight, bias, input, extra)
     return run(input, weight, bias, module.stride, module.padding, extra, module.groups, module.dilation)
 
 
