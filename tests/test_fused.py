@@ -291,7 +291,7 @@ def test_the_kernel_of_a_volume_in_slabs(
 ) -> None:
     """However the depth is cut, and with more planes of zeros than the kernel reaches."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    monkeypatch.setattr(trained_kernel, "CACHED", numbers)
+    monkeypatch.setattr(trained_kernel, "SLAB", numbers)
     torch.manual_seed(0)
     layer, x = nn.Conv3d(3, 5, (3, 2, 3), padding=padding), torch.randn(samples, 3, 11, 13, 7)
     assert trained_kernel.is_slow(layer, layer.weight, x)
@@ -303,10 +303,12 @@ def test_the_kernel_of_a_volume_in_slabs(
     assert torch.allclose(found, layer.weight.grad, atol=1e-5 * float(layer.weight.grad.abs().max()))
 
 
+@pytest.mark.parametrize("samples", [1, 2**18], ids=["sample by sample", "at once"])
 @pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
 @pytest.mark.parametrize("name", TRAINED)
-def test_a_trained_kernel(name: str, last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trained_kernel(name: str, last: bool, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(trained_kernel, "CACHED", samples)
     torch.manual_seed(0)
     layer = TRAINED[name]()
     dtype, tolerance = (torch.float32, 1e-4) if name == "volume" else (torch.float64, 1e-10)

@@ -22,7 +22,7 @@ KINDS = ("linear", "conv", "embedding")
 WIDE_RATE = 150e9  # operations per second of a product of two large matrices, or of a convolution
 SKINNY_RATE = 80e9  # of one with a side as narrow as a rank
 BANDWIDTH = 8e9  # bytes per second, read or written once
-SUM_PAYS_FROM = 2  # activations per weight from which a layer of one group runs with W + dW in either path
+SUM_PAYS_FROM = 1.5  # activations per weight from which a layer of one group runs with W + dW in either path
 BUILD_PASSES = 20  # how often the dense update is read or written while it is built, added and differentiated
 
 

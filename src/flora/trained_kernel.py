@@ -14,7 +14,8 @@ from flora.fused_pointwise import Geometry
 
 aten = torch.ops.aten
 LARGE_KERNEL = 25  # entries of a depthwise kernel from which torch's own gradient of it is slow
-CACHED = 2**20  # numbers of a slab of a volume
+CACHED = 2**18  # numbers that a CPU's cache holds
+SLAB = 2**20  # numbers of a slab of a volume
 LEAST_PLANES = 20480  # numbers in a single sample's planes below which torch takes a slow way
 FEW_CHANNELS = 64  # up to which torch's gradient of a kernel over volumes is slow with the channels outermost
 
@@ -76,41 +77,50 @@ class _TrainedKernel(torch.autograd.Function):
 def _depthwise_gradient(x: Tensor, grad: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """A depthwise convolution too: of each channel of each sample by its own output's gradient.
 
-    Stride and dilation are exchanged. Torch's own way takes three to ten times as long.
+    Stride and dilation are exchanged; a few samples at a time stay in the cache while they are turned around. Torch's
+    own way takes three to ten times as long.
     """
     stride, padding, dilation, *rest = geometry
-    planes = x.shape[0] * x.shape[1]
-    apart = aten.convolution(
-        x.reshape(1, planes, *x.shape[2:]),
-        grad.reshape(planes, 1, *grad.shape[2:]),
-        None,
-        *(dilation, padding, stride, *rest[:2], planes),
-    )
     inside = (slice(None), slice(None), *(slice(size) for size in weight.shape[2:]))
-    return apart[inside].view(*x.shape[:2], *weight.shape[2:]).sum(0).unsqueeze(1)  # type: ignore[no-any-return]
+    total = weight.new_zeros(x.shape[1], *weight.shape[2:])
+    size = max(1, CACHED // x[0].numel())
+    for some, behind in zip(x.split(size), grad.split(size), strict=True):
+        planes = some.shape[0] * some.shape[1]
+        apart = aten.convolution(
+            some.reshape(1, planes, *x.shape[2:]),
+            behind.reshape(planes, 1, *grad.shape[2:]),
+            None,
+            *(dilation, padding, stride, *rest[:2], planes),
+        )
+        total += apart[inside].view(len(some), *total.shape).sum(0)
+    return total.unsqueeze(1)
 
 
 def _volume_gradient(x: Tensor, grad: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """Torch's own, channels last, of two slabs along the depth at a time; up to twice as fast, the copies paid.
+    """Torch's own, channels last, of two or three slabs along the depth at a time; up to twice as fast, copies paid.
 
-    A slab of x has the planes besides that its kernels reach, zeros where there are none. There are two because torch
-    takes a slow way for a single small sample.
+    A slab of x has the planes besides that its kernels reach, zeros where there are none. It is
+    never one alone, because torch takes a slow way for a single small sample.
     """
     stride, (before, *padding), *rest = geometry
     grad, depth, reach = grad.contiguous(), grad.shape[2], weight.shape[2] - 1
-    largest = max(1, CACHED // max(x[0, :, 0].numel(), grad[0, :, 0].numel()))
-    count = max(1 + len(x) % 2, math.ceil(depth / largest))
+    largest = max(1, SLAB // max(x[0, :, 0].numel(), grad[0, :, 0].numel()))
+    count = max(2 if len(x) == 1 else 1, math.ceil(depth / largest))
     size = math.ceil(depth / count)
     slabs = [(sample, start) for sample in range(len(x)) for start in range(0, depth, size)]
-    slabs += [(0, depth + len(weight[0, 0]) + x.shape[2])] * (len(slabs) % 2)  # an empty one
-    seen = x.new_empty(2, size + reach, *x.shape[3:], x.shape[1])
-    behind = grad.new_empty(2, size, *grad.shape[3:], grad.shape[1])
+    groups = [slabs[at : at + 2] for at in range(0, len(slabs) - 1, 2)] or [slabs]
+    if len(slabs) > 2 and len(slabs) % 2:
+        groups[-1].append(slabs[-1])
+    most = len(groups[-1])
+    seen = x.new_empty(most, size + reach, *x.shape[3:], x.shape[1])
+    behind = grad.new_empty(most, size, *grad.shape[3:], grad.shape[1])
     total = torch.zeros_like(weight)
-    for pair in zip(slabs[::2], slabs[1::2], strict=True):
-        for place, (sample, start) in enumerate(pair):
+    for group in groups:
+        for place, (sample, start) in enumerate(group):
             _turn(x[sample], start - before, seen[place])
             _turn(grad[sample], start, behind[place])
-        some = (behind.movedim(-1, 1), seen.movedim(-1, 1), weight, None, stride, (0, *padding), *rest)
+        pair = (behind[: len(group)].movedim(-1, 1), seen[: len(group)].movedim(-1, 1))
+        some = (*pair, weight, None, stride, (0, *padding), *rest)
         total += aten.convolution_backward(*some, [False, True, False])[1]
     return total
 
