@@ -71,12 +71,12 @@ class _Linear(torch.autograd.Function):
         if sums_weights(x, weight):
             ctx.save_for_backward(x, weight, bias, core, inner, out, None)
             return F.linear(x, summed(weight, up, down), bias)
-        hidden = x @ down.T  # (T, J)
-        y = hidden if up is None else _product(hidden, up, bias)
+        hidden = None if up is None else down @ x.T  # (J, T): this way round it is faster at a small rank
+        y = x @ down.T if up is None or hidden is None else _product(hidden, up, bias)
         if up is None and bias is not None:
             y += bias
         y.addmm_(x, weight.T)
-        ctx.save_for_backward(x, weight, bias, core, inner, out, None if up is None else hidden)
+        ctx.save_for_backward(x, weight, bias, core, inner, out, hidden)
         return y
 
     @staticmethod
@@ -91,7 +91,7 @@ class _Linear(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             whole = sums_weights(x, weight)
-            grad_x = grad @ summed(weight, up, down) if whole else (back @ down).addmm_(grad, weight)
+            grad_x = grad @ summed(weight, up, down) if whole else (back.T @ down).addmm_(grad, weight)
         grad_core, grad_inner, grad_out = _unfold(scale * core, inner, out, grad_down, grad_up)
         grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
         return grad_x, None, grad_bias, scale * grad_core, grad_inner, grad_out, None
@@ -100,21 +100,21 @@ class _Linear(torch.autograd.Function):
 def _of_skinny(
     x: Tensor, grad: Tensor, up: Tensor | None, down: Tensor, hidden: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradients of the hidden tensor (T, J), of down (J, I) and of up (O, J).
+    """The gradients of the hidden tensor (J, T), of down (J, I) and of up (O, J).
 
     Each product reads x or grad once more; on a CPU they take turns on some rows, which stay in its cache.
     """
     if up is None:
-        return grad, grad.T @ x, None
-    turned, size = up.T.contiguous().T, max(1, len(x))
+        return grad.T, grad.T @ x, None
+    turned, size = up.T.contiguous(), max(1, len(x))
     if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):  # in half precision sums would be rounded
         size = max(LEAST_ROWS, CACHED // (x.shape[1] + grad.shape[1]))
     back, grad_down, grad_up = [], torch.zeros_like(down), grad.new_zeros(down.shape[0], grad.shape[1])
     for rows in (slice(start, start + size) for start in range(0, max(1, len(x)), size)):
-        back.append(grad[rows] @ turned)
-        grad_down.addmm_(back[-1].T, x[rows])
-        grad_up.addmm_((x[rows] @ down.T if hidden is None else hidden[rows]).T, grad[rows])
-    return torch.cat(back), grad_down, grad_up.T
+        back.append(turned @ grad[rows].T)
+        grad_down.addmm_(back[-1], x[rows])
+        grad_up.addmm_(down @ x[rows].T if hidden is None else hidden[:, rows], grad[rows])
+    return torch.cat(back, 1), grad_down, grad_up.T
 
 
 def sums_weights(x: Tensor, weight: Tensor) -> bool:
@@ -132,11 +132,11 @@ def summed(weight: Tensor, up: Tensor | None, down: Tensor) -> Tensor:
 
 
 def _product(hidden: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
-    """``hidden @ up.T + bias`` written once: the bias is one more column. hidden: (T, J), up: (O, J) -> (T, O)."""
+    """``hidden.T @ up.T + bias`` written once: the bias is one more column. hidden: (J, T), up: (O, J) -> (T, O)."""
     if bias is not None:
-        hidden = torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1)
+        hidden = torch.cat([hidden, hidden.new_ones(1, hidden.shape[1])])
         up = torch.cat([up, bias.unsqueeze(1)], 1)
-    return hidden @ up.T
+    return hidden.T @ up.T
 
 
 def _folds_down(core: Tensor, inner: Tensor | None) -> bool:
