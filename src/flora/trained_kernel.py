@@ -35,8 +35,8 @@ def _is_large_depthwise(module: Any, weight: Tensor, x: Tensor) -> bool:
 
 
 def _is_narrow_volume(module: Any, weight: Tensor, x: Tensor) -> bool:
-    """As the first blocks of a 3-D U-Net. With AVX-512 torch has another way, which is not slow."""
-    straight = {*module.stride, *module.dilation} == {1} and weight[0, 0].numel() > 1
+    """As the first blocks of a 3-D U-Net. With AVX-512, or channels last, torch has another way, which is not slow."""
+    straight = {*module.stride, *module.dilation} == {1} and weight[0, 0].numel() > 1 and x.is_contiguous()
     return straight and 1 < x.shape[1] <= FEW_CHANNELS and _is_volume_on_avx2(module, x)
 
 
