@@ -404,6 +404,16 @@ def test_a_transposed_volume(name: str, planes: int, samples: int, monkeypatch: 
     assert torch.autograd.gradgradcheck(run, given, fast_mode=True)
 
 
+def test_a_transposed_volume_whose_weight_is_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The change alone is computed while the layer's own weight is elsewhere, as accelerate leaves it between calls."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    layer, x = TRANSPOSED["strided"](), torch.randn(2, 3, 5, 4, 2)
+    change = torch.randn_like(layer.weight)
+    exact = torch.func.functional_call(layer, {"weight": change, "bias": torch.zeros(5)}, (x,))
+    found = row(layer).apply(layer.to("meta"), change, None, x)
+    assert torch.allclose(found, exact, atol=1e-5)
+
+
 def test_an_empty_batch_of_transposed_volumes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     layer = TRANSPOSED["strided"]()
