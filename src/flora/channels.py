@@ -10,8 +10,10 @@ NARROW = 16  # channels below which a product writes them faster with the pixels
 
 def rows(x: Tensor) -> Tensor | None:
     """A channels-last tensor (B, C, *S) as its rows (B * S, C), without a copy; None for other layouts."""
+    if x.is_contiguous():
+        return None
     last = x.movedim(1, -1)
-    return last.reshape(-1, x.shape[1]) if last.is_contiguous() and not x.is_contiguous() else None
+    return last.reshape(-1, x.shape[1]) if last.is_contiguous() else None
 
 
 def project(matrix: Tensor, x: Tensor) -> Tensor:

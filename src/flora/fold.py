@@ -11,7 +11,7 @@ import torch
 from einops import EinopsError, rearrange
 from torch import Tensor
 
-from flora.tucker import Tucker, mode_product
+from flora.tucker import Tucker, kronecker, mode_product
 
 
 @dataclass(frozen=True)
@@ -50,22 +50,9 @@ class Fold:
                     core = core if factor is None else mode_product(core, factor, axis)
                     factors[axis] = None
             parts = [factors[axis] for axis in group]
-            merged.append(None if all(part is None for part in parts) else _kronecker(parts, ranks))
+            merged.append(kronecker(parts, ranks))
             sizes.append(math.prod([core.shape[axis] for axis in group]))
         return Tucker(core.reshape(sizes), tuple(merged))
-
-
-def _kronecker(parts: Sequence[Tensor | None], ranks: Sequence[int]) -> Tensor:
-    """The Kronecker product of the factors of one composite dimension; None stands for the identity."""
-    like = next(part for part in parts if part is not None)
-    matrices = [
-        torch.eye(rank, dtype=like.dtype, device=like.device) if part is None else part
-        for part, rank in zip(parts, ranks, strict=True)
-    ]
-    product = matrices[0]
-    for matrix in matrices[1:]:
-        product = torch.kron(product, matrix)
-    return product
 
 
 def parse_fold(pattern: str, shape: Sequence[int], name: str = "weight") -> Fold:

@@ -13,6 +13,7 @@ operations.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from flora import kernels
 from flora.planning import SUM_PAYS_FROM
 from flora.tucker import Tucker
 
-CACHED = 2**18  # numbers that a CPU's cache holds
+CACHED = 2**19  # numbers that a CPU's cache holds
 LEAST_ROWS = 64  # that a product is worth its call for
 
 
@@ -67,8 +68,8 @@ class _Linear(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         up, down = _skinny(scale * core, inner, out, x.dtype)
-        ctx.scale = scale
-        if sums_weights(x, weight):
+        ctx.scale, ctx.whole = scale, sums_weights(x, weight)
+        if ctx.whole:
             ctx.save_for_backward(x, weight, bias, core, inner, out, None)
             return F.linear(x, summed(weight, up, down), bias)
         hidden = None if up is None else down @ x.T  # (J, T): this way round it is faster at a small rank
@@ -86,13 +87,13 @@ class _Linear(torch.autograd.Function):
         if torch.is_grad_enabled():
             return again(ctx, _plain_linear, (x, weight, bias, core, inner, out), (scale,), grad)
         grad = grad.contiguous()
-        up, down = _skinny(scale * core, inner, out, x.dtype)
+        scaled = scale * core
+        up, down = _skinny(scaled, inner, out, x.dtype)
         back, grad_down, grad_up = _of_skinny(x, grad, up, down, hidden)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            whole = sums_weights(x, weight)
-            grad_x = grad @ summed(weight, up, down) if whole else (back.T @ down).addmm_(grad, weight)
-        grad_core, grad_inner, grad_out = _unfold(scale * core, inner, out, grad_down, grad_up)
+            grad_x = grad @ summed(weight, up, down) if ctx.whole else (back.T @ down).addmm_(grad, weight)
+        grad_core, grad_inner, grad_out = _unfold(scaled, inner, out, grad_down, grad_up)
         grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
         return grad_x, None, grad_bias, scale * grad_core, grad_inner, grad_out, None
 
@@ -106,15 +107,21 @@ def _of_skinny(
     """
     if up is None:
         return grad.T, grad.T @ x, None
-    turned, size = up.T.contiguous(), max(1, len(x))
+    size = count = max(1, x.shape[0])
     if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):  # in half precision sums would be rounded
-        size = max(LEAST_ROWS, CACHED // (x.shape[1] + grad.shape[1]))
-    back, grad_down, grad_up = [], torch.zeros_like(down), grad.new_zeros(down.shape[0], grad.shape[1])
-    for rows in (slice(start, start + size) for start in range(0, max(1, len(x)), size)):
-        back.append(turned @ grad[rows].T)
-        grad_down.addmm_(back[-1], x[rows])
-        grad_up.addmm_(down @ x[rows].T if hidden is None else hidden[:, rows], grad[rows])
-    return torch.cat(back, 1), grad_down, grad_up.T
+        parts = math.ceil(count / max(LEAST_ROWS, CACHED // (x.shape[1] + grad.shape[1])))
+        size = math.ceil(count / parts)
+    seen, behind, back = x.split(size), grad.split(size), []
+    known = [None] * len(seen) if hidden is None else hidden.split(size, 1)
+    for rows, grad_rows, own in zip(seen, behind, known, strict=True):
+        inside = torch.mm(down, rows.T) if own is None else own
+        back.append(torch.mm(up.T, grad_rows.T))
+        if len(back) == 1:
+            grad_down, grad_up = torch.mm(back[0], rows), torch.mm(inside, grad_rows)
+        else:
+            grad_down.addmm_(back[-1], rows)
+            grad_up.addmm_(inside, grad_rows)
+    return torch.cat(back, 1) if len(back) > 1 else back[0], grad_down, grad_up.T
 
 
 def sums_weights(x: Tensor, weight: Tensor) -> bool:

@@ -28,7 +28,7 @@ def conv(base: Any, weight: Tensor, bias: Tensor | None, form: Tucker, scale: fl
         mode = "constant" if base.padding_mode == "zeros" else base.padding_mode
         x, padding = F.pad(x, sides, mode=mode), (0,) * len(base.kernel_size)
     geometry = (base.stride, padding, base.dilation, False, (0,) * len(base.kernel_size), 1)
-    return _conv(x, weight, bias, kernels.spatial_core(form, scale), inner, out, geometry)
+    return _conv(x, weight, bias, form, scale, inner, out, geometry)
 
 
 def conv_transpose(
@@ -44,33 +44,45 @@ def conv_transpose(
     inner, out = form.factors[:2]
     extra = kernels.output_padding(base, x, output_size)
     geometry = (base.stride, base.padding, base.dilation, True, extra, 1)
-    return _conv(x, weight, bias, kernels.spatial_core(form, scale), inner, out, geometry)
+    return _conv(x, weight, bias, form, scale, inner, out, geometry)
 
 
 def _conv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    core: Tensor,
+    form: Tucker,
+    scale: float,
     inner: Tensor | None,
     out: Tensor | None,
     geometry: Geometry,
 ) -> Tensor:
     stride, padding, dilation, transposed, extra = geometry[:5]
-    apart = transposed and tuple(stride) == weight.shape[2:] and {*dilation} == {1} and not any((*padding, *extra))
+    size = weight.shape[2:]
+    apart = transposed and tuple(stride) == size and {*dilation} == {1} and not any((*padding, *extra))
     if apart and sums_weights(x, weight):
+        core = kernels.spatial_core(form, scale)
         up = (core if out is None else mode_product(core, out, 1)).flatten(1).T  # (O * K, Ji)
         down, wide = (up, None) if inner is None else (inner.T, up)
         return pointwise(x, weight, bias, down, wide, geometry)
-    if core[0, 0].numel() == 1 and not transposed and not any(padding):
-        down = core.flatten(1) if inner is None else core.flatten(1) @ inner.T
-        return pointwise(x, weight, bias, down, out, geometry)
-    y: Tensor = _Conv.apply(x, weight, bias, core, inner, out, geometry)  # type: ignore[no-untyped-call]
+    if size.numel() == 1 and not transposed and not any(padding):
+        core = (scale * form.core).flatten(1)
+        return pointwise(x, weight, bias, core if inner is None else core @ inner.T, out, geometry)
+    core, kernel = form.core, kernels.kernel_factor(form)
+    if kernel is None:
+        core = scale * core
+    else:
+        kernel = scale * kernel
+    y: Tensor = _Conv.apply(x, weight, bias, core, kernel, inner, out, geometry)  # type: ignore[no-untyped-call]
     return y
 
 
 class _Conv(torch.autograd.Function):
-    """Shapes: x (B, I, *S), core (Jo, Ji, *K) or transposed (Ji, Jo, *K), inner (I, Ji), out (O, Jo) -> (B, O, *S')."""
+    """Beside the layer: down to few channels, a convolution of the layer's own geometry there, and up again.
+
+    Shapes: x (B, I, *S), core (Jo, Ji, *R) or transposed (Ji, Jo, *R), kernel (prod(K), prod(R)) or None where R = K,
+    inner (I, Ji), out (O, Jo) -> (B, O, *S').
+    """
 
     @staticmethod
     def forward(
@@ -79,18 +91,20 @@ class _Conv(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         core: Tensor,
+        kernel: Tensor | None,
         inner: Tensor | None,
         out: Tensor | None,
         geometry: Geometry,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, bias, core, inner, out)
-        ctx.geometry = geometry
-        if sums_weights(x, weight):
+        ctx.save_for_backward(x, weight, bias, core, kernel, inner, out)
+        ctx.geometry, ctx.whole = geometry, sums_weights(x, weight)
+        spatial = _spatial(core, kernel, weight)
+        if ctx.whole:
             return aten.convolution(  # type: ignore[no-any-return]
-                x, _stand_in(weight, core, inner, out, geometry), bias, *geometry
+                x, _stand_in(weight, spatial, inner, out, geometry), bias, *geometry
             )
         y: Tensor = aten.convolution(x, weight, bias, *geometry)
-        hidden = _hidden(x if inner is None else project(inner, x), core, geometry)
+        hidden = aten.convolution(x if inner is None else project(inner, x), spatial, None, *geometry)
         if out is None:
             y += hidden
         else:
@@ -99,29 +113,43 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight, bias, core, inner, out = ctx.saved_tensors
-        geometry = ctx.geometry
+        x, weight, bias, core, kernel, inner, out = ctx.saved_tensors
+        geometry, whole, wants_x = ctx.geometry, ctx.whole, ctx.needs_input_grad[0]
         if torch.is_grad_enabled():
-            return again(ctx, _plain_conv, (x, weight, bias, core, inner, out), (geometry,), grad)
+            return again(ctx, _plain_conv, (x, weight, bias, core, kernel, inner, out), (geometry,), grad)
+        spatial = _spatial(core, kernel, weight)
         small = x if inner is None else project(inner, x)
-        wants_x, whole = ctx.needs_input_grad[0], sums_weights(x, weight)
         grad_out, back = None, grad
         if out is not None:
-            grad_out = outer(grad, _hidden(small, core, geometry)).to(out.dtype)
+            grad_out = outer(grad, aten.convolution(small, spatial, None, *geometry)).to(out.dtype)
             back = project(out, grad)
         mask = [inner is not None or (wants_x and not whole), True, False]
-        grad_small, grad_core, _ = aten.convolution_backward(back, small, core.to(x.dtype), None, *geometry, mask)
+        grad_small, grad_spatial, _ = aten.convolution_backward(back, small, spatial, None, *geometry, mask)
+        grad_core, grad_kernel = _unfold_kernel(grad_spatial.to(core.dtype), core, kernel)
         grad_inner = None if inner is None else outer(x, grad_small).to(inner.dtype)
         grad_x = None
         if wants_x:
-            used = _stand_in(weight, core, inner, out, geometry) if whole else weight
+            used = _stand_in(weight, spatial, inner, out, geometry) if whole else weight
             grad_x = aten.convolution_backward(grad, x, used, None, *geometry, [True, False, False])[0]
             if inner is None and not whole:
                 grad_x += grad_small
             elif inner is not None and not whole:
                 add_projected(grad_x, inner, grad_small)
         grad_bias = grad.sum([dim for dim in range(grad.ndim) if dim != 1]) if ctx.needs_input_grad[2] else None
-        return grad_x, None, grad_bias, grad_core.to(core.dtype), grad_inner, grad_out, None
+        return grad_x, None, grad_bias, grad_core, grad_kernel, grad_inner, grad_out, None
+
+
+def _spatial(core: Tensor, kernel: Tensor | None, weight: Tensor) -> Tensor:
+    """The core over the whole kernel, in the dtype of the weight: (J1, J2, *K)."""
+    return (core if kernel is None else kernels.apply_kernel(core, kernel, weight.shape[2:])).to(weight.dtype)
+
+
+def _unfold_kernel(grad: Tensor, core: Tensor, kernel: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The gradients of core and kernel from that of the core over the whole kernel."""
+    if kernel is None:
+        return grad, None
+    rows = grad.reshape(-1, len(kernel))
+    return (rows @ kernel).view(core.shape), rows.T @ core.reshape(len(rows), -1)
 
 
 def _stand_in(weight: Tensor, core: Tensor, inner: Tensor | None, out: Tensor | None, geometry: Geometry) -> Tensor:
@@ -133,20 +161,17 @@ def _stand_in(weight: Tensor, core: Tensor, inner: Tensor | None, out: Tensor | 
     return torch.addmm(weight.flatten(1), first, part.flatten(1)).view(weight.shape)
 
 
-def _hidden(small: Tensor, core: Tensor, geometry: Geometry) -> Tensor:
-    return aten.convolution(small, core.to(small.dtype), None, *geometry)  # type: ignore[no-any-return]
-
-
 def _plain_conv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     core: Tensor,
+    kernel: Tensor | None,
     inner: Tensor | None,
     out: Tensor | None,
     geometry: Geometry,
 ) -> Tensor:
     small = x if inner is None else torch.einsum("bi...,ij->bj...", x, inner.to(x.dtype))
-    hidden = _hidden(small, core, geometry)
+    hidden = aten.convolution(small, _spatial(core, kernel, weight), None, *geometry)
     change = hidden if out is None else torch.einsum("bj...,oj->bo...", hidden, out.to(x.dtype))
     return aten.convolution(x, weight, bias, *geometry) + change  # type: ignore[no-any-return]

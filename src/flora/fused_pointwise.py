@@ -36,15 +36,15 @@ class _Pointwise(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, out: Tensor | None, geometry: Geometry
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, down, out)
-        ctx.geometry = geometry
-        if sums_weights(x, weight):
+        ctx.geometry, ctx.whole = geometry, sums_weights(x, weight)
+        if ctx.whole:
             matrix = summed(_matrix(weight, geometry), out, down)
             if geometry[3] and _faster_by_product(x, down, out):
                 return _spread_product(matrix, x, weight.shape[2:], bias)
             used = (matrix.T if geometry[3] else matrix).reshape(weight.shape)
             return aten.convolution(x, used, bias, *geometry)  # type: ignore[no-any-return]
         y: Tensor = aten.convolution(x, weight, bias, *geometry)
-        seen = x[_steps(geometry)]
+        seen = _seen(x, geometry)
         if out is None:
             add_projected(y, down, seen)
         else:
@@ -58,7 +58,7 @@ class _Pointwise(torch.autograd.Function):
         if torch.is_grad_enabled():
             return again(ctx, _plain_pointwise, (x, weight, bias, down, out), (geometry,), grad)
         grad_bias = grad.sum([dim for dim in range(grad.ndim) if dim != 1]) if ctx.needs_input_grad[2] else None
-        whole, matrix = sums_weights(x, weight), None
+        whole, matrix = ctx.whole, None
         if ctx.needs_input_grad[0]:
             matrix = _matrix(weight, geometry)
             matrix = summed(matrix, out, down) if whole else matrix
@@ -84,8 +84,8 @@ def _pointwise_gradients(
     x: Tensor, grad: Tensor, matrix: Tensor | None, whole: bool, down: Tensor, out: Tensor | None, geometry: Geometry
 ) -> tuple[Any, Tensor, Any]:
     """Of x, down and out, for some of the samples; matrix is that of the weight, the change in it if ``whole``."""
-    steps, grad_out = _steps(geometry), None
-    seen = x[steps].contiguous() if rows(x) is None else x[steps]
+    seen, grad_out = _seen(x, geometry), None
+    seen = seen.contiguous() if rows(x) is None else seen
     if geometry[3]:
         grad = _patches(grad, geometry[0])
     back = grad
@@ -100,13 +100,17 @@ def _pointwise_gradients(
         add_projected(grad_x, down.T, back)
     if grad_x.shape != x.shape:
         part, grad_x = grad_x, torch.zeros_like(x)
-        grad_x[steps] = part
+        _seen(grad_x, geometry).copy_(part)
     return grad_x, grad_down, grad_out
 
 
-def _steps(geometry: Geometry) -> tuple[slice, ...]:
-    """The positions that a kernel of size 1 sees."""
-    return (slice(None), slice(None), *(slice(None, None, 1 if geometry[3] else step) for step in geometry[0]))
+def _seen(x: Tensor, geometry: Geometry) -> Tensor:
+    """The positions that a kernel of size 1 sees, as a view."""
+    stride, transposed = geometry[0], geometry[3]
+    if transposed or {*stride} == {1}:
+        return x
+    places = (slice(None), slice(None), *(slice(None, None, step) for step in stride))
+    return x[places]
 
 
 def _matrix(weight: Tensor, geometry: Geometry) -> Tensor:

@@ -8,14 +8,14 @@ copied to another dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flora.tucker import Tucker, mode_product
+from flora.tucker import Tucker, kronecker
 
 CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}  # by number of kernel dims
 CONV_TRANSPOSE: dict[int, Callable[..., Tensor]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -93,10 +93,19 @@ def output_padding(base: Any, input: Tensor, output_size: list[int] | None) -> l
 
 def spatial_core(form: Tucker, scale: float) -> Tensor:
     """The scaled core with the kernel factors applied: (J1, J2, *kernel)."""
-    core = scale * form.core
-    for mode, factor in enumerate(form.factors[2:], start=2):
-        core = core if factor is None else mode_product(core, factor, mode)
-    return core
+    kernel = kernel_factor(form)
+    return scale * form.core if kernel is None else apply_kernel(form.core, scale * kernel, form.shape[2:])
+
+
+def kernel_factor(form: Tucker) -> Tensor | None:
+    """The factors of the kernel modes as one: (prod(kernel), prod(ranks)), None where all are kept whole."""
+    return kronecker(form.factors[2:], form.ranks[2:])
+
+
+def apply_kernel(core: Tensor, kernel: Tensor, size: Sequence[int]) -> Tensor:
+    """A core (J1, J2, *ranks) with the kernel's factor (prod(size), prod(ranks)): (J1, J2, *size)."""
+    first, second = core.shape[:2]
+    return (core.reshape(first * second, -1) @ kernel.T).view(first, second, *size)
 
 
 def _pointwise(matrix: Tensor, core: Tensor) -> Tensor:

@@ -26,8 +26,38 @@ def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
     Returns:
         The tensor with ``In`` in place of ``Jn``.
     """
-    product: Tensor = torch.tensordot(tensor, matrix, dims=([mode], [1]))
-    return product.movedim(-1, mode)
+    before, size, after = math.prod(tensor.shape[:mode]), tensor.shape[mode], math.prod(tensor.shape[mode + 1 :])
+    shape = (*tensor.shape[:mode], matrix.shape[0], *tensor.shape[mode + 1 :])
+    if before == 1:
+        product = matrix @ tensor.reshape(size, after)
+    elif after == 1:
+        product = tensor.reshape(before, size) @ matrix.T
+    else:
+        product = torch.bmm(matrix.expand(before, -1, -1), tensor.reshape(before, size, after))
+    return product.view(shape)
+
+
+def kronecker(parts: Sequence[Tensor | None], ranks: Sequence[int]) -> Tensor | None:
+    """The Kronecker product of the factors of several modes, which is their factor when they are seen as one.
+
+    Args:
+        parts: matrices ``(In, Jn)``, None for the identity.
+        ranks: ``Jn`` of each.
+
+    Returns:
+        ``(prod(In), prod(Jn))``; None, the identity, where every part is None.
+    """
+    like = next((part for part in parts if part is not None), None)
+    if like is None:
+        return None
+    matrices = [
+        torch.eye(rank, dtype=like.dtype, device=like.device) if part is None else part
+        for part, rank in zip(parts, ranks, strict=True)
+    ]
+    product = matrices[0]
+    for matrix in matrices[1:]:
+        product = torch.kron(product, matrix)
+    return product
 
 
 def count_params(shape: Sequence[int], ranks: Sequence[int]) -> int:

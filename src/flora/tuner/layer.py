@@ -163,7 +163,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
             adapter_names: an adapter for each sample of the batch, set by PEFT in inference; else the active ones.
             **kwargs: of the base layer.
         """
-        if not torch.compiler.is_compiling():
+        if not self.called and not torch.compiler.is_compiling():
             self.called = True
         if self.disable_adapters and self.merged:
             self.unmerge()
