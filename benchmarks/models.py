@@ -18,7 +18,7 @@ from benchmarks.architectures import MODELS, Model, UnavailableError
 from benchmarks.results import Options
 from flora import memory
 
-STEPS = (clock.Budget(2, 7, 20, 30.0), clock.Budget(1, 5, 12, 12.0))  # of the headline's threads, of the others
+STEPS = (clock.Budget(2, 9, 20, 45.0), clock.Budget(1, 5, 12, 12.0))  # of the headline's threads, of the others
 INFERENCE = clock.Budget(2, 9, 40, 8.0)
 ATTACHED = 3  # times, by each method in turn
 LORA_TAKES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
