@@ -162,7 +162,7 @@ def test_printed() -> None:
     lines = str(plan((768, 3072), (8, 8), positions=4096)).splitlines()
     assert lines[0] == "weight (768, 3072), ranks (8, 8): 30,784 parameters (1.30% of 2,359,296)"
     assert lines[1] == "per training step at 4,096 output positions, beyond the frozen layer:"
-    assert lines[2].split()[:-2] == ["rebuild", "19,440.9", "MFLOP", "57.00", "MiB", "kept"]
+    assert lines[2].split()[:-2] == ["rebuild", "19,441.8", "MFLOP", "57.00", "MiB", "kept"]
     assert lines[3].split()[:-2] == ["->", "factored", "755.0", "MFLOP", "48.00", "MiB", "kept"]
     assert lines[4] == "path: factored, the faster by operations and bytes moved"
     assert len(lines) == 5

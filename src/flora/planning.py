@@ -138,9 +138,9 @@ def plan(
 
 
 def _build_flops(shape: Sequence[int], ranks: Sequence[int]) -> int:
-    """Of ``Tucker.to_dense``: a product per mode, the least growing mode first."""
+    """Of ``Tucker.to_dense``: a product per mode, the last mode first."""
     total, current = 0, math.prod(ranks)
-    for size, rank in sorted(zip(shape, ranks, strict=True), key=lambda pair: pair[0] / pair[1]):
+    for size, rank in reversed(list(zip(shape, ranks, strict=True))):
         if rank != size:
             total += 2 * current * size
             current = current // rank * size

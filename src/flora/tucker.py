@@ -119,11 +119,9 @@ class Tucker:
         return self.core.numel() + sum(factor.numel() for factor in self.factors if factor is not None)
 
     def to_dense(self) -> Tensor:
-        """The dense tensor ``(I1, ..., IN)``; modes are applied in the order that keeps the intermediates small."""
+        """The dense tensor ``(I1, ..., IN)``; the last mode first: the largest product is then one of two matrices."""
         dense = self.core
-        growth = sorted((f.shape[0] / f.shape[1], mode) for mode, f in enumerate(self.factors) if f is not None)
-        for _, mode in growth:
-            factor = self.factors[mode]
+        for mode, factor in reversed(list(enumerate(self.factors))):
             if factor is not None:
                 dense = mode_product(dense, factor, mode)
         return dense.contiguous()
