@@ -1,9 +1,14 @@
-"""How long do the steps of layers and models take on a CUDA device, eager and compiled, and how much memory?"""
+"""How long do the steps of layers and models take on a CUDA device, and how much memory?
+
+Three modes: eager; compiled; and captured, the compiled step recorded once as a CUDA graph and replayed, which is the
+time of the device alone. In the other two the clock also sees the host, which prepares each kernel; the device is
+waited for after each step.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,19 +23,23 @@ from benchmarks.grid import Case, linear
 from benchmarks.results import Options
 
 NAMES = ("frozen", "full", "flora", "lora", "authors")
-MODES = ("eager", "compiled")
+MODES = ("eager", "compiled", "captured")
 BUDGET = clock.Budget(10, 20, 200, 3.0)
 TOKENS = 8192
 SHAPES = [(4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)]  # q and o, k and v, gate and up, down of a Llama 8B
 
 
-def measure(options: Options, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
-    """Rows of single layers, then of whole models, each method eager and compiled."""
+def measure(options: Options, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> Iterator[dict[str, Any]]:
+    """Rows of single layers, then of whole models, in every mode; yields what there is after each of them."""
     shapes = [(64, 96)] if options.quick else SHAPES
     cases = [linear(inner, out, 64 if options.quick else TOKENS, 16) for inner, out in shapes]
-    rows = [layer_row(placed(case, device, dtype), options, device, dtype) for case in tqdm(cases, desc="layers")]
-    whole = [] if options.quick else [model_row(model, options, device, dtype) for model in tqdm(MODELS, desc="models")]
-    return {"device": device, "dtype": str(dtype).removeprefix("torch."), "rows": rows, "models": whole}
+    found: dict[str, Any] = {"device": device, "dtype": str(dtype).removeprefix("torch."), "rows": [], "models": []}
+    for case in tqdm(cases, desc="layers"):
+        found["rows"].append(layer_row(placed(case, device, dtype), options, device, dtype))
+        yield found
+    for model in tqdm([] if options.quick else MODELS, desc="models"):
+        found["models"].append(model_row(model, options, device, dtype))
+        yield found
 
 
 def layer_row(case: Case, options: Options, device: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -75,14 +84,32 @@ def time_modes(
 ) -> None:
     """Fills in times and peak memory of every method, in both modes."""
     cuda = device.startswith("cuda")
+    run: Mapping[str, clock.Step] = {}
     for mode in MODES:
-        torch.compiler.reset()
-        run = steps(mode)
+        if mode == "captured":  # follows the compiled ones
+            run = {name: captured(step) for name, step in run.items()}
+        else:
+            torch.compiler.reset()
+            run = steps(mode)
         budget = BUDGET.shortened() if options.quick else BUDGET
         times = clock.interleave(run, budget, options.seed, torch.cuda.synchronize if cuda else None)
         for name, values in times.items():
             found[name]["ms"][mode] = clock.summary(values)
-            found[name]["peak"][mode] = peak(run[name]) if cuda else None
+            found[name]["peak"][mode] = peak(run[name]) if cuda and mode != "captured" else None
+
+
+def captured(step: clock.Step) -> clock.Step:
+    """The step as a CUDA graph: its kernels are launched by the device."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def peak(step: clock.Step) -> int:

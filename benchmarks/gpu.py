@@ -1,4 +1,4 @@
-"""The same questions on a CUDA device, in bfloat16, eager and compiled; says so and stops where there is none.
+"""The same questions on a CUDA device in bfloat16, eager, compiled and as CUDA graphs; stops where there is none.
 
 ``python benchmarks/gpu.py [--quick] [--out FOLDER] [--seed N]`` writes ``gpu.json`` beside the other results; then
 ``python benchmarks/run.py --only page`` puts it on the page.
@@ -33,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     options = results.Options(asked.quick, (1,), asked.seed, results.load())
     folder = asked.out or (results.QUICK if asked.quick else results.RESULTS)
-    print(f"written {results.write('gpu', accelerator.measure(options), options, folder)}")
+    for found in accelerator.measure(options):  # written after each row, so that a kill loses one at most
+        path = results.write("gpu", found, options, folder)
+    print(f"written {path}")
     return 0
 
 

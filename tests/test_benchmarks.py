@@ -154,7 +154,7 @@ def test_the_page_is_up_to_date() -> None:
 def test_accelerator_runs_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator = importlib.import_module("benchmarks.accelerator")
     monkeypatch.setattr(accelerator, "MODES", ("eager",))
-    measured = accelerator.measure(results.Options(quick=True), device="cpu", dtype=torch.bfloat16)
+    (measured,) = accelerator.measure(results.Options(quick=True), device="cpu", dtype=torch.bfloat16)
     methods_of = measured["rows"][0]["methods"]
     assert methods_of.keys() == set(accelerator.NAMES)
     assert all("eager" in method["ms"] for method in methods_of.values())

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import Tensor, nn
 
-from flora import fused, fused_pointwise, trained_kernel
+from flora import channels, fused, fused_conv, fused_linear, fused_pointwise, trained_kernel
 from flora.layers import find_layer
 from flora.tucker import Tucker
+from flora.tuner.config import FloraConfig
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(5, 7), (3, 5), (2, 3)),
@@ -76,6 +78,15 @@ def leaves(x: Tensor, form: Tucker) -> list[Tensor]:
     return [x, form.core, *(factor for factor in form.factors if factor is not None)]
 
 
+@pytest.fixture(params=["a CPU", "a GPU"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both orders of the products and both choices of what is kept, on whatever device there is."""
+    if request.param == "a GPU":
+        for module in (channels, fused_linear, fused_conv, fused_pointwise):
+            monkeypatch.setattr(module, "on_cpu", lambda x: False)
+    return str(request.param)
+
+
 def test_the_number_of_layers() -> None:
     assert len(LAYERS) == 22
 
@@ -83,7 +94,7 @@ def test_the_number_of_layers() -> None:
 @pytest.mark.parametrize("sums", [True, False])  # a convolution runs with W + dW, or adds to output and gradient
 @each_layer
 def test_output_and_gradients_equal_those_of_the_dense_weight(
-    name: str, sums: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, sums: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fused, "SUM_PAYS_FROM", 0 if sums else math.inf)
     layer, x, form = make(name)
@@ -124,8 +135,8 @@ def test_some_samples_at_a_time(name: str, last: bool, monkeypatch: pytest.Monke
 def test_some_rows_at_a_time(name: str, sums: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a linear layer's backward, so that rows of input and gradient are fetched once."""
     monkeypatch.setattr(fused, "SUM_PAYS_FROM", 0 if sums else math.inf)
-    monkeypatch.setattr(fused, "LEAST_ROWS", 3)
-    monkeypatch.setattr(fused, "CACHED", 0)
+    monkeypatch.setattr(fused_linear, "LEAST_ROWS", 3)
+    monkeypatch.setattr(fused_linear, "CACHED", 0)
     layer, x, form = make(name)
     x = torch.randn(11, x.shape[-1], dtype=x.dtype, requires_grad=True)
     expected = dense(layer, x, form)
@@ -147,7 +158,7 @@ def test_both_ways_of_a_convolution_are_reached() -> None:
 
 
 @each_layer
-def test_first_and_second_derivatives_by_differences(name: str) -> None:
+def test_first_and_second_derivatives_by_differences(name: str, device: str) -> None:
     layer, x, form = make(name)
 
     def run(x: Tensor, core: Tensor, *factors: Tensor) -> Tensor:
@@ -236,8 +247,6 @@ def test_the_input_is_kept_and_little_else(name: str, sums: bool, monkeypatch: p
 def test_it_gives_way_where_it_would_not_be_right() -> None:
     layer, x, form = make("linear", torch.float32)
     assert fused.can_fuse(x, layer.weight)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not fused.can_fuse(x, layer.weight)
     assert not fused.can_fuse(x.double(), layer.weight)
     seen = []
 
@@ -253,6 +262,72 @@ def test_it_gives_way_where_it_would_not_be_right() -> None:
     grouped = nn.Conv2d(4, 6, 3, groups=2).requires_grad_(False)
     part = Tucker(torch.randn(2, 2, 2, 2), (torch.randn(6, 2), None, torch.randn(3, 2), torch.randn(3, 2)))
     assert row(grouped).fused(grouped, part, 1.0, torch.randn(1, 4, 5, 5)) is None
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["backward under autocast", "backward outside"])
+@pytest.mark.parametrize("low", [True, False], ids=["bfloat16 weights", "float32 weights"])
+@pytest.mark.parametrize("name", ["linear", "conv2d", "conv2d, 1x1", "transposed conv2d"])
+def test_autocast(name: str, low: bool, inside: bool, device: str) -> None:
+    """It is fused, computes in autocast's dtype, and the small matrices keep theirs."""
+    layer, x, form = make(name, torch.float32)
+    expected = dense(layer, x, form)
+    weight = torch.randn_like(expected)
+    exact = torch.autograd.grad((expected * weight).sum(), leaves(x, form))
+    layer = layer.to(torch.bfloat16) if low else layer
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = through(layer, x, form)
+        if inside:
+            found = torch.autograd.grad((out * weight).sum(), leaves(x, form))
+    if not inside:
+        found = torch.autograd.grad((out * weight).sum(), leaves(x, form))
+    assert out.dtype == torch.bfloat16
+    assert (out - expected).norm() < 1e-2 * expected.norm()
+    for value, other in zip(found, exact, strict=True):
+        assert value.dtype == torch.float32
+        assert (value - other).norm() < 2e-2 * other.norm()
+    double = make(name)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert row(double[0]).fused(double[0], double[2], 0.7, double[1]) is None  # autocast leaves float64 alone
+
+
+def test_an_exported_layer_has_only_operations_of_torch() -> None:
+    row_ = LAYERS["linear"]
+    model = get_peft_model(
+        nn.Sequential(row_[0]()),
+        FloraConfig(r=2, target_modules=["0"], init_weights=False, path="factored"),  # type: ignore[arg-type]
+    ).base_model.model.eval()
+    x = torch.randn(row_[1])
+    for strict in (False, True):
+        program = torch.export.export(model, (x,), strict=strict)
+        assert not any("flora" in str(node.target) for node in program.graph.nodes if node.op == "call_function")
+        assert torch.allclose(program.module()(x), model(x), atol=1e-6)
+
+
+def test_a_compiled_linear_layer_is_one_operation() -> None:
+    """Forward and backward equal the eager ones, for batches of any size, with and without a bias."""
+    compiler = torch._dynamo.lookup_backend("aot_eager")
+    for bias in (True, False):
+        model = get_peft_model(
+            nn.Sequential(nn.Linear(136, 72, bias=bias), nn.Linear(72, 40, bias=bias)),
+            FloraConfig(r=[6, 8], target_modules=["0", "1"], init_weights=False, path="factored"),
+        )
+        trained = [value for value in model.parameters() if value.requires_grad]
+        seen: list[int] = []  # of each graph
+
+        def watching(graph: Any, inputs: Any, seen: list[int] = seen) -> Any:
+            seen.append(sum("flora.linear" in str(node.target) for node in graph.graph.nodes))
+            return compiler(graph, inputs)
+
+        torch.compiler.reset()
+        run = torch.compile(model, backend=watching, fullgraph=True, dynamic=True)
+        for count in (3, 7, 300):
+            x = torch.randn(count, 5, 136, requires_grad=True)
+            first, second = model(x), run(x)
+            assert torch.allclose(first, second, atol=1e-5)
+            wanted = torch.autograd.grad(first.square().sum(), [x, *trained])
+            for value, other in zip(torch.autograd.grad(second.square().sum(), [x, *trained]), wanted, strict=True):
+                assert torch.allclose(value, other, atol=1e-4 * float(other.abs().max()))
+        assert set(seen) == {2}
 
 
 @pytest.mark.parametrize("name", ["linear", "conv2d", "transposed conv2d"])

@@ -5,7 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+SUMS_IN_FLOAT32 = hasattr(torch.ops.aten.mm, "dtype")
 NARROW = 16  # channels below which a product writes them faster with the pixels innermost, to be turned afterwards
+
+
+def on_cpu(x: Tensor) -> bool:
+    """Whether caches decide. On a GPU a launch costs more than small matrices and narrow tensors that are kept."""
+    return x.device.type == "cpu"
+
+
+def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """``left @ right``, in ``dtype`` where the device gives a product in half precision with its sums unrounded."""
+    if left.is_cuda and SUMS_IN_FLOAT32 and dtype == torch.float32 != left.dtype:
+        return torch.mm(left, right, out_dtype=dtype)  # type: ignore[no-any-return,unused-ignore]
+    return torch.mm(left, right)
 
 
 def rows(x: Tensor) -> Tensor | None:
@@ -25,7 +38,7 @@ def project(matrix: Tensor, x: Tensor) -> Tensor:
     lines = rows(x)
     if lines is not None:
         flat = lines @ matrix
-    elif matrix.shape[1] < NARROW:
+    elif matrix.shape[1] < NARROW and on_cpu(x):
         flat = torch.bmm(matrix.T.contiguous().expand(x.shape[0], -1, -1), x.flatten(2)).transpose(1, 2).contiguous()
     else:
         flat = torch.bmm(x.flatten(2).transpose(1, 2), matrix.expand(x.shape[0], -1, -1))
@@ -44,12 +57,12 @@ def add_projected(y: Tensor, matrix: Tensor, hidden: Tensor) -> None:
         y += project(matrix.T, hidden)
 
 
-def outer(wide: Tensor, narrow: Tensor) -> Tensor:
-    """The sum over batch and positions of ``wide narrow^T``: (B, C, *S), (B, J, *S) -> (C, J)."""
+def outer(wide: Tensor, narrow: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over batch and positions of ``wide narrow^T``: (B, C, *S), (B, J, *S) -> (C, J), in ``dtype``."""
     lines = rows(wide)
     if lines is not None:
-        return (narrow.movedim(1, -1).reshape(-1, narrow.shape[1]).T @ lines).T
-    return torch.bmm(narrow.flatten(2), wide.flatten(2).transpose(1, 2)).sum(0).T
+        return product(narrow.movedim(1, -1).reshape(-1, narrow.shape[1]).t(), lines, dtype).to(dtype).t()
+    return torch.bmm(narrow.flatten(2), wide.flatten(2).transpose(1, 2)).sum(0, dtype=dtype).t()
 
 
 def mix(matrix: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:

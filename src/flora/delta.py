@@ -72,7 +72,8 @@ class TuckerDelta(nn.Module):
     @property
     def form(self) -> Tucker:
         """The Tucker form without the scale, over the folded dimensions; its tensors are the live parameters."""
-        return Tucker(self.core, tuple(None if name is None else getattr(self, name) for name in self._factor_names))
+        factors = [None if name is None else getattr(self, name) for name in self._factor_names]
+        return Tucker(self.core, tuple(factors))
 
     @property
     def stored_form(self) -> Tucker:
@@ -81,7 +82,7 @@ class TuckerDelta(nn.Module):
 
     def dense(self) -> Tensor:
         """``scale * form.to_dense()`` in the shape of the stored weight."""
-        dense = self.scale * self.form.to_dense()
+        dense = self.form.scaled(self.scale).to_dense()
         return dense if self.fold is None else dense.reshape(self.fold.stored_shape)
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class ExpertStack:
         terms = []
         for form, scale in forms:
             experts, left, right = form.factors
-            middle = scale * form.core
+            middle = form.scaled(scale).core
             terms.append(Term(left, middle if experts is None else mode_product(middle, experts, 0), right))
         return cls(weight, terms)
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flora import kernels
-from flora.channels import add_projected, outer, project
-from flora.fused import again, sums_weights
+from flora.channels import add_projected, on_cpu, outer, project
+from flora.fused import again, sums_weights, without_autocast
 from flora.fused_pointwise import Geometry, pointwise
 from flora.tucker import Tucker, mode_product
 
@@ -66,13 +66,9 @@ def _conv(
         down, wide = (up, None) if inner is None else (inner.T, up)
         return pointwise(x, weight, bias, down, wide, geometry)
     if size.numel() == 1 and not transposed and not any(padding):
-        core = (scale * form.core).flatten(1)
+        core = form.scaled(scale).core.flatten(1)
         return pointwise(x, weight, bias, core if inner is None else core @ inner.T, out, geometry)
-    core, kernel = form.core, kernels.kernel_factor(form)
-    if kernel is None:
-        core = scale * core
-    else:
-        kernel = scale * kernel
+    core, kernel = form.scaled(scale).core, kernels.kernel_factor(form)
     y: Tensor = _Conv.apply(x, weight, bias, core, kernel, inner, out, geometry)  # type: ignore[no-untyped-call]
     return y
 
@@ -96,37 +92,44 @@ class _Conv(torch.autograd.Function):
         out: Tensor | None,
         geometry: Geometry,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, bias, core, kernel, inner, out)
         ctx.geometry, ctx.whole = geometry, sums_weights(x, weight)
         spatial = _spatial(core, kernel, weight)
+        small = hidden = None
+        low_inner, low_out = (None if factor is None else factor.to(x.dtype) for factor in (inner, out))
         if ctx.whole:
-            return aten.convolution(  # type: ignore[no-any-return]
-                x, _stand_in(weight, spatial, inner, out, geometry), bias, *geometry
-            )
-        y: Tensor = aten.convolution(x, weight, bias, *geometry)
-        hidden = aten.convolution(x if inner is None else project(inner, x), spatial, None, *geometry)
-        if out is None:
-            y += hidden
+            y: Tensor = aten.convolution(x, _stand_in(weight, spatial, inner, out, geometry), bias, *geometry)
         else:
-            add_projected(y, out, hidden)
+            y = aten.convolution(x, weight, bias, *geometry)
+            small = None if low_inner is None else project(low_inner, x)
+            hidden = aten.convolution(x if small is None else small, spatial, None, *geometry)
+            if low_out is None:
+                y += hidden
+            else:
+                add_projected(y, low_out, hidden)
+        made = (None,) * 5 if on_cpu(x) else (spatial, small, None if out is None else hidden, low_inner, low_out)
+        ctx.save_for_backward(x, weight, bias, core, kernel, inner, out, *made)
         return y
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight, bias, core, kernel, inner, out = ctx.saved_tensors
+        x, weight, bias, core, kernel, inner, out, *made = ctx.saved_tensors
+        spatial, small, hidden, low_inner, low_out = made
         geometry, whole, wants_x = ctx.geometry, ctx.whole, ctx.needs_input_grad[0]
         if torch.is_grad_enabled():
             return again(ctx, _plain_conv, (x, weight, bias, core, kernel, inner, out), (geometry,), grad)
-        spatial = _spatial(core, kernel, weight)
-        small = x if inner is None else project(inner, x)
+        spatial = _spatial(core, kernel, weight) if spatial is None else spatial
+        if small is None:
+            small = x if inner is None else project(inner, x)
         grad_out, back = None, grad
         if out is not None:
-            grad_out = outer(grad, aten.convolution(small, spatial, None, *geometry)).to(out.dtype)
-            back = project(out, grad)
+            hidden = aten.convolution(small, spatial, None, *geometry) if hidden is None else hidden
+            grad_out = outer(grad, hidden, out.dtype)
+            back = project(out if low_out is None else low_out, grad)
         mask = [inner is not None or (wants_x and not whole), True, False]
         grad_small, grad_spatial, _ = aten.convolution_backward(back, small, spatial, None, *geometry, mask)
         grad_core, grad_kernel = _unfold_kernel(grad_spatial.to(core.dtype), core, kernel)
-        grad_inner = None if inner is None else outer(x, grad_small).to(inner.dtype)
+        grad_inner = None if inner is None else outer(x, grad_small, inner.dtype)
         grad_x = None
         if wants_x:
             used = _stand_in(weight, spatial, inner, out, geometry) if whole else weight
@@ -134,7 +137,7 @@ class _Conv(torch.autograd.Function):
             if inner is None and not whole:
                 grad_x += grad_small
             elif inner is not None and not whole:
-                add_projected(grad_x, inner, grad_small)
+                add_projected(grad_x, inner if low_inner is None else low_inner, grad_small)
         grad_bias = grad.sum([dim for dim in range(grad.ndim) if dim != 1]) if ctx.needs_input_grad[2] else None
         return grad_x, None, grad_bias, grad_core, grad_kernel, grad_inner, grad_out, None
 

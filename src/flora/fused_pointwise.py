@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flora.channels import add_projected, mix, outer, project, rows
-from flora.fused import again, summed, sums_weights
+from flora.channels import add_projected, mix, on_cpu, outer, project, rows
+from flora.fused import again, summed, sums_weights, without_autocast
 
 aten = torch.ops.aten
 CACHED = 2**19  # numbers turned around at a time on a CPU: its caches hold them
@@ -35,8 +35,12 @@ class _Pointwise(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, out: Tensor | None, geometry: Geometry
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, bias, down, out)
-        ctx.geometry, ctx.whole = geometry, sums_weights(x, weight)
+        ctx.geometry, ctx.whole, hidden = geometry, sums_weights(x, weight), None
+        low_down, low_out = down.to(x.dtype), None if out is None else out.to(x.dtype)
+        if not ctx.whole and low_out is not None:
+            hidden = project(low_down.T, _seen(x, geometry))
+        made = (None, None, None) if on_cpu(x) else (low_down, low_out, hidden)
+        ctx.save_for_backward(x, weight, bias, down, out, *made)
         if ctx.whole:
             matrix = summed(_matrix(weight, geometry), out, down)
             if geometry[3] and _faster_by_product(x, down, out):
@@ -44,16 +48,16 @@ class _Pointwise(torch.autograd.Function):
             used = (matrix.T if geometry[3] else matrix).reshape(weight.shape)
             return aten.convolution(x, used, bias, *geometry)  # type: ignore[no-any-return]
         y: Tensor = aten.convolution(x, weight, bias, *geometry)
-        seen = _seen(x, geometry)
-        if out is None:
-            add_projected(y, down, seen)
+        if low_out is None or hidden is None:
+            add_projected(y, low_down, _seen(x, geometry))
         else:
-            add_projected(y, out, project(down.T, seen))
+            add_projected(y, low_out, hidden)
         return y
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight, bias, down, out = ctx.saved_tensors
+        x, weight, bias, down, out, low_down, low_out, hidden = ctx.saved_tensors
         geometry = ctx.geometry
         if torch.is_grad_enabled():
             return again(ctx, _plain_pointwise, (x, weight, bias, down, out), (geometry,), grad)
@@ -62,7 +66,9 @@ class _Pointwise(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             matrix = _matrix(weight, geometry)
             matrix = summed(matrix, out, down) if whole else matrix
-        rest = (matrix, whole, down, out, geometry)
+        if low_down is None:
+            low_down, low_out = down.to(x.dtype), None if out is None else out.to(x.dtype)
+        rest = (matrix, whole, low_down, low_out, hidden, down.dtype, geometry)
         size = _slice_size(grad) if geometry[3] else len(x)
         if size >= len(x):
             grad_x, grad_down, grad_out = _pointwise_gradients(x, grad, *rest)
@@ -76,23 +82,30 @@ class _Pointwise(torch.autograd.Function):
                     grad_x[part] = own_x
                 if grad_out is not None:
                     grad_out += own_out
-        grad_out = None if out is None else grad_out.to(out.dtype)
-        return grad_x, None, grad_bias, grad_down.to(down.dtype), grad_out, None
+        return grad_x, None, grad_bias, grad_down, grad_out, None
 
 
 def _pointwise_gradients(
-    x: Tensor, grad: Tensor, matrix: Tensor | None, whole: bool, down: Tensor, out: Tensor | None, geometry: Geometry
+    x: Tensor,
+    grad: Tensor,
+    matrix: Tensor | None,
+    whole: bool,
+    down: Tensor,
+    out: Tensor | None,
+    hidden: Tensor | None,
+    dtype: torch.dtype,
+    geometry: Geometry,
 ) -> tuple[Any, Tensor, Any]:
-    """Of x, down and out, for some of the samples; matrix is that of the weight, the change in it if ``whole``."""
+    """Of x, down and out, for some of the samples; matrix is that of the weight, with the change in it if ``whole``."""
     seen, grad_out = _seen(x, geometry), None
     seen = seen.contiguous() if rows(x) is None else seen
     if geometry[3]:
         grad = _patches(grad, geometry[0])
     back = grad
     if out is not None:
-        grad_out = outer(grad, project(down.T, seen))
+        grad_out = outer(grad, project(down.T, seen) if hidden is None else hidden, dtype)
         back = project(out, grad)
-    grad_down = outer(seen, back).T
+    grad_down = outer(seen, back, dtype).T
     if matrix is None:
         return None, grad_down, grad_out
     grad_x = mix(matrix.T, grad)
@@ -143,7 +156,7 @@ def _spread_product(matrix: Tensor, x: Tensor, kernel: tuple[int, ...], bias: Te
 
 def _slice_size(y: Tensor) -> int:
     """How many samples at a time, so that what is turned around stays in the cache of a CPU."""
-    return len(y) if y.device.type != "cpu" else max(1, CACHED * len(y) // max(1, y.numel()))
+    return len(y) if not on_cpu(y) else max(1, CACHED * len(y) // max(1, y.numel()))
 
 
 def _faster_by_product(x: Tensor, down: Tensor, out: Tensor | None) -> bool:
@@ -152,7 +165,7 @@ def _faster_by_product(x: Tensor, down: Tensor, out: Tensor | None) -> bool:
     On a CPU torch turns planes into blocks and back for it. A change of zero keeps torch's way, so that a new adapter
     leaves the output as it was to the last bit.
     """
-    return x.device.type == "cpu" and x.is_contiguous() and bool(down.any()) and (out is None or bool(out.any()))
+    return on_cpu(x) and x.is_contiguous() and bool(down.any()) and (out is None or bool(out.any()))
 
 
 def _plain_pointwise(

@@ -28,7 +28,7 @@ def fold_matrix(form: Tucker, scale: float) -> tuple[Tensor | None, Tensor]:
         ``up`` of shape (I1, J) or None for the identity, and ``down`` of shape (J, I2), J = min(J1, J2).
     """
     left, right = form.factors
-    core = scale * form.core
+    core = form.scaled(scale).core
     if right is None:
         return left, core
     if core.shape[0] <= core.shape[1]:
@@ -93,8 +93,8 @@ def output_padding(base: Any, input: Tensor, output_size: list[int] | None) -> l
 
 def spatial_core(form: Tucker, scale: float) -> Tensor:
     """The scaled core with the kernel factors applied: (J1, J2, *kernel)."""
-    kernel = kernel_factor(form)
-    return scale * form.core if kernel is None else apply_kernel(form.core, scale * kernel, form.shape[2:])
+    kernel, core = kernel_factor(form), form.scaled(scale).core
+    return core if kernel is None else apply_kernel(core, kernel, form.shape[2:])
 
 
 def kernel_factor(form: Tucker) -> Tensor | None:
@@ -154,7 +154,7 @@ def embedding_bag(
 def _rows(form: Tucker, scale: float) -> tuple[Tensor | None, Tensor]:
     """The factor of the vocabulary (None: whole) and the small matrix (J_vocab, dim) that follows it."""
     rows, columns = form.factors
-    core = scale * form.core
+    core = form.scaled(scale).core
     return rows, core if columns is None else core @ columns.T
 
 
@@ -163,5 +163,5 @@ def bilinear(base: nn.Module, form: Tucker, scale: float, input1: Tensor, input2
     out, first, second = form.factors
     x = input1 if first is None else input1 @ first.to(input1.dtype)
     y = input2 if second is None else input2 @ second.to(input2.dtype)
-    hidden = F.bilinear(x, y, (scale * form.core).to(x.dtype))
+    hidden = F.bilinear(x, y, form.scaled(scale).core.to(x.dtype))
     return hidden if out is None else F.linear(hidden, out.to(hidden.dtype))

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
-from flora import fused, fused_conv, kernels, trained_kernel
+from flora import fused, fused_conv, fused_linear, kernels, trained_kernel
 from flora.tucker import Tucker
 
 Axes = tuple[str, ...]
@@ -99,23 +99,33 @@ def _bilinear(module: Any, weight: Tensor, bias: Tensor | None, input1: Tensor, 
 
 
 def _fused_linear(module: Any, form: Tucker, scale: float, input: Tensor) -> Tensor | None:
-    if not fused.can_fuse(input, module.weight):
-        return None
-    return fused.linear(module.weight, module.bias, form, scale, input)
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        if fused.can_fuse(x, weight):
+            return fused_linear.linear(weight, bias, form, scale, x)
+        return fused_linear.compiled(weight, bias, form, scale, x) if fused.can_compile(x, weight) else None
+
+    return fused.in_its_dtype(run, input, module.weight, module.bias)
 
 
 def _fused_conv(module: Any, form: Tucker, scale: float, input: Tensor) -> Tensor | None:
-    if module.groups > 1 or input.ndim != module.weight.ndim or not fused.can_fuse(input, module.weight):
-        return None
-    return fused_conv.conv(module, module.weight, module.bias, form, scale, input)
+    return _on_one_group(partial(fused_conv.conv, module), module, form, scale, input)
 
 
 def _fused_conv_transpose(
     module: Any, form: Tucker, scale: float, input: Tensor, output_size: list[int] | None = None
 ) -> Tensor | None:
-    if module.groups > 1 or input.ndim != module.weight.ndim or not fused.can_fuse(input, module.weight):
+    run = partial(fused_conv.conv_transpose, module, output_size=output_size)
+    return _on_one_group(run, module, form, scale, input)
+
+
+def _on_one_group(convolve: Callable[..., Tensor], module: Any, form: Tucker, scale: float, x: Tensor) -> Tensor | None:
+    if module.groups > 1 or x.ndim != module.weight.ndim:
         return None
-    return fused_conv.conv_transpose(module, module.weight, module.bias, form, scale, input, output_size)
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        return convolve(weight, bias, form, scale, x) if fused.can_fuse(x, weight) else None
+
+    return fused.in_its_dtype(run, x, module.weight, module.bias)
 
 
 def _attention_weights(module: nn.MultiheadAttention) -> dict[str, Axes]:
@@ -189,7 +199,10 @@ LAYERS: dict[type[nn.Module], Layer] = {
 
 def find_layer(module: nn.Module) -> tuple[type[nn.Module], Layer] | None:
     """The row for a module and the type it is listed under (a subclass is found by its base), or None."""
-    return next(((cls, LAYERS[cls]) for cls in type(module).__mro__ if cls in LAYERS), None)
+    for cls in type(module).__mro__:
+        if cls in LAYERS:
+            return cls, LAYERS[cls]
+    return None
 
 
 def parameter(module: nn.Module, name: str) -> Tensor:
@@ -243,7 +256,8 @@ def is_plain(module: nn.Module) -> bool:
     found = find_layer(module)
     if found is None or type(module).forward is not found[0].forward:
         return False
-    return getattr(module, "max_norm", None) is None and getattr(module, "mode", None) != "max"
+    own = vars(module)  # what an embedding is set to; cheaper to ask than the module itself
+    return own.get("max_norm") is None and own.get("mode") != "max"
 
 
 def call_with(module: nn.Module, weights: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:

@@ -55,8 +55,10 @@ def kronecker(parts: Sequence[Tensor | None], ranks: Sequence[int]) -> Tensor | 
         for part, rank in zip(parts, ranks, strict=True)
     ]
     product = matrices[0]
-    for matrix in matrices[1:]:
-        product = torch.kron(product, matrix)
+    for matrix in matrices[1:]:  # torch.kron does the same in many more calls
+        (rows, columns), (height, width) = product.shape, matrix.shape
+        product = product.reshape(rows, 1, columns, 1) * matrix.reshape(1, height, 1, width)
+        product = product.view(rows * height, columns * width)
     return product
 
 
@@ -117,6 +119,10 @@ class Tucker:
     def num_params(self) -> int:
         """Numbers stored in core and factors."""
         return self.core.numel() + sum(factor.numel() for factor in self.factors if factor is not None)
+
+    def scaled(self, scale: float) -> Tucker:
+        """``scale`` times the tensor; itself where that is 1."""
+        return self if scale == 1 else Tucker(scale * self.core, self.factors)
 
     def to_dense(self) -> Tensor:
         """The dense tensor ``(I1, ..., IN)``; the last mode first: the largest product is then one of two matrices."""

@@ -71,7 +71,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         self, base_layer: nn.Module, row: Layer | None = None, quantization: Mapping[str, Any] | None = None
     ) -> None:
         super().__init__()
-        self.base_layer = base_layer
+        self.add_module("base_layer", base_layer)
         base = self.get_base_layer()
         self.quantization_backend = resolve_quantization_backend(base, **(quantization or {}))
         found = row or row_for(base, **(quantization or {}))
@@ -93,6 +93,14 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         sizes = dict(zip(axes, weight_shape(base, first), strict=False))
         self.in_features, self.out_features = sizes.get("in"), sizes.get("out")
 
+    @property
+    def base_layer(self) -> nn.Module:
+        """The layer itself, or what wraps it."""
+        base = self._modules.get("base_layer")
+        if base is None:
+            raise AttributeError(f"{type(self).__name__} has no base layer yet")
+        return base
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -104,7 +112,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
     def deltas(self, weight: str | None = None) -> nn.ModuleDict:
         """Adapter name -> ``TuckerDelta`` of one weight, by default of the only or first one."""
         attribute = self.attributes[weight] if weight is not None else self.adapter_layer_names[0]
-        return getattr(self, attribute)  # type: ignore[no-any-return]
+        return cast(nn.ModuleDict, self._modules[attribute])
 
     def delta(self, adapter: str, weight: str | None = None) -> TuckerDelta:
         """The Tucker form of one adapter on one weight, by default the only or first one."""
@@ -265,7 +273,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         A hooked, offloaded, sharded or quantised base layer has to be called as a module.
         """
         base = self.base_layer
-        hooked = base._forward_hooks or base._forward_pre_hooks or hasattr(base, "_hf_hook")
+        hooked = base._forward_hooks or base._forward_pre_hooks or "_hf_hook" in vars(base)
         weight = base.weight
         plain = type(weight) in (Tensor, nn.Parameter) and not hasattr(weight, "ds_shape")
         return plain and not hooked and self.quantization_backend is None
