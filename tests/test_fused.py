@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from flora import channels, fused, fused_conv, fused_linear, fused_pointwise, trained_kernel
 from flora.layers import find_layer
@@ -303,31 +304,63 @@ def test_an_exported_layer_has_only_operations_of_torch() -> None:
         assert torch.allclose(program.module()(x), model(x), atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo itself
 def test_a_compiled_linear_layer_is_one_operation() -> None:
     """Forward and backward equal the eager ones, for batches of any size, with and without a bias."""
     compiler = torch._dynamo.lookup_backend("aot_eager")
-    for bias in (True, False):
+    for bias in (True, False):  # the biases are trained too
         model = get_peft_model(
             nn.Sequential(nn.Linear(136, 72, bias=bias), nn.Linear(72, 40, bias=bias)),
-            FloraConfig(r=[6, 8], target_modules=["0", "1"], init_weights=False, path="factored"),
+            FloraConfig(r=[6, 8], target_modules=["0", "1"], init_weights=False, path="factored", bias="all"),
         )
         trained = [value for value in model.parameters() if value.requires_grad]
         seen: list[int] = []  # of each graph
 
         def watching(graph: Any, inputs: Any, seen: list[int] = seen) -> Any:
-            seen.append(sum("flora.linear" in str(node.target) for node in graph.graph.nodes))
+            parts = [part for part in graph.modules() if isinstance(part, torch.fx.GraphModule)]
+            seen.append([str(node.target) for part in parts for node in part.graph.nodes].count("flora.linear"))
             return compiler(graph, inputs)
 
         torch.compiler.reset()
         run = torch.compile(model, backend=watching, fullgraph=True, dynamic=True)
         for count in (3, 7, 300):
-            x = torch.randn(count, 5, 136, requires_grad=True)
+            x = torch.randn(count, 5, 136, requires_grad=count != 7)
             first, second = model(x), run(x)
             assert torch.allclose(first, second, atol=1e-5)
-            wanted = torch.autograd.grad(first.square().sum(), [x, *trained])
-            for value, other in zip(torch.autograd.grad(second.square().sum(), [x, *trained]), wanted, strict=True):
+            wanted = [*([x] if x.requires_grad else []), *trained]
+            exact = torch.autograd.grad(first.square().sum(), wanted)
+            for value, other in zip(torch.autograd.grad(second.square().sum(), wanted), exact, strict=True):
                 assert torch.allclose(value, other, atol=1e-4 * float(other.abs().max()))
         assert set(seen) == {2}
+
+
+class Recomputed(nn.Module):
+    """A layer under activation checkpointing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(17, 11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = checkpoint(self.layer, x, use_reentrant=False)
+        return out.tanh()
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo itself
+def test_compiled_under_checkpointing_and_autocast() -> None:
+    config = FloraConfig(r=[3, 5], target_modules=["layer"], init_weights=False, path="factored")
+    model = get_peft_model(Recomputed(), config)  # type: ignore[arg-type]
+    x = torch.randn(7, 17, requires_grad=True)
+    wanted = [x, *(value for value in model.parameters() if value.requires_grad)]
+    exact = torch.autograd.grad(model(x).square().sum(), wanted)
+    torch.compiler.reset()
+    run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for value, other in zip(torch.autograd.grad(run(x).square().sum(), wanted), exact, strict=True):
+        assert torch.allclose(value, other, atol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = run(x)
+    for value, other in zip(torch.autograd.grad(low.square().sum(), wanted), exact, strict=True):
+        assert (value - other).norm() < 3e-2 * other.norm()
 
 
 @pytest.mark.parametrize("name", ["linear", "conv2d", "transposed conv2d"])

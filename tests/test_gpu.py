@@ -62,7 +62,7 @@ def pair(name: str, path: str, dtype: torch.dtype) -> tuple[Row, Any, Any]:
 @each_dtype
 def test_output_and_gradients_equal_the_oracle(name: str, path: str, dtype: torch.dtype) -> None:
     row, exact, model = pair(name, path, dtype)
-    check(row, exact, model, model, dtype, slack=4 if "lstm" in name else 1)
+    check(row, exact, model, model, dtype, slack=4 if name.startswith(("lstm", "gru", "rnn")) else 1)
 
 
 def check(row: Row, exact: Any, model: Any, run: Any, dtype: torch.dtype, slack: float) -> None:

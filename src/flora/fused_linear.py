@@ -1,4 +1,4 @@
-"""The fused function of linear layers, in eager mode and, as one operation, under a compiler; ``fused`` tells why."""
+"""The fused function of linear layers; ``fused`` says what it is about."""
 
 from __future__ import annotations
 
@@ -26,19 +26,6 @@ def linear(weight: Tensor, bias: Tensor | None, form: Tucker, scale: float, x: T
     return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
-def compiled(weight: Tensor, bias: Tensor | None, form: Tucker, scale: float, x: Tensor) -> Tensor | None:
-    """The same for a compiler, to which the sums in place are one operation; None where dW is no product.
-
-    A compiler that sees them one by one copies the change first, or reads and writes the output once more.
-    """
-    up, down = kernels.fold_matrix(form, scale)
-    if up is None:
-        return None
-    rows = x.reshape(-1, x.shape[-1])
-    y: Tensor = torch.ops.flora.linear(rows, weight, bias, up.to(x.dtype), down.to(x.dtype))[0]
-    return y.view(*x.shape[:-1], y.shape[-1])
-
-
 class _Linear(torch.autograd.Function):
     """Shapes: x (T, I), weight (O, I), core (Jo, Ji), inner (I, Ji) or None, out (O, Jo) or None -> (T, O)."""
 
@@ -53,13 +40,13 @@ class _Linear(torch.autograd.Function):
         out: Tensor | None,
         scale: float,
     ) -> Tensor:
-        scaled = core if scale == 1 else scale * core
+        scaled = _scaled(core, scale)
         up, down = _skinny(scaled, inner, out, x.dtype)
         ctx.scale, ctx.whole, hidden = scale, sums_weights(x, weight), None
         if ctx.whole:
             y = F.linear(x, summed(weight, up, down), bias)
         else:
-            y, hidden = _products(x, weight, bias, up, down)
+            y, hidden = products(x, weight, bias, up, down)
         made = (None, None, None) if on_cpu(x) else (scaled, up, down)
         ctx.save_for_backward(x, weight, bias, core, inner, out, hidden, *made)
         return y
@@ -68,27 +55,28 @@ class _Linear(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, bias, core, inner, out, hidden, scaled, up, down = ctx.saved_tensors
-        scale = ctx.scale
+        scale, whole = ctx.scale, ctx.whole
         if torch.is_grad_enabled():
             return again(ctx, _plain_linear, (x, weight, bias, core, inner, out), (scale,), grad)
         if scaled is None:
-            scaled = core if scale == 1 else scale * core
+            scaled = _scaled(core, scale)
             up, down = _skinny(scaled, inner, out, x.dtype)
-        matrix = None
-        if ctx.needs_input_grad[0]:
-            matrix = summed(weight, up, down) if ctx.whole else weight
-        grad_x, grad_down, grad_up = _gradients(grad.contiguous(), x, matrix, ctx.whole, up, down, hidden, core.dtype)
+        matrix = weight if ctx.needs_input_grad[0] else None
+        grad_x, grad_down, grad_up = gradients_of_products(
+            grad.contiguous(), x, matrix, whole, up, down, hidden, core.dtype
+        )
         grad_core, grad_inner, grad_out = _unfold(scaled, inner, out, grad_down, grad_up)
-        if scale != 1:
-            grad_core = scale * grad_core
         grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
-        return grad_x, None, grad_bias, grad_core, grad_inner, grad_out, None
+        return grad_x, None, grad_bias, _scaled(grad_core, scale), grad_inner, grad_out, None
 
 
-def _products(
+def products(
     x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor | None, down: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """The output and the hidden tensor (T, J): the change is written first, the layer's own product added to it."""
+    """The output (T, O) and the hidden tensor (T, J), None without up (O, J); down: (J, I).
+
+    The change is written first, the layer's own product added to it.
+    """
     hidden = None
     if up is None:
         y = torch.mm(x, down.t())
@@ -99,22 +87,37 @@ def _products(
     return y.addmm_(x, weight.t()), hidden
 
 
-def _gradients(
+def gradients_of_products(
     grad: Tensor,
     x: Tensor,
-    matrix: Tensor | None,
+    weight: Tensor | None,
     whole: bool,
     up: Tensor | None,
     down: Tensor,
     hidden: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """Of x (T, I), down (J, I) and up (O, J); matrix is the weight, or with the change in it if ``whole``."""
+    """Of x (T, I), down (J, I) and up (O, J).
+
+    Args:
+        grad: (T, O).
+        x: (T, I).
+        weight: (O, I); None if the gradient of x is not wanted.
+        whole: whether the layer ran with W + dW.
+        up: (O, J); None for the identity.
+        down: (J, I).
+        hidden: (T, J) if it was kept.
+        dtype: of the last two gradients, where the device gives it without rounding first.
+    """
     back, grad_down, grad_up = _of_skinny(x, grad, up, down, hidden, dtype)
-    if matrix is None:
+    if weight is None:
         return None, grad_down, grad_up
-    grad_x = torch.mm(grad, matrix) if whole else torch.mm(back, down).addmm_(grad, matrix)
+    grad_x = torch.mm(grad, summed(weight, up, down)) if whole else torch.mm(back, down).addmm_(grad, weight)
     return grad_x, grad_down, grad_up
+
+
+def _scaled(core: Tensor, scale: float) -> Tensor:
+    return core if scale == 1 else scale * core
 
 
 def _of_skinny(
@@ -215,64 +218,3 @@ def _plain_linear(
     scale: float,
 ) -> Tensor:
     return F.linear(x, weight, bias) + kernels.linear(None, Tucker(core, (out, inner)), scale, x)
-
-
-def _forward_op(x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """For a compiler: x (T, I), weight (O, I), up (O, J), down (J, I) -> output (T, O) and hidden (T, J)."""
-    y, hidden = _products(x, weight, bias, up, down)
-    if hidden is None:
-        raise AssertionError("up is a matrix here")
-    return y, hidden
-
-
-def _backward_op(
-    grad: Tensor, x: Tensor, weight: Tensor, up: Tensor, down: Tensor, hidden: Tensor, wants_x: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x (empty if not wanted), up and down."""
-    matrix = weight if wants_x else None
-    grad_x, grad_down, grad_up = _gradients(grad.contiguous(), x, matrix, False, up, down, hidden, up.dtype)
-    if grad_up is None:
-        raise AssertionError("up is a matrix here")
-    return x.new_empty(0) if grad_x is None else grad_x, grad_up, grad_down
-
-
-def _remember(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, _, up, down = inputs
-    ctx.save_for_backward(x, weight, up, down, output[1])
-
-
-def _differentiate(ctx: Any, grad: Tensor, grad_hidden: Tensor | None) -> Any:
-    wanted = ctx.needs_input_grad
-    found = torch.ops.flora.linear_backward(grad, *ctx.saved_tensors, wanted[0])
-    return found[0] if wanted[0] else None, None, grad.sum(0) if wanted[2] else None, found[1], found[2]
-
-
-def _forward_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], weight.shape[0]), _empty(x, x.shape[0], down.shape[0])
-
-
-def _backward_shapes(
-    grad: Tensor, x: Tensor, weight: Tensor, up: Tensor, down: Tensor, hidden: Tensor, wants_x: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x = x.new_empty(x.shape if wants_x else (0,))
-    return grad_x, _empty(x, *up.shape), _empty(x, *down.shape[::-1]).t()
-
-
-def _empty(x: Tensor, rows: int, columns: int) -> Tensor:
-    """In the layout of ``_narrow`` and ``_outer``."""
-    return x.new_empty(columns, rows).t() if on_cpu(x) else x.new_empty(rows, columns)
-
-
-torch.library.define(
-    "flora::linear", "(Tensor x, Tensor weight, Tensor? bias, Tensor up, Tensor down) -> (Tensor, Tensor)"
-)
-torch.library.define(
-    "flora::linear_backward",
-    "(Tensor grad, Tensor x, Tensor weight, Tensor up, Tensor down, Tensor hidden, bool wants_x)"
-    " -> (Tensor, Tensor, Tensor)",
-)
-torch.library.impl("flora::linear", "default", _forward_op)
-torch.library.impl("flora::linear_backward", "default", _backward_op)
-torch.library.register_fake("flora::linear", _forward_shapes)
-torch.library.register_fake("flora::linear_backward", _backward_shapes)
-torch.library.register_autograd("flora::linear", _differentiate, setup_context=_remember)
