@@ -138,6 +138,7 @@ def test_some_rows_at_a_time(name: str, sums: bool, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(fused, "SUM_PAYS_FROM", 0 if sums else math.inf)
     monkeypatch.setattr(fused_linear, "LEAST_ROWS", 3)
     monkeypatch.setattr(fused_linear, "CACHED", 0)
+    monkeypatch.setattr(fused_linear, "BLOCK", 1)
     layer, x, form = make(name)
     x = torch.randn(11, x.shape[-1], dtype=x.dtype, requires_grad=True)
     expected = dense(layer, x, form)

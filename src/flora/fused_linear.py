@@ -16,6 +16,7 @@ from flora.tucker import Tucker
 
 CACHED = 2**19  # numbers that a CPU's cache holds
 LEAST_ROWS = 64  # that a product is worth its call for
+BLOCK = 16  # rows that products work on at a time; others waste a part of the last block
 
 
 def linear(weight: Tensor, bias: Tensor | None, form: Tucker, scale: float, x: Tensor) -> Tensor:
@@ -132,7 +133,8 @@ def _of_skinny(
     if on_cpu(x) and x.dtype in (torch.float32, torch.float64):  # in half precision sums would be rounded
         parts = math.ceil(max(1, len(x)) / max(LEAST_ROWS, CACHED // (x.shape[1] + grad.shape[1])))
         if parts > 1:
-            return _in_turns(x, grad, up, down, hidden, math.ceil(len(x) / parts))
+            size = BLOCK * math.ceil(len(x) / parts / BLOCK)
+            return _in_turns(x, grad, up, down, hidden, size)
     hidden = _narrow(x, down.t()) if hidden is None else hidden
     back = _narrow(grad, up)
     return back, _outer(x, back, dtype).t(), _outer(grad, hidden, dtype)
