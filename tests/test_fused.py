@@ -305,7 +305,6 @@ def test_an_exported_layer_has_only_operations_of_torch() -> None:
         assert torch.allclose(program.module()(x), model(x), atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo itself
 def test_a_compiled_linear_layer_is_one_operation() -> None:
     """Forward and backward equal the eager ones, for batches of any size, with and without a bias."""
     compiler = torch._dynamo.lookup_backend("aot_eager")
@@ -347,7 +346,6 @@ class Recomputed(nn.Module):
         return out.tanh()
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo itself
 def test_compiled_under_checkpointing_and_autocast() -> None:
     config = FloraConfig(r=[3, 5], target_modules=["layer"], init_weights=False, path="factored")
     model = get_peft_model(Recomputed(), config)  # type: ignore[arg-type]
