@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SUMS_IN_FLOAT32 = hasattr(torch.ops.aten.mm, "dtype")
+SUMS_IN_FLOAT32 = hasattr(torch.ops.aten.mm, "dtype")  # on CUDA, a product in half precision may return them so
 NARROW = 16  # channels below which a product writes them faster with the pixels innermost, to be turned afterwards
 
 
