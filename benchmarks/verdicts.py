@@ -158,8 +158,8 @@ SMALL_CORES = (
 )
 LORA_LEAVES_OUT = "PEFT's LoRA takes no depthwise convolution and leaves those layers out; see the line below."
 ONE_LAYER = (
-    "A step of one layer waits for the host, which launches two kernels for the frozen layer and about fifteen more "
-    "for an adapter; the next line has the time of the device alone."
+    "A step of one layer waits for the host, which launches two kernels for the frozen layer and a dozen or more "
+    "beside them for an adapter; the next line has the time of the device alone."
 )
 NARROW_LAYER = (
     "The input is read twice more, the gradient of the output twice more, and output and input gradient are written "

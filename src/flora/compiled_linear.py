@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from flora.channels import on_cpu
 from flora.fused_linear import gradients_of_products, products
@@ -102,15 +102,13 @@ def _narrow(like: Tensor, rows: int, columns: int) -> Tensor:
     return like.new_empty(columns, rows).t() if on_cpu(like) else like.new_empty(rows, columns)
 
 
-torch.library.define(
-    "flora::linear", "(Tensor x, Tensor weight, Tensor? bias, Tensor up, Tensor down) -> (Tensor, Tensor)"
-)
-torch.library.define(
+library.define("flora::linear", "(Tensor x, Tensor weight, Tensor? bias, Tensor up, Tensor down) -> (Tensor, Tensor)")
+library.define(
     "flora::linear_backward",
     "(Tensor grad, Tensor x, Tensor weight, Tensor up, Tensor down, Tensor hidden, bool wants_x)"
     " -> (Tensor, Tensor, Tensor)",
 )
-torch.library.impl("flora::linear", "default", _forward)
-torch.library.impl("flora::linear_backward", "default", _backward)
-torch.library.register_fake("flora::linear", _forward_shapes)
-torch.library.register_fake("flora::linear_backward", _backward_shapes)
+library.impl("flora::linear", "default", _forward)
+library.impl("flora::linear_backward", "default", _backward)
+library.register_fake("flora::linear", _forward_shapes)
+library.register_fake("flora::linear_backward", _backward_shapes)
