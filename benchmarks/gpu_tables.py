@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from benchmarks.ratios import ratio
 from benchmarks.tables import DASH, MIB, NAMES, markdown
 from benchmarks.verdicts import Row
 
@@ -34,9 +35,9 @@ def times(rows: Sequence[Row], mode: str) -> str:
             lines.append([row["case"], row["skipped"], *[DASH] * len(SHOWN)])
             continue
         frozen = row["methods"]["frozen"]["ms"][mode]["median"]
-        others = [row["methods"].get(name, {}).get("ms", {}).get(mode) for name in SHOWN[1:]]
-        ratios = [f"{found['median'] / frozen:.2f}" if found else DASH for found in others]
-        lines.append([row["case"], f"{row['size']}, r = {row['rank']}", f"{frozen:.2f}", *ratios])
+        others = [ratio(row, name, "frozen", mode=mode) for name in SHOWN[1:]]
+        cells = [f"{times:.2f}" if times else DASH for times in others]
+        lines.append([row["case"], f"{row['size']}, r = {row['rank']}", f"{frozen:.2f}", *cells])
     return markdown(lines, ["what", "input", "frozen, ms", *(NAMES[name] for name in SHOWN[1:])])
 
 

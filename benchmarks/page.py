@@ -19,9 +19,10 @@ Written by `make bench` from the files in [benchmarks/results](../benchmarks/res
 
 A *step* is the forward and the backward to the input and to what a method trains, in float32; there is no optimiser in
 it. The limit of every adapter is the *frozen* layer's own step, so times are given relative to it. Within every repeat
-the methods take turns in an order drawn anew; figures are medians, ± is half the interquartile range. One thread is the
-headline. With one thread the processor time of the process is read beside the wall clock; the two part where other work
-holds the machine.
+the methods take turns in an order drawn anew, and a ratio of two methods is taken within each repeat, where both met
+the same machine; figures are medians over the repeats, ± is half the interquartile range. One thread is the headline.
+With one thread the processor time of the process is read beside the wall clock; the two part where other work holds the
+machine.
 
 *FLoRA* is what `get_peft_model` gives, *rebuild* and *factored* are its two paths by themselves. *LoRA, equal
 parameters* has the rank whose parameters are nearest to FLoRA's. *authors' scheme* is our own writing of it: dW formed

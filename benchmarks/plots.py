@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.verdicts import time_of
+from benchmarks.ratios import ratio
 
 LOOKS = {
     "full": ("full fine-tuning", "s", "0.45"),
@@ -25,7 +25,7 @@ def step_times(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(8.4, 0.42 * len(rows) + 2), layout="constrained")
     axes = figure.subplots()
     for method, (label, marker, colour) in LOOKS.items():
-        points = [(ratio, place) for place, row in enumerate(rows) if (ratio := relative(row, method)) is not None]
+        points = [(times, place) for place, row in enumerate(rows) if (times := ratio(row, method, "frozen"))]
         if points:
             front = 3 if method == "flora" else 2
             axes.scatter(*zip(*points, strict=True), marker=marker, color=colour, label=label, s=42, zorder=front)
@@ -40,9 +40,3 @@ def step_times(rows: list[dict[str, Any]], path: Path) -> None:
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize="small")
     figure.savefig(path, dpi=110, metadata={"Software": None})
-
-
-def relative(row: dict[str, Any], method: str) -> float | None:
-    """A method's median time over the frozen layer's."""
-    own, frozen = time_of(row, method, "median"), time_of(row, "frozen", "median")
-    return own / frozen if own and frozen else None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks.plots import relative
-from benchmarks.verdicts import CLOCKS, Check, Row, Verdict, geomean, time_of
+from benchmarks.ratios import CLOCKS, ratio, ratios, spread
+from benchmarks.verdicts import Check, Row, Verdict, geomean
 
 NAMES = {
     "frozen": "frozen",
@@ -52,7 +53,7 @@ def verdict_table(found: Sequence[tuple[Check, list[Verdict]]]) -> str:
         wanted = f"{check.sense} {check.limit:g}"
         by_clock = {verdict.clock: verdict for verdict in verdicts}
         cells = [_verdict(by_clock.get(clock)) for clock in CLOCKS]
-        worst = by_clock["median"].worst if by_clock else "not measured"
+        worst = by_clock["raw"].worst if by_clock else "not measured"
         rows.append([check.line, "geometric mean" if check.over == "geomean" else "worst row", wanted, *cells, worst])
     return markdown(rows, ["line", "over", "wanted", *CLOCKS.values(), "worst row"])
 
@@ -82,22 +83,15 @@ def _frozen(row: Row, threads: str) -> str:
 
 
 def _relatives(row: Row, names: Sequence[str], threads: str) -> list[str]:
-    frozen = row["methods"]["frozen"]["ms"][threads]["median"]
-    cells = []
-    for name in names:
-        found = row["methods"].get(name, {}).get("ms")
-        spread = found and (found[threads]["q3"] - found[threads]["q1"]) / (2 * frozen)
-        cells.append(f"{found[threads]['median'] / frozen:.2f} ± {spread:.2f}" if found else DASH)
-    return cells
+    every = [ratios(row, name, "frozen", mode=threads) for name in names]
+    return [f"{median(found):.2f} ± {spread(found):.2f}" if found else DASH for found in every]
 
 
 def _means(rows: Sequence[Row], names: Sequence[str], threads: str) -> list[str]:
     cells = []
     for name in names:
-        values = [time_of(row, name, "median", threads) for row in rows]
-        frozen = [time_of(row, "frozen", "median", threads) for row in rows]
-        whole = all(values) and bool(rows)
-        cells.append(f"{geomean([a / b for a, b in zip(values, frozen, strict=True)]):.2f}" if whole else DASH)
+        values = [value for row in rows if (value := ratio(row, name, "frozen", mode=threads))]
+        cells.append(f"{geomean(values):.2f}" if rows and len(values) == len(rows) else DASH)
     return cells
 
 
@@ -129,9 +123,8 @@ def per_row(rows: Sequence[Row]) -> str:
     others = ("frozen", "full", "lora", "lora-params", "authors")
     lines = []
     for row in rows:
-        own = relative(row, "flora")
-        ratios = [relative(row, other) for other in others]
-        lines.append([row["case"], *(f"{own / ratio:.2f}" if own and ratio else DASH for ratio in ratios)])
+        found = [ratio(row, "flora", other) for other in others]
+        lines.append([row["case"], *(f"{times:.2f}" if times else DASH for times in found)])
     return markdown(lines, ["FLoRA's step / that of", *(NAMES[other] for other in others)])
 
 
@@ -170,22 +163,20 @@ def models(rows: Sequence[Row], threads: str) -> str:
         if "skipped" in row:
             lines.append([row["model"], row["skipped"], *[DASH] * 7])
             continue
-        frozen = row["methods"]["frozen"]["ms"][threads]["median"]
-        lines += [
-            [f"{row['model']}, {row['size']}, r = {row['rank']}", MODEL_NAMES[name], *_model(method, threads, frozen)]
-            for name, method in row["methods"].items()
-        ]
+        what = f"{row['model']}, {row['size']}, r = {row['rank']}"
+        lines += [[what, MODEL_NAMES[name], *_model(row, name, threads)] for name in row["methods"]]
     heads = ["parameters", "layers", "step, ms", "/ frozen", "MiB kept", "peak growth, MiB", "attach, ms"]
     return markdown(lines, ["model", "method", *heads])
 
 
-def _model(method: Row, threads: str, frozen: float) -> list[str]:
+def _model(row: Row, name: str, threads: str) -> list[str]:
+    method = row["methods"][name]
     step, peak, attach = method["ms"][threads], method["peak_growth"], method.get("attach_ms")
     return [
         f"{method['parameters']:,}",
         str(method["layers"]),
         f"{step['median']:.0f} ({step['q1']:.0f} to {step['q3']:.0f})",
-        f"{step['median'] / frozen:.2f}",
+        f"{ratio(row, name, 'frozen', mode=threads):.2f}",
         f"{method['kept'] / MIB:.0f}",
         DASH if peak is None else f"{peak / MIB:.0f}",
         f"{attach['median']:.0f}" if attach else DASH,

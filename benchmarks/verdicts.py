@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
+from benchmarks.ratios import CLOCKS, ratio
+
 Row = dict[str, Any]
-CLOCKS = {"median": "wall clock", "cpu_median": "processor time"}
 
 
 @dataclass(frozen=True)
@@ -62,20 +64,9 @@ class Verdict:
         return figure <= self.check.limit if self.check.sense == "<=" else figure >= self.check.limit
 
 
-def time_of(row: Row, method: str, clock: str, threads: str | None = None) -> float | None:
-    """The median of a method on a row, by default with the headline's threads; None where it refused."""
-    times = row["methods"].get(method, {}).get("ms")
-    return times[threads or next(iter(times))][clock] if times else None
-
-
-def times(method: str, other: str) -> Callable[[Row, str], float | None]:
+def times(method: str, other: str, mode: str | None = None) -> Callable[[Row, str], float | None]:
     """The ratio of two methods' times."""
-
-    def value(row: Row, clock: str) -> float | None:
-        first, second = time_of(row, method, clock), time_of(row, other, clock)
-        return first / second if first and second else None
-
-    return value
+    return lambda row, clock: ratio(row, method, other, clock, mode)
 
 
 def kept(method: str, other: str | None = None) -> Callable[[Row, str], float | None]:
@@ -123,25 +114,18 @@ def _same_layers(row: Row, clock: str) -> float | None:
 
 def choice(row: Row, clock: str) -> float | None:
     """The time of the path that "auto" takes over that of the best path; None where a path has none."""
-    paths = {name: time_of(row, f"flora-{name}", clock) for name in ("rebuild", "factored")}
+    paths = {name: ratio(row, f"flora-{name}", "frozen", clock) for name in ("rebuild", "factored")}
     chosen, known = paths.get(row["methods"]["flora"]["note"]), [value for value in paths.values() if value]
     return chosen / min(known) if chosen else None
 
 
 def _attach(row: Row, clock: str) -> float | None:
-    return row["methods"]["flora"]["attach_ms"][clock] / row["methods"]["lora"]["attach_ms"][clock]
+    own, other = (row["methods"][name]["attach_ms"][clock] for name in ("flora", "lora"))
+    return median(mine / theirs for mine, theirs in zip(own, other, strict=True))
 
 
 def _saved(row: Row, clock: str) -> float | None:
     return float(row["methods"]["flora"]["saves_without_base_weights"])
-
-
-def _on_device(mode: str) -> Callable[[Row, str], float | None]:
-    def value(row: Row, clock: str) -> float | None:
-        first, second = (time_of(row, method, clock, mode) for method in ("flora", "frozen"))
-        return first / second if first and second else None
-
-    return value
 
 
 NARROW_LORA = (
@@ -238,7 +222,7 @@ CHECKS = [
         "GPU, linear layers, compiled, FLoRA / frozen",
         "gpu",
         LINEAR,
-        _on_device("compiled"),
+        times("flora", "frozen", "compiled"),
         1.10,
         "geomean",
         timed=False,
@@ -248,7 +232,7 @@ CHECKS = [
         "The same, the compiled step replayed as a CUDA graph",
         "gpu",
         LINEAR,
-        _on_device("captured"),
+        times("flora", "frozen", "captured"),
         1.10,
         "geomean",
         timed=False,
@@ -268,7 +252,7 @@ CHECKS = [
 def verdicts(results: Mapping[str, Row]) -> Iterator[tuple[Check, list[Verdict]]]:
     """Each line with its verdicts, one for each clock; none where nothing was measured."""
     for check in CHECKS:
-        clocks = list(CLOCKS) if check.timed else ["median"]
+        clocks = list(CLOCKS) if check.timed else ["raw"]
         found = [judge(check, results[check.question], clock) for clock in clocks if check.question in results]
         yield check, [verdict for verdict in found if verdict is not None]
 
@@ -299,7 +283,7 @@ def geomean(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def slow_choices(rows: list[Row], clock: str = "median") -> dict[str, float]:
+def slow_choices(rows: list[Row], clock: str = "raw") -> dict[str, float]:
     """Rows where the path that "auto" takes is more than a tenth slower than the best one -> how many times."""
     found = {row["case"]: choice(row, clock) for row in rows}
     return {name: times for name, times in found.items() if times and times > 1.1}

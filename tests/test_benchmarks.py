@@ -16,9 +16,9 @@ from flora.authors import AuthorsScheme
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # the benchmarks are no package of the distribution
-clock, counts, grid, layers, ledger, methods, page, results, tables, verdicts = (
-    importlib.import_module(f"benchmarks.{name}")
-    for name in ("clock", "counts", "grid", "layers", "ledger", "methods", "page", "results", "tables", "verdicts")
+NAMES = "clock counts grid layers ledger methods page ratios results tables verdicts"
+clock, counts, grid, layers, ledger, methods, page, ratios, results, tables, verdicts = (
+    importlib.import_module(f"benchmarks.{name}") for name in NAMES.split()
 )
 
 SMALL = [
@@ -108,9 +108,21 @@ def test_methods_take_turns() -> None:
     assert clock.summary([(0.002, 0.001), (0.004, 0.003)])["median"] == pytest.approx(3)
 
 
+def test_a_busy_spell_stays_out_of_a_ratio() -> None:
+    quiet, busy = {"raw": [10.0, 10.0, 10.0]}, {"raw": [11.0, 22.0, 22.0]}
+    spells = {"raw": [10.0, 20.0, 20.0]}
+    row = {"methods": {"one": {"ms": {"1": busy}}, "other": {"ms": {"1": spells}}, "none": {"refused": "no"}}}
+    assert ratios.ratio(row, "one", "other") == pytest.approx(1.1)
+    assert ratios.spread(ratios.ratios(row, "one", "other")) == pytest.approx(0)
+    assert ratios.ratio(row, "one", "none") is None
+    row["methods"]["other"]["ms"]["2"] = quiet
+    row["methods"]["one"]["ms"]["2"] = busy
+    assert ratios.ratio(row, "one", "other", mode="2") == pytest.approx(2.2)
+
+
 def fake(flora_ms: float, lora_ms: float) -> dict[str, Any]:
     def method(ms: float) -> dict[str, Any]:
-        figures = {"median": ms, "cpu_median": ms, "q1": ms, "q3": ms}
+        figures = {"median": ms, "q1": ms, "q3": ms, "raw": [ms, 2 * ms, ms], "cpu_raw": [ms, 2 * ms, ms]}
         return {"parameters": 1, "note": "factored", "ms": {"1": figures}}
 
     found = {"frozen": method(10), "full": method(15), "flora": method(flora_ms), "lora": method(lora_ms)}
