@@ -1,14 +1,15 @@
 """A stack of expert matrices W + dW that is never formed: ``ExpertStack`` stands in for the (E, m, n) parameter.
 
 The expert layers of transformers do few things with such a parameter: take one expert's matrix or a batch of
-them, transpose, multiply. Those are done on W and on the low-rank update side by side; anything else gets the dense
-sum, so any forward stays exact.
+them, transpose, multiply. Those are done on W and on the low-rank update side by side, with one adapter in one fused
+function where that is possible; anything else gets the dense sum, so any forward stays exact.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
+from flora import compiled_linear
+from flora.fused import can_fuse
+from flora.fused_experts import grouped, one_by_one
 from flora.tucker import Tucker, mode_product
 
 
@@ -93,20 +97,34 @@ class ExpertStack:
             total = total + term.dense().to(total.dtype)
         return total
 
-    def after(self, x: Tensor) -> Tensor:
-        """``x @ (W + dW)``."""
-        out = x @ self.weight
-        for term in self.terms:
+    def after(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x @ (W + dW) + bias``."""
+        out, beside = self._fused(x, bias), self.terms[1:]
+        if out is None:
+            out, beside = x @ self.weight, self.terms
+            out = out if bias is None else out + bias
+        for term in beside:
             out = out + term.after(x)
         return out
 
+    def _fused(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The product with one matrix and its first update, where one function may do both."""
+        if self.weight.ndim != 2 or not self.terms:
+            return None
+        term = self.terms[0].transposed
+        form = Tucker(term.middle, (term.left, term.right))
+        return compiled_linear.fused(self.weight.mT, bias, form, 1.0, x)
+
     def grouped(self, x: Tensor, offs: Tensor, run: Callable[..., Tensor], **options: Any) -> Tensor:
         """A grouped product: rows of x (S, m), sorted by expert, up to ``offs[e]`` belong to expert e."""
-        out = run(x, self.weight, offs=offs, **options)
-        rows = torch.arange(x.shape[0], device=x.device)
-        expert = torch.searchsorted(offs.to(rows.dtype), rows, right=True).clamp(max=self.weight.shape[0] - 1)
-        for term in self.terms:
-            out = out + term.after(x, lambda hidden, middle: torch.bmm(hidden.unsqueeze(1), middle[expert]).squeeze(1))
+        beside = self.terms
+        if beside and can_fuse(x, self.weight) and not any(value is not None for value in options.values()):
+            term, *beside = beside
+            out = grouped(self.weight, term.left, term.middle, term.right, x, offs, run)
+        else:
+            out = run(x, self.weight, offs=offs, **options)
+        for term in beside:
+            out = out + term.after(x, partial(one_by_one, offs=offs))
         return out
 
     @classmethod
@@ -136,8 +154,7 @@ class ExpertStack:
 def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Any:
     if not isinstance(weight, ExpertStack) or isinstance(x, ExpertStack) or weight.weight.ndim != 2:
         return NotImplemented
-    out = weight.transposed.after(x)
-    return out if bias is None else out + bias
+    return weight.transposed.after(x, bias)
 
 
 def _matmul(x: Any, weight: Any) -> Any:

@@ -83,7 +83,7 @@ def products(
         y = torch.mm(x, down.t())
         y = y if bias is None else y.add_(bias)
     else:
-        hidden = _narrow(x, down.t())
+        hidden = narrow(x, down.t())
         y = _widened(hidden, up, bias)
     return y.addmm_(x, weight.t()), hidden
 
@@ -129,15 +129,15 @@ def _of_skinny(
     Each product reads x or grad once more; on a CPU they take turns on some rows, which stay in its cache.
     """
     if up is None:
-        return grad, _outer(x, grad, dtype).t(), None
+        return grad, outer(x, grad, dtype).t(), None
     if on_cpu(x) and x.dtype in (torch.float32, torch.float64):  # in half precision sums would be rounded
         parts = math.ceil(max(1, len(x)) / max(LEAST_ROWS, CACHED // (x.shape[1] + grad.shape[1])))
         if parts > 1:
             size = BLOCK * math.ceil(len(x) / parts / BLOCK)
             return _in_turns(x, grad, up, down, hidden, size)
-    hidden = _narrow(x, down.t()) if hidden is None else hidden
-    back = _narrow(grad, up)
-    return back, _outer(x, back, dtype).t(), _outer(grad, hidden, dtype)
+    hidden = narrow(x, down.t()) if hidden is None else hidden
+    back = narrow(grad, up)
+    return back, outer(x, back, dtype).t(), outer(grad, hidden, dtype)
 
 
 def _in_turns(
@@ -157,7 +157,7 @@ def _in_turns(
     return torch.cat(back, 1).t(), grad_down, grad_up.t()
 
 
-def _narrow(x: Tensor, matrix: Tensor) -> Tensor:
+def narrow(x: Tensor, matrix: Tensor) -> Tensor:
     """``x @ matrix``, (T, C) and (C, J) -> (T, J); on a CPU the transposed product, faster at a small rank."""
     return torch.mm(matrix.t(), x.t()).t() if on_cpu(x) else torch.mm(x, matrix)
 
@@ -172,7 +172,7 @@ def _widened(hidden: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
     return torch.mm(hidden.t(), torch.cat([up, bias.unsqueeze(1)], 1).t())
 
 
-def _outer(wide: Tensor, narrow: Tensor, dtype: torch.dtype) -> Tensor:
+def outer(wide: Tensor, narrow: Tensor, dtype: torch.dtype) -> Tensor:
     """``wide.T @ narrow``, (T, C) and (T, J) -> (C, J), in the faster order; ``dtype`` as of ``product``."""
     if on_cpu(wide):
         return torch.mm(narrow.t(), wide).t()

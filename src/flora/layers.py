@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
-from flora import compiled_linear, fused, fused_conv, fused_linear, kernels, trained_kernel
+from flora import compiled_linear, fused, fused_conv, kernels, trained_kernel
 from flora.tucker import Tucker
 
 Axes = tuple[str, ...]
@@ -99,12 +99,7 @@ def _bilinear(module: Any, weight: Tensor, bias: Tensor | None, input1: Tensor, 
 
 
 def _fused_linear(module: Any, form: Tucker, scale: float, input: Tensor) -> Tensor | None:
-    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        if fused.can_fuse(x, weight):
-            return fused_linear.linear(weight, bias, form, scale, x)
-        return compiled_linear.linear(weight, bias, form, scale, x) if fused.can_compile(x, weight) else None
-
-    return fused.in_its_dtype(run, input, module.weight, module.bias)
+    return compiled_linear.fused(module.weight, module.bias, form, scale, input)
 
 
 def _fused_conv(module: Any, form: Tucker, scale: float, input: Tensor) -> Tensor | None:
