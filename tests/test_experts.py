@@ -161,6 +161,58 @@ def test_what_a_stack_understands_and_what_it_forms() -> None:
     assert lazy.shape == dense.shape
 
 
+@pytest.mark.parametrize("sizes", [(70, 0, 131), (3, 5, 0), (66, 64, 65)], ids=str)
+@pytest.mark.parametrize("whole", ["neither", "left", "right", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_a_grouped_product(sizes: tuple[int, ...], whole: str, dtype: torch.dtype) -> None:
+    """Many rows an expert and few, an expert without any, factors and none; autocast changes nothing."""
+    m, n, p, q = 24, 40, 3, 5
+    p, q = m if whole in ("left", "both") else p, n if whole in ("right", "both") else q
+    torch.manual_seed(0)
+    left = None if p == m else torch.randn(m, p, requires_grad=True)
+    right = None if q == n else torch.randn(n, q, requires_grad=True)
+    middle = torch.randn(len(sizes), p, q, requires_grad=True)
+    weight, offs = torch.randn(len(sizes), m, n).to(dtype), torch.tensor(sizes).cumsum(0).to(torch.int32)
+    x = torch.randn(sum(sizes), m).to(dtype).requires_grad_()
+    term, grad = Term(left, middle, right), torch.randn(sum(sizes), n).to(dtype)
+    wanted = [value for value in (x, left, middle, right) if value is not None]
+    with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+        out = F.grouped_mm(x, ExpertStack(weight, [term]), offs=offs)
+    assert out.dtype == dtype
+    dense = weight.float() + term.dense()
+    oracle = torch.cat([rows @ own for rows, own in zip(x.float().split(sizes), dense, strict=True)])
+    close = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 3e-2, "rtol": 3e-2}
+    found, expected = torch.autograd.grad(out, wanted, grad), torch.autograd.grad(oracle, wanted, grad.float())
+    for ours, right_one in zip((out, *found), (oracle, *expected), strict=True):
+        largest = right_one.detach().abs().max()
+        assert torch.allclose(ours.float() / largest, right_one.float() / largest, **close)
+
+
+def test_rows_past_the_last_expert_change_no_gradient() -> None:
+    lazy, _ = stack(m=8, n=12)
+    offs = torch.tensor([100, 150, 200], dtype=torch.int32)
+    found = []
+    for rows in (200, 220):
+        torch.manual_seed(1)
+        x = torch.randn(220, 12)[:rows].requires_grad_()
+        term = Term(*(value.detach().clone().requires_grad_() for value in vars(lazy.terms[0]).values()))
+        out = F.grouped_mm(x, ExpertStack(lazy.weight, [term]).mT, offs=offs)
+        found.append(torch.autograd.grad(out[:200].square().sum(), [x, *vars(term).values()]))
+    for few, many in zip(*found, strict=True):
+        assert torch.allclose(few, many[: len(few)], atol=1e-3, rtol=1e-4)
+
+
+def test_gradient_of_a_gradient_of_a_grouped_product() -> None:
+    lazy, dense = stack(m=8, n=12)
+    x, offs = torch.randn(6, 12, requires_grad=True), torch.tensor([2, 2, 6], dtype=torch.int32)
+    second = []
+    for weight in (lazy, dense):
+        out = F.grouped_mm(x, weight.mT, offs=offs)
+        (first,) = torch.autograd.grad(out.square().sum(), [x], create_graph=True)
+        second.append(torch.autograd.grad(first.square().sum(), [x])[0])
+    assert torch.allclose(*second, rtol=1e-4, atol=1e-2)
+
+
 def test_a_grouped_product() -> None:
     lazy, dense = stack(m=8, n=12)  # the product asks for strides of 16 bytes
     x, offs = torch.randn(6, 12), torch.tensor([2, 2, 6], dtype=torch.int32)

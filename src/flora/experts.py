@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from flora import compiled_linear
-from flora.fused import can_fuse
+from flora.fused import can_fuse, in_its_dtype
 from flora.fused_experts import grouped, one_by_one
 from flora.tucker import Tucker, mode_product
 
@@ -117,15 +117,27 @@ class ExpertStack:
 
     def grouped(self, x: Tensor, offs: Tensor, run: Callable[..., Tensor], **options: Any) -> Tensor:
         """A grouped product: rows of x (S, m), sorted by expert, up to ``offs[e]`` belong to expert e."""
-        beside = self.terms
-        if beside and can_fuse(x, self.weight) and not any(value is not None for value in options.values()):
-            term, *beside = beside
-            out = grouped(self.weight, term.left, term.middle, term.right, x, offs, run)
-        else:
-            out = run(x, self.weight, offs=offs, **options)
+        plain = all(value is None for value in options.values())
+        out, beside = self._fused_grouped(x, offs, run) if plain else None, self.terms[1:]
+        if out is None:
+            out, beside = run(x, self.weight, offs=offs, **options), self.terms
         for term in beside:
             out = out + term.after(x, partial(one_by_one, offs=offs))
         return out
+
+    def _fused_grouped(self, x: Tensor, offs: Tensor, run: Callable[..., Tensor]) -> Tensor | None:
+        """The grouped product with the first update; under autocast, which leaves such products alone, in its dtype."""
+
+        def fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+            if not self.terms or not can_fuse(x, weight):
+                return None
+            term = self.terms[0]
+            return grouped(weight, term.left, term.middle, term.right, x, offs, run)
+
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind) and not x.dtype == self.weight.dtype == torch.get_autocast_dtype(kind):
+            return None
+        return in_its_dtype(fused, x, self.weight, None)
 
     @classmethod
     def __torch_function__(

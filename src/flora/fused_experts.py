@@ -22,8 +22,9 @@ def grouped(
 
     Args:
         weight: frozen.
-        left, right: the factors that all experts share, None for the identity.
+        left: the factor of the inputs that all experts share, None for the identity.
         middle: a small matrix for each expert.
+        right: the factor of the outputs, as left.
         x: rows sorted by expert.
         offs: (E,), where each expert's rows end.
         run: the grouped product.
@@ -115,7 +116,7 @@ def _sizes(rows: Tensor, offs: Tensor) -> list[int] | None:
     """How many rows each expert has, on a CPU and where a product for each pays; None elsewhere."""
     if not on_cpu(rows) or len(rows) < LEAST_ROWS * len(offs) or int(offs[-1]) != len(rows):
         return None
-    return offs.diff(prepend=offs.new_zeros(1)).tolist()  # type: ignore[no-any-return]
+    return offs.diff(prepend=offs.new_zeros(1)).tolist()
 
 
 def _plain_grouped(
