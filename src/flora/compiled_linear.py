@@ -12,23 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from flora import fused_linear
+from flora import fused, fused_linear
 from flora.channels import on_cpu
-from flora.fused import can_compile, can_fuse, in_its_dtype
 from flora.fused_linear import gradients_of_products, products
 from flora.kernels import fold_matrix
 from flora.tucker import Tucker
 
 
-def fused(weight: Tensor, bias: Tensor | None, form: Tucker, scale: float, input: Tensor) -> Tensor | None:
+def with_change(weight: Tensor, bias: Tensor | None, form: Tucker, scale: float, input: Tensor) -> Tensor | None:
     """``linear`` of this file or of ``fused_linear``, whichever may be used; None where neither may."""
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        if can_fuse(x, weight):
+        if fused.can_fuse(x, weight):
             return fused_linear.linear(weight, bias, form, scale, x)
-        return linear(weight, bias, form, scale, x) if can_compile(x, weight) else None
+        return linear(weight, bias, form, scale, x) if fused.can_compile(x, weight) else None
 
-    return in_its_dtype(run, input, weight, bias)
+    return fused.in_its_dtype(run, input, weight, bias)
 
 
 def linear(weight: Tensor, bias: Tensor | None, form: Tucker, scale: float, x: Tensor) -> Tensor | None:

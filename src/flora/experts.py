@@ -13,12 +13,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
-from flora import compiled_linear
-from flora.fused import can_fuse, in_its_dtype
+from flora import compiled_linear, fused
 from flora.fused_experts import grouped, one_by_one
 from flora.tucker import Tucker, mode_product
 
@@ -109,11 +108,11 @@ class ExpertStack:
 
     def _fused(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
         """The product with one matrix and its first update, where one function may do both."""
-        if self.weight.ndim != 2 or not self.terms:
+        if self.weight.ndim != 2 or not self._may_fuse():
             return None
         term = self.terms[0].transposed
         form = Tucker(term.middle, (term.left, term.right))
-        return compiled_linear.fused(self.weight.mT, bias, form, 1.0, x)
+        return compiled_linear.with_change(self.weight.mT, bias, form, 1.0, x)
 
     def grouped(self, x: Tensor, offs: Tensor, run: Callable[..., Tensor], **options: Any) -> Tensor:
         """A grouped product: rows of x (S, m), sorted by expert, up to ``offs[e]`` belong to expert e."""
@@ -128,16 +127,22 @@ class ExpertStack:
     def _fused_grouped(self, x: Tensor, offs: Tensor, run: Callable[..., Tensor]) -> Tensor | None:
         """The grouped product with the first update; under autocast, which leaves such products alone, in its dtype."""
 
-        def fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-            if not self.terms or not can_fuse(x, weight):
+        def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+            if not fused.can_fuse(x, weight):
                 return None
             term = self.terms[0]
             return grouped(weight, term.left, term.middle, term.right, x, offs, run)
 
         kind = x.device.type
+        if not self._may_fuse():
+            return None
         if torch.is_autocast_enabled(kind) and not x.dtype == self.weight.dtype == torch.get_autocast_dtype(kind):
             return None
-        return in_its_dtype(fused, x, self.weight, None)
+        return fused.in_its_dtype(product, x, self.weight, None)
+
+    def _may_fuse(self) -> bool:
+        """Whether there is an update, and W is an ordinary tensor: a sharded or quantised one has products of its own."""
+        return bool(self.terms) and type(self.weight) in (Tensor, nn.Parameter)
 
     @classmethod
     def __torch_function__(

@@ -99,7 +99,7 @@ def _bilinear(module: Any, weight: Tensor, bias: Tensor | None, input1: Tensor, 
 
 
 def _fused_linear(module: Any, form: Tucker, scale: float, input: Tensor) -> Tensor | None:
-    return compiled_linear.fused(module.weight, module.bias, form, scale, input)
+    return compiled_linear.with_change(module.weight, module.bias, form, scale, input)
 
 
 def _fused_conv(module: Any, form: Tucker, scale: float, input: Tensor) -> Tensor | None:
