@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import flora
+from flora import fused_experts, fused_linear
 from flora.experts import ExpertStack, Term
 from flora.tuner.parameter import ParamWrapper
 
@@ -164,8 +165,13 @@ def test_what_a_stack_understands_and_what_it_forms() -> None:
 @pytest.mark.parametrize("sizes", [(70, 0, 131), (3, 5, 0), (66, 64, 65)], ids=str)
 @pytest.mark.parametrize("whole", ["neither", "left", "right", "both"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_gradients_of_a_grouped_product(sizes: tuple[int, ...], whole: str, dtype: torch.dtype) -> None:
-    """Many rows an expert and few, an expert without any, factors and none; autocast changes nothing."""
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_gradients_of_a_grouped_product(
+    sizes: tuple[int, ...], whole: str, dtype: torch.dtype, on_cpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many rows an expert and few, an expert without any, factors and none, a GPU's way; autocast changes nothing."""
+    for module in (fused_linear, fused_experts):
+        monkeypatch.setattr(module, "on_cpu", lambda x: on_cpu)
     m, n, p, q = 24, 40, 3, 5
     p, q = m if whole in ("left", "both") else p, n if whole in ("right", "both") else q
     torch.manual_seed(0)

@@ -12,6 +12,7 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 from flora import channels, fused, fused_conv, fused_linear, fused_pointwise, trained_kernel
 from flora.layers import find_layer
@@ -24,6 +25,8 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, ...
     "linear, out whole": (lambda: nn.Linear(5, 3, bias=False), (2, 4, 5), (3, 4)),
     "linear, in whole": (lambda: nn.Linear(3, 7), (5, 3), (2, 3)),
     "linear, both whole": (lambda: nn.Linear(3, 5), (2, 3), (5, 3)),
+    "gpt-2's conv1d": (lambda: Conv1D(7, 5), (2, 3, 5), (2, 3)),
+    "gpt-2's conv1d, in whole": (lambda: Conv1D(7, 2), (3, 2), (2, 4)),
     "linear, wide inner rank, out whole": (lambda: nn.Linear(7, 5), (2, 7), (5, 2)),
     "conv1d": (lambda: nn.Conv1d(3, 5, 3, stride=2, padding=1, dilation=2), (2, 3, 11), (2, 2, 2)),
     "conv2d": (lambda: nn.Conv2d(3, 5, (3, 2), padding=(1, 0)), (2, 3, 4, 5), (3, 2, 2, 2)),
@@ -89,7 +92,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 def test_the_number_of_layers() -> None:
-    assert len(LAYERS) == 22
+    assert len(LAYERS) == 24
 
 
 @pytest.mark.parametrize("sums", [True, False])  # a convolution runs with W + dW, or adds to output and gradient

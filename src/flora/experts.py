@@ -134,14 +134,13 @@ class ExpertStack:
             return grouped(weight, term.left, term.middle, term.right, x, offs, run)
 
         kind = x.device.type
-        if not self._may_fuse():
-            return None
-        if torch.is_autocast_enabled(kind) and not x.dtype == self.weight.dtype == torch.get_autocast_dtype(kind):
+        casts = torch.is_autocast_enabled(kind) and not x.dtype == self.weight.dtype == torch.get_autocast_dtype(kind)
+        if casts or not self._may_fuse():
             return None
         return fused.in_its_dtype(product, x, self.weight, None)
 
     def _may_fuse(self) -> bool:
-        """Whether there is an update, and W is an ordinary tensor: a sharded or quantised one has products of its own."""
+        """Whether there is an update, and W is an ordinary tensor: a sharded or quantised one has its own products."""
         return bool(self.terms) and type(self.weight) in (Tensor, nn.Parameter)
 
     @classmethod

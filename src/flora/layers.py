@@ -102,6 +102,12 @@ def _fused_linear(module: Any, form: Tucker, scale: float, input: Tensor) -> Ten
     return compiled_linear.with_change(module.weight, module.bias, form, scale, input)
 
 
+def _fused_linear_transposed(module: Any, form: Tucker, scale: float, x: Tensor) -> Tensor | None:
+    first, second = form.factors
+    turned = Tucker(form.core.T, (second, first))
+    return compiled_linear.with_change(module.weight.T, module.bias, turned, scale, x)
+
+
 def _fused_conv(module: Any, form: Tucker, scale: float, input: Tensor) -> Tensor | None:
     return _on_one_group(partial(fused_conv.conv, module), module, form, scale, input)
 
@@ -171,7 +177,7 @@ _NORM = Layer("norm", _one("channels"))
 
 LAYERS: dict[type[nn.Module], Layer] = {
     nn.Linear: Layer("linear", _one("out", "in"), _linear, kernels.linear, _fused_linear),
-    Conv1D: Layer("linear", _one("in", "out"), _linear_transposed, kernels.linear_transposed),
+    Conv1D: Layer("linear", _one("in", "out"), _linear_transposed, kernels.linear_transposed, _fused_linear_transposed),
     **_conv_rows(),
     nn.Embedding: Layer("embedding", _one("vocab", "dim"), _embedding, kernels.embedding),
     nn.EmbeddingBag: Layer("embedding", _one("vocab", "dim"), None, kernels.embedding_bag),
