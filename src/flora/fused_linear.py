@@ -172,11 +172,11 @@ def _widened(hidden: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
     return torch.mm(hidden.t(), torch.cat([up, bias.unsqueeze(1)], 1).t())
 
 
-def outer(wide: Tensor, narrow: Tensor, dtype: torch.dtype) -> Tensor:
-    """``wide.T @ narrow``, (T, C) and (T, J) -> (C, J), in the faster order; ``dtype`` as of ``product``."""
+def outer(wide: Tensor, small: Tensor, dtype: torch.dtype) -> Tensor:
+    """``wide.T @ small``, (T, C) and (T, J) -> (C, J), in the faster order; ``dtype`` as of ``product``."""
     if on_cpu(wide):
-        return torch.mm(narrow.t(), wide).t()
-    return product(wide.t(), narrow, dtype)
+        return torch.mm(small.t(), wide).t()
+    return product(wide.t(), small, dtype)
 
 
 def _folds_down(core: Tensor, inner: Tensor | None) -> bool:
