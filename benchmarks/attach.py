@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import flora
 from benchmarks import clock
 from benchmarks.results import Options
-from flora import memory
+from flora.comparison import memory
 
 RANK = 8
 REPEATS = 7

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import flora
 from benchmarks.grid import Case
-from flora.authors import AuthorsScheme
+from flora.comparison.authors import AuthorsScheme
 from flora.tuner.layer import FloraLayer
 
 

@@ -16,7 +16,7 @@ import flora
 from benchmarks import clock, ledger
 from benchmarks.architectures import MODELS, Model, UnavailableError
 from benchmarks.results import Options
-from flora import memory
+from flora.comparison import memory
 
 STEPS = (clock.Budget(2, 9, 20, 45.0), clock.Budget(1, 5, 12, 12.0))  # of the headline's threads, of the others
 INFERENCE = clock.Budget(2, 9, 40, 8.0)

@@ -34,8 +34,8 @@ def train(args: argparse.Namespace) -> int:
       flora train my.yaml resume=true
       accelerate launch --num_processes 4 -m flora_cli train my.yaml
     """
-    from flora.settings import read, split_flags
-    from flora.training import train
+    from flora.runs.settings import read, split_flags
+    from flora.runs.training import train
 
     flags, overrides = split_flags(args.overrides)
     settings = read(args.config, overrides)
@@ -61,7 +61,7 @@ def evaluate(args: argparse.Namespace) -> int:
       flora eval outputs/digits --split validation
       flora eval outputs/digits task.rotation=0
     """
-    from flora.training import evaluate
+    from flora.runs.training import evaluate
 
     metrics, same = evaluate(Path(args.folder), args.overrides, args.split)
     print(f"{args.split:<11}", _line(metrics))
@@ -81,9 +81,9 @@ def compare(args: argparse.Namespace) -> int:
       flora compare digits --methods frozen,flora,lora,full --seeds 0,1,2
       flora compare my.yaml --methods all --seeds 0,1,2,3,4 'compare.budgets=[50000, 200000]'
     """
-    from flora.compare import compare
+    from flora.comparison.compare import compare
     from flora.report.comparison import comparison_notes, comparison_table
-    from flora.settings import read
+    from flora.runs.settings import read
 
     settings = read(args.config, args.overrides)
     report = compare(settings, args.methods, args.seeds)
@@ -128,8 +128,8 @@ def inspect(args: argparse.Namespace) -> int:
       flora inspect outputs/digits
       flora inspect outputs/digits --html adapter.html
     """
-    from flora.folders import write_text
     from flora.report.anatomy import anatomy, anatomy_page, anatomy_text
+    from flora.storage.atomic import write_text
 
     report = anatomy(Path(args.folder))
     print(anatomy_text(report))
@@ -151,7 +151,7 @@ def merge(args: argparse.Namespace) -> int:
       flora merge my-adapter --out merged --base ./base-model --overwrite
       flora merge style.safetensors subject --weights 0.8 -0.3 --base ./base-model --out merged
     """
-    from flora.merging import merge
+    from flora.runs.merging import merge
 
     shown = sys.stderr.isatty()
     options = {"weights": args.weights, "base": args.base, "overwrite": args.overwrite, "progress": shown}
@@ -197,8 +197,8 @@ def recipes(args: argparse.Namespace) -> int:
       flora recipes
       flora recipes copy digits
     """
-    from flora.folders import write_text
     from flora.recipes import CONFIGS, config_names, config_path
+    from flora.storage.atomic import write_text
 
     if args.action == "list":
         for name in config_names():

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 import flora
 from cases import Case, Row
-from flora.layers import parameter
+from flora.layers.table import parameter
 from flora.tuner.layer import FloraLayer
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}

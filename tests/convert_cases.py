@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from flora import Tucker
 from flora.convert import Adapter, Entry, Layout
-from flora.layout import of_module
+from flora.layers.layout import of_module
 
 CONV_AXES = {1: ("out", "in", "kw"), 2: ("out", "in", "kh", "kw"), 3: ("out", "in", "kd", "kh", "kw")}
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from flora.authors import AuthorsScheme
+from flora.comparison.authors import AuthorsScheme
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # the benchmarks are no package of the distribution

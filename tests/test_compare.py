@@ -10,15 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flora import compare as module
-from flora.compare import compare
-from flora.folders import read_json
-from flora.matching import match_ranks, trainable
-from flora.methods import METHODS
+from flora.comparison import compare as module
+from flora.comparison.compare import compare
+from flora.comparison.matching import match_ranks
+from flora.comparison.methods import METHODS
+from flora.comparison.rivals import RefusedError, Request, default_budget, targets
 from flora.report.comparison import against, comparison_notes, comparison_page
-from flora.rivals import RefusedError, Request, default_budget, targets
-from flora.settings import Settings, read
-from flora.training import evaluate
+from flora.runs.settings import Settings, read
+from flora.runs.training import evaluate, trainable
+from flora.storage.atomic import read_json
 
 QUICK = ("task.base_epochs=2", "training.num_train_epochs=4", "compare.learning_rates=[0.01, 0.03]")
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import flora
 from convert_cases import CONV_AXES, difference, random_adapter, random_form
 from flora.convert import FORMATS, Adapter, Entry, Layout, convert, detect, load, save
-from flora.convert import files as convert_files
-from flora.layout import fold_groups
+from flora.layers.layout import fold_groups
+from flora.storage import tensors as convert_files
 from foreign_models import build, logits
 
 SIZES = st.sampled_from([1, 2, 3, 5, 7, 11])

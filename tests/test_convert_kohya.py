@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import flora
 from convert_cases import conv_adapter, difference, random_adapter, random_form
 from flora.convert import Adapter, Entry, Layout, convert, load, save
-from flora.layout import of_module
+from flora.layers.layout import of_module
 
 
 class Convs(nn.Module):
@@ -162,7 +162,7 @@ def test_foreign_and_broken_files_are_refused(tmp_path: Path) -> None:
         "has the key lycoris_other": {"lycoris_other.diff": torch.ones(3, 2)},
     }
     base = {"net.conv.weight": adapter.weights["net.conv.weight"].layout}
-    from flora.convert import kohya
+    from flora.convert.formats import kohya
 
     for message, broken in cases.items():
         save_file(broken, path)

@@ -10,7 +10,7 @@ import torch
 from tensorly.decomposition import tucker
 
 from convert_cases import random_form
-from flora.decomposition import Approximation, decompose, spectrum
+from flora.tucker.decomposition import Approximation, decompose, spectrum
 
 SHAPES = [
     ((13, 11, 3, 5), (6, 4, 2, 4)),

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from flora import Tucker, TuckerDelta
-from flora.tucker import count_params
+from flora.tucker.form import count_params
 
 NAMED = [
     ((11, 7, 5, 3), (4, 3, 2, 2), {"core", "factor_0", "factor_1", "factor_2", "factor_3"}),

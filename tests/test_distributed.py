@@ -17,7 +17,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 import flora
 from distributed_run import TARGETS, batch, build, fresh_base, train
-from flora.layers import weight_shape
+from flora.layers.table import weight_shape
 from flora.tuner.layer import FloraLayer
 
 SCRIPT = Path(__file__).parent / "distributed_run.py"

@@ -22,8 +22,9 @@ from transformers import (
 )
 
 import flora
-from flora import fused_experts, fused_linear
-from flora.experts import ExpertStack, Term
+from flora.layers.experts import grouped as fused_experts
+from flora.layers.experts.stack import ExpertStack, Term
+from flora.layers.linear import fused as fused_linear
 from flora.tuner.parameter import ParamWrapper
 
 COMMON = {

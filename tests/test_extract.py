@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from convert_cases import random_adapter
-from flora.convert import finetune as module
 from flora.convert import load, save
-from flora.convert.allocation import choices, is_cut, spend
-from flora.convert.finetune import Extracted, extract
-from flora.decomposition import decompose
-from flora.layout import from_shape
-from flora.ranks import Weight, resolve, solve_budget
-from flora.tucker import count_params
+from flora.convert.extraction import finetune as module
+from flora.convert.extraction.allocation import choices, is_cut, spend
+from flora.convert.extraction.finetune import Extracted, extract
+from flora.layers.layout import from_shape
+from flora.tucker.decomposition import decompose
+from flora.tucker.form import count_params
+from flora.tucker.ranks import Weight, resolve, solve_budget
 from foreign_models import build, logits
 
 NAMES = ["mixed", "gpt2", "mixtral"]

@@ -14,9 +14,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from flora import channels, fused, fused_conv, fused_linear, fused_pointwise, trained_kernel
-from flora.layers import find_layer
-from flora.tucker import Tucker
+from flora.layers import gate as fused
+from flora.layers.conv import channels
+from flora.layers.conv import fused as fused_conv
+from flora.layers.conv import kernel_gradient as trained_kernel
+from flora.layers.conv import pointwise as fused_pointwise
+from flora.layers.linear import fused as fused_linear
+from flora.layers.table import find_layer
+from flora.tucker.form import Tucker
 from flora.tuner.config import FloraConfig
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, ...]]] = {

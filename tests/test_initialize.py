@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flora import INITIALIZERS, Tucker, TuckerDelta
-from flora.initialize import initialize
+from flora.tucker.initialize import initialize
 
 ZERO_CORE = ["orthogonal", "paper_conv", "paper_nlu", "paper_llm"]
 SIZES_AND_RANKS = [(20_011, 5), (10_007, 13), (4_001, 37)]  # large, so that a sample's std is within a per cent

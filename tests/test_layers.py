@@ -21,7 +21,7 @@ from conformance import (
     oracle,
     seeded,
 )
-from flora.layers import LAYERS
+from flora.layers.table import LAYERS
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections")  # torch says it once for each such network
 

@@ -16,9 +16,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from convert_cases import conv_adapter, difference, random_adapter, random_form
 from flora.convert import Adapter, Entry, Layout, load, save
-from flora.convert import merge as module
+from flora.convert import streaming as module
 from flora.convert.arithmetic import add, recompress, scale
-from flora.convert.merge import merge
+from flora.convert.streaming import merge
 from foreign_models import build, logits
 from test_extract import save_model
 

@@ -21,10 +21,10 @@ from transformers import (
 
 import flora
 from convert_cases import random_adapter
-from flora import merging
 from flora.convert import load, save
-from flora.convert.checkpoint import Checkpoint
-from flora.merging import merge
+from flora.runs import merging
+from flora.runs.merging import merge
+from flora.storage.checkpoint import Checkpoint
 from foreign_models import build, logits
 from test_convert_kohya import small_unet
 from test_extract import save_model
@@ -225,7 +225,7 @@ def test_token_rows_that_do_not_fit(tmp_path: Path) -> None:
 
 
 def flora_merge(adapter: object, tmp_path: Path) -> None:
-    from flora.convert.merge import merge as stream
+    from flora.convert.streaming import merge as stream
 
     stream(tmp_path / "base", adapter, tmp_path / "out")
 

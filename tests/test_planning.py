@@ -12,8 +12,9 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from flora import FloraConfig, Plan, fused, plan
-from flora.tucker import count_params
+from flora import FloraConfig, Plan, plan
+from flora.layers import gate as fused
+from flora.tucker.form import count_params
 
 # layer, input for one sample, ranks, what plan() is told besides
 COUNTED = [

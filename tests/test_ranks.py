@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flora.ranks import Weight, resolve, solve_budget
-from flora.tucker import count_params
+from flora.tucker.form import count_params
+from flora.tucker.ranks import Weight, resolve, solve_budget
 
 LINEAR = ("out", "in")
 CONV2D = ("out", "in", "kh", "kw")

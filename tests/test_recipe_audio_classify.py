@@ -14,8 +14,8 @@ import soundfile
 import torch
 from transformers import EvalPrediction
 
+from flora.data.samples import locate
 from flora.recipes.audio_classify import Clip, Task, compute_metrics, load_base, load_data, read_sound
-from flora.samples import locate
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from transformers import EvalPrediction
 
 import flora_cli
+from flora.data.samples import locate
 from flora.recipes.diffusion import Task, compute_metrics, load_base, load_data, read_picture
-from flora.reloading import load_adapter
-from flora.samples import locate
-from flora.settings import read
-from flora.training import train
+from flora.runs.reloading import load_adapter
+from flora.runs.settings import read
+from flora.runs.training import train
 
 MODEL = "sample:signals/stable-diffusion"
 

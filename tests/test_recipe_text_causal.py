@@ -23,12 +23,12 @@ from transformers import (
 )
 
 from flora import FloraConfig
-from flora import training as training_module
+from flora.data.samples import locate
 from flora.recipes import text_causal
 from flora.recipes.text_causal import Task, compute_metrics, load_data, prompt_of
-from flora.samples import locate
-from flora.settings import read
-from flora.training import make_trainer, train, training_arguments
+from flora.runs import training as training_module
+from flora.runs.settings import read
+from flora.runs.training import make_trainer, train, training_arguments
 
 GOOD = [{"instruction": "Say the word hot twice .", "input": "", "output": "hot hot"}] * 12
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"

@@ -14,12 +14,12 @@ from torch import nn
 from transformers import BertConfig, BertModel, DebertaV2Config, DebertaV2ForSequenceClassification, EvalPrediction
 
 from flora import FloraConfig
-from flora.merging import merge
+from flora.data.samples.text import write_tokenizer
 from flora.recipes import CONFIGS
 from flora.recipes.text_glue import KINDS, Task, compute_metrics, load_data
-from flora.samples.text import write_tokenizer
-from flora.settings import read
-from flora.training import train
+from flora.runs.merging import merge
+from flora.runs.settings import read
+from flora.runs.training import train
 
 # What PAPER reports: rate, epochs, alpha, longest text, warm-up.
 AUTHORS = {

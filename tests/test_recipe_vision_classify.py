@@ -15,13 +15,13 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Pillow
 from transformers import ConvNextImageProcessorPil, EvalPrediction, ResNetConfig, ResNetForImageClassification
 
-from flora.merging import merge
+from flora.data.images import crop_and_mirror
+from flora.data.samples import locate
 from flora.recipes import vision_classify as recipe
-from flora.reloading import load_base
-from flora.samples import locate
-from flora.settings import read
-from flora.sources.images import crop_and_mirror
-from flora.training import TellEpoch, evaluate, train
+from flora.runs.merging import merge
+from flora.runs.reloading import load_base
+from flora.runs.settings import read
+from flora.runs.training import TellEpoch, evaluate, train
 
 
 @pytest.fixture(scope="module")

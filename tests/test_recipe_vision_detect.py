@@ -15,11 +15,11 @@ from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as Pillow
 from transformers import EvalPrediction
 
+from flora.data.coco import check_annotation, find_files
+from flora.data.samples import locate
 from flora.recipes import vision_detect as recipe
-from flora.samples import locate
-from flora.settings import read
-from flora.sources.coco import check_annotation, find_files
-from flora.training import make_trainer, training_arguments
+from flora.runs.settings import read
+from flora.runs.training import make_trainer, training_arguments
 
 
 @pytest.fixture(scope="module")

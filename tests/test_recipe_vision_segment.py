@@ -15,10 +15,10 @@ from PIL import Image as Pillow
 from sklearn.metrics import confusion_matrix
 from transformers import EvalPrediction
 
+from flora.data.samples import locate
 from flora.recipes import vision_segment as recipe
-from flora.samples import locate
-from flora.settings import read
-from flora.training import make_trainer, training_arguments
+from flora.runs.settings import read
+from flora.runs.training import make_trainer, training_arguments
 
 
 @pytest.fixture(scope="module")

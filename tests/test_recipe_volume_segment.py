@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoModel, EvalPrediction
 
+from flora.data.samples import locate
+from flora.data.volume_unet import VolumeUNet, VolumeUNetConfig
 from flora.recipes.volume_segment import Task, Volumes, compute_metrics, load_base, load_data, preprocess_logits
-from flora.samples import locate
-from flora.volume_unet import VolumeUNet, VolumeUNetConfig
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -13,9 +13,9 @@ import torch
 from sklearn.datasets import load_digits
 from transformers import EvalPrediction
 
+from flora.data.samples import sample_names
 from flora.recipes import CONFIGS, config_names, digits, load_recipe, recipe_names
-from flora.samples import sample_names
-from flora.settings import read
+from flora.runs.settings import read
 
 
 def test_every_config_is_checked_against_its_recipe() -> None:

@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flora.folders import read_json
 from flora.recipes import config_names
-from flora.settings import Settings, read
-from flora.training import evaluate, train
+from flora.runs.settings import Settings, read
+from flora.runs.training import evaluate, train
+from flora.storage.atomic import read_json
 
 TINY = [name for name in config_names() if name.endswith("-tiny")]
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "config.yaml", "loss.png", "metrics.json"}

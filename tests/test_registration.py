@@ -106,7 +106,7 @@ def test_the_import_is_light() -> None:
     heavy = {"accelerate", "matplotlib", "sklearn", "tensorly", "scipy", "yaml", "jsonargparse", "datasets", "pandas"}
     assert not heavy & {name.partition(".")[0] for name in added}
     inside = {name for name in added if name.startswith("flora.")}
-    assert not {name for name in inside if name.startswith(("flora.recipes", "flora.report", "flora.training"))}
+    assert not {name for name in inside if name.startswith(("flora.recipes", "flora.report", "flora.runs"))}
     assert len(inside) > 5
 
 

@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from transformers import ConvNextV2ForImageClassification, TrainerCallback
 
 import flora_cli
-from flora import folders, training
-from flora.folders import last_checkpoint, read_json, staged_folder, write_text
-from flora.merging import merge, random_inputs
-from flora.reloading import load_adapter, load_base
-from flora.settings import Settings, read
-from flora.training import evaluate, train
+from flora.runs import training
+from flora.runs.merging import merge, random_inputs
+from flora.runs.reloading import load_adapter, load_base
+from flora.runs.settings import Settings, read
+from flora.runs.training import evaluate, train
+from flora.storage import atomic as folders
+from flora.storage.atomic import last_checkpoint, read_json, staged_folder, write_text
 
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "config.yaml", "loss.png", "metrics.json"}
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flora import Tucker
-from flora.tucker import concatenate, count_params, mode_product
+from flora.tucker.form import concatenate, count_params, mode_product
 
 
 @st.composite

@@ -24,9 +24,9 @@ from torch.utils.data import Dataset
 from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
-from flora.folders import cache_folder, staged_folder
-from flora.progress import show_loss
 from flora.recipes import Data
+from flora.storage.atomic import cache_folder, staged_folder
+from flora.storage.progress import show_loss
 
 METRIC = "dice"
 CLASSES = 3  # background, anterior, posterior

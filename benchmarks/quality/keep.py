@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
-from flora.folders import read_json
+from flora.storage.atomic import read_json
 
 
 def kept(report: dict[str, Any]) -> dict[str, Any]:

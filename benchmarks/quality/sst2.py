@@ -21,8 +21,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from flora.progress import hidden_bars
 from flora.recipes import Data
+from flora.storage.progress import hidden_bars
 
 METRIC = "accuracy"
 LONGEST = 70  # characters of the sentences that are used, which keeps a run short

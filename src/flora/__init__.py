@@ -5,11 +5,11 @@ Importing ``flora`` registers the method with PEFT; ``FloraConfig`` then works w
 
 from typing import TYPE_CHECKING, Any
 
-from flora.delta import TuckerDelta
-from flora.initialize import INITIALIZERS
-from flora.layers import LAYERS
-from flora.planning import Plan, plan
-from flora.tucker import Tucker
+from flora.layers.planning import Plan, plan
+from flora.layers.table import LAYERS
+from flora.tucker.delta import TuckerDelta
+from flora.tucker.form import Tucker
+from flora.tucker.initialize import INITIALIZERS
 from flora.tuner import register
 
 register()
@@ -18,8 +18,8 @@ from flora.tuner.config import FloraConfig  # noqa: E402  (needs the registered 
 
 if TYPE_CHECKING:
     from flora.convert import Adapter, load, save
-    from flora.convert.finetune import extract
-    from flora.decomposition import decompose
+    from flora.convert.extraction.finetune import extract
+    from flora.tucker.decomposition import decompose
 
 __all__ = [
     "INITIALIZERS",
@@ -41,8 +41,8 @@ _LATER = {
     "Adapter": "flora.convert",
     "load": "flora.convert",
     "save": "flora.convert",
-    "extract": "flora.convert.finetune",
-    "decompose": "flora.decomposition",
+    "extract": "flora.convert.extraction.finetune",
+    "decompose": "flora.tucker.decomposition",
 }
 
 

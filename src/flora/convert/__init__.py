@@ -14,12 +14,12 @@ from typing import Literal
 
 from torch import nn
 
-from flora.convert import dense, kohya, lora, native, official
 from flora.convert.adapter import Adapter, Entry
-from flora.convert.base import Base, open_base
-from flora.convert.files import CONFIG, check_exists, read_json, staged
+from flora.convert.base_model import Base, open_base
+from flora.convert.formats import dense, kohya, lora, native, official
 from flora.convert.report import Report, compare, size_of
-from flora.layout import Layout
+from flora.layers.layout import Layout
+from flora.storage.tensors import CONFIG, check_exists, read_json, staged
 
 FORMATS: dict[str, ModuleType] = {"flora": native, "lora": lora, "kohya": kohya, "dense": dense, "official": official}
 Target = Literal["flora", "lora", "kohya", "dense"]

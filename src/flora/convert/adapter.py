@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from flora.convert.names import GIVE_BASE, TOKEN_ROWS, match_pattern
-from flora.fold import Fold
-from flora.layout import Layout, fold_groups, from_shape, is_usual
-from flora.tucker import Tucker
+from flora.layers.layout import Layout, fold_groups, from_shape, is_usual
+from flora.layers.names import GIVE_BASE, TOKEN_ROWS, match_pattern
+from flora.tucker.fold import Fold
+from flora.tucker.form import Tucker
 
 
 @dataclass(frozen=True, eq=False)

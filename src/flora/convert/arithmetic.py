@@ -1,6 +1,6 @@
 """Sums of adapters, exactly, and their recompression to smaller ranks, with the error.
 
-The sum of two Tucker forms is a Tucker form (``flora.tucker.concatenate``), so sums and differences lose nothing.
+The sum of two Tucker forms is a Tucker form (``flora.tucker.form.concatenate``), so sums and differences lose nothing.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from flora.convert.adapter import Adapter, Entry
-from flora.convert.allocation import Choice, choices, for_energy, spend
-from flora.convert.finetune import Extracted, Row, check_request
-from flora.decomposition import decompose
-from flora.layout import Layout
-from flora.ranks import Ranks
-from flora.tucker import Tucker, concatenate, mode_product
+from flora.convert.extraction.allocation import Choice, choices, for_energy, spend
+from flora.convert.extraction.finetune import Extracted, Row, check_request
+from flora.layers.layout import Layout
+from flora.tucker.decomposition import decompose
+from flora.tucker.form import Tucker, concatenate, mode_product
+from flora.tucker.ranks import Ranks
 
 
 def scale(adapter: Adapter, factor: float) -> Adapter:

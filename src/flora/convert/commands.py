@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from flora.convert import convert, save
-from flora.convert.files import check_target
-from flora.convert.finetune import extract
+from flora.convert.extraction.finetune import extract
+from flora.storage.tensors import check_target
 
 
 def run_convert(args: argparse.Namespace) -> int:

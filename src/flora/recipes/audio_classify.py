@@ -24,9 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, EvalPrediction, PreTrainedModel
 
-from flora.recipes import Data
-from flora.samples import locate
-from flora.sources import (
+from flora.data.records import (
     Bad,
     Item,
     class_folders,
@@ -39,6 +37,8 @@ from flora.sources import (
     split_paths,
     with_held_out,
 )
+from flora.data.samples import locate
+from flora.recipes import Data
 
 METRIC = "accuracy"
 SOUNDS = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif")

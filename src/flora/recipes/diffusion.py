@@ -27,9 +27,9 @@ from torch.nn.functional import mse_loss
 from torch.utils.data import Dataset
 from transformers import CLIPTextModel, CLIPTokenizer, EvalPrediction, Trainer
 
+from flora.data.records import IMAGES, Bad, Item, hub, is_local, load_pretrained, row_file, sift, split_paths
+from flora.data.samples import locate
 from flora.recipes import Data
-from flora.samples import locate
-from flora.sources import IMAGES, Bad, Item, hub, is_local, load_pretrained, row_file, sift, split_paths
 
 METRIC = "explained"
 EVALUATED = 64  # draws of each picture in validation and test

@@ -31,9 +31,9 @@ from transformers import (
     set_seed,
 )
 
-from flora.folders import cache_folder, staged_folder
-from flora.progress import hidden_bars, show_loss
 from flora.recipes import Data
+from flora.storage.atomic import cache_folder, staged_folder
+from flora.storage.progress import hidden_bars, show_loss
 
 METRIC = "accuracy"
 SPLIT_SEED = 0  # which image is in which set never changes

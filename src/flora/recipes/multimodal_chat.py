@@ -21,10 +21,10 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, PreTraine
 from trl import SFTConfig  # type: ignore[attr-defined]
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from flora.data.records import check_image, load_pretrained, parsed, records, sift, with_held_out
+from flora.data.samples import locate
 from flora.recipes import Data
 from flora.recipes.text_causal import AnswerTrainer, compute_metrics
-from flora.samples import locate
-from flora.sources import check_image, load_pretrained, parsed, records, sift, with_held_out
 
 __all__ = ["ARGUMENTS", "METRIC", "TRAINER", "Task", "compute_metrics", "load_base", "load_data"]
 METRIC = "token_accuracy"

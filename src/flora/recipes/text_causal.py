@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction, PreTrainedModel
 from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 
+from flora.data.records import load_pretrained, parsed, records, sift, with_held_out
+from flora.data.samples import locate
 from flora.recipes import Data
-from flora.samples import locate
-from flora.sources import load_pretrained, parsed, records, sift, with_held_out
 
 METRIC = "token_accuracy"
 ARGUMENTS = SFTConfig

@@ -28,9 +28,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from flora.data.records import Item, load_pretrained, parsed, records, sift, with_held_out
+from flora.data.samples import locate
 from flora.recipes import Data
-from flora.samples import locate
-from flora.sources import Item, load_pretrained, parsed, records, sift, with_held_out
 
 METRIC = "score"
 

@@ -17,9 +17,8 @@ from sklearn.metrics import accuracy_score
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification, EvalPrediction, PreTrainedModel
 
-from flora.recipes import Data
-from flora.samples import locate
-from flora.sources import (
+from flora.data.images import Prepared, Source, crop_and_mirror, hub_column, hub_images, read_image
+from flora.data.records import (
     Bad,
     Item,
     check_labels,
@@ -32,7 +31,8 @@ from flora.sources import (
     split_paths,
     with_held_out,
 )
-from flora.sources.images import Prepared, Source, crop_and_mirror, hub_column, hub_images, read_image
+from flora.data.samples import locate
+from flora.recipes import Data
 
 METRIC = "accuracy"
 CROP = 0.7  # the least part of each side that a random crop keeps

@@ -18,11 +18,11 @@ from pycocotools.cocoeval import COCOeval
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, EvalPrediction, PreTrainedModel, Trainer
 
+from flora.data.coco import Example, Part, examples, find_files, read_coco, read_rows
+from flora.data.images import Prepared, read_image
+from flora.data.records import Bad, check_labels, head_options, hub, is_local, load_pretrained, with_held_out
+from flora.data.samples import locate
 from flora.recipes import Data
-from flora.samples import locate
-from flora.sources import Bad, check_labels, head_options, hub, is_local, load_pretrained, with_held_out
-from flora.sources.coco import Example, Part, examples, find_files, read_coco, read_rows
-from flora.sources.images import Prepared, read_image
 
 METRIC = "map"
 PADDING = -100  # in the tensors of boxes of a batch, whose images have differently many

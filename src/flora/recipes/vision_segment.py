@@ -20,9 +20,8 @@ from transformers import (
     Trainer,
 )
 
-from flora.recipes import Data
-from flora.samples import locate
-from flora.sources import (
+from flora.data.images import Prepared, Source, crop_and_mirror, hub_images, read_image
+from flora.data.records import (
     IMAGES,
     Bad,
     Item,
@@ -35,7 +34,8 @@ from flora.sources import (
     split_paths,
     with_held_out,
 )
-from flora.sources.images import Prepared, Source, crop_and_mirror, hub_images, read_image
+from flora.data.samples import locate
+from flora.recipes import Data
 
 METRIC = "miou"
 IGNORED = 255  # the label of pixels that neither the loss nor a metric looks at

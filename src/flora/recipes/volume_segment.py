@@ -24,12 +24,12 @@ from torch.nn.functional import pad
 from torch.utils.data import Dataset
 from transformers import EvalPrediction
 
-from flora.folders import cache_folder, staged_folder
-from flora.progress import hidden_bars
+from flora.data.records import Bad, Item, is_local, load_pretrained, sift, with_held_out
+from flora.data.samples import locate
+from flora.data.volume_unet import VolumeUNet, VolumeUNetConfig
 from flora.recipes import Data
-from flora.samples import locate
-from flora.sources import Bad, Item, is_local, load_pretrained, sift, with_held_out
-from flora.volume_unet import VolumeUNet, VolumeUNetConfig
+from flora.storage.atomic import cache_folder, staged_folder
+from flora.storage.progress import hidden_bars
 
 METRIC = "dice"
 PARTS = {"train": "Tr", "validation": "Val", "test": "Ts"}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flora.convert import load
 from flora.report.comparison import size
-from flora.tucker import Tucker, mode_product
+from flora.tucker.form import Tucker, mode_product
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #222 }

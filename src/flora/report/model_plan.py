@@ -17,10 +17,10 @@ from tabulate import tabulate
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
-from flora.delta import TuckerDelta
-from flora.layers import find_layer, refusal
-from flora.planning import KINDS, plan
+from flora.layers.planning import KINDS, plan
+from flora.layers.table import find_layer, refusal
 from flora.report.comparison import size
+from flora.tucker.delta import TuckerDelta
 from flora.tuner.config import FloraConfig
 from flora.tuner.layer import FloraLayer
 

@@ -13,8 +13,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
-from flora.initialize import INITIALIZERS
-from flora.ranks import check_rank, check_request
+from flora.tucker.initialize import INITIALIZERS
+from flora.tucker.ranks import check_rank, check_request
 
 Value = TypeVar("Value")
 PATHS = ("auto", "rebuild", "factored")

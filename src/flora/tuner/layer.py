@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from flora.delta import TuckerDelta
-from flora.fold import Fold
-from flora.layers import LAYERS, Layer, call_with, find_layer, is_plain, parameter, refusal, weight_shape
-from flora.planning import KINDS, plan
+from flora.layers.planning import KINDS, plan
+from flora.layers.table import LAYERS, Layer, call_with, find_layer, is_plain, parameter, refusal, weight_shape
+from flora.tucker.delta import TuckerDelta
+from flora.tucker.fold import Fold
 from flora.tuner.config import FloraConfig
 
 BASE = "__base__"  # PEFT's word for "no adapter" in adapter_names

@@ -15,7 +15,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, Auxil
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
-from flora.tucker import Tucker, concatenate
+from flora.tucker.form import Tucker, concatenate
 from flora.tuner import targets as find
 from flora.tuner.config import FloraConfig
 from flora.tuner.layer import BASE, FloraLayer

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flora.experts import ExpertStack
-from flora.layers import Layer, call_with, parameter
+from flora.layers.experts.stack import ExpertStack
+from flora.layers.table import Layer, call_with, parameter
 from flora.tuner.layer import FloraLayer, Target
 
 

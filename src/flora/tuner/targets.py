@@ -15,11 +15,11 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedModel
 
-from flora.fold import parse_fold
-from flora.layers import Layer, parameter, refusal, weight_shape
-from flora.layout import is_usual, of_module
-from flora.ranks import Weight, resolve, solve_budget
-from flora.tucker import count_params
+from flora.layers.layout import is_usual, of_module
+from flora.layers.table import Layer, parameter, refusal, weight_shape
+from flora.tucker.fold import parse_fold
+from flora.tucker.form import count_params
+from flora.tucker.ranks import Weight, resolve, solve_budget
 from flora.tuner.config import FloraConfig
 from flora.tuner.layer import Target, row_for
 

@@ -1,0 +1,1 @@
+"""The same task with several methods at matched trainable parameters."""

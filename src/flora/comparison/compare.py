@@ -1,0 +1,296 @@
+"""``compare``: one task, several methods and seeds, adapters at matched trainable parameters.
+
+Each method's learning rate is chosen on validation from the same grid (first seed); the test set is used by the final
+runs only. Every run is written as it ends and found again, so an interrupted comparison goes on where it was.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+from transformers import Trainer, set_seed
+
+from flora.comparison.memory import watch_growth
+from flora.comparison.methods import METHODS
+from flora.comparison.rivals import RefusedError, Request, default_budget
+from flora.recipes import Data, Recipe, nearest
+from flora.report.card import model_card
+from flora.report.comparison import comparison_page
+from flora.report.plots import quality_against_parameters
+from flora.report.provenance import provenance, versions
+from flora.runs.merging import verified_merge
+from flora.runs.reloading import ADAPTER, ADAPTER_CONFIG, LABELS
+from flora.runs.settings import Settings
+from flora.runs.training import METRICS, make_trainer, measure, trainable, training_arguments
+from flora.storage.atomic import read_json, staged_folder, write_json, write_text
+
+KEPT = "flora"  # the method whose first adapter is kept, ready to load
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: what makes it different from the others of the comparison.
+
+    Attributes:
+        method: a key of ``METHODS``.
+        budget: parameters it may spend; None for a method that has no choice.
+        learning_rate: of this run.
+        seed: of the drawn data, the start and the order.
+        final: False while the learning rate is searched for: then the test set is not touched.
+    """
+
+    method: str
+    budget: int | None
+    learning_rate: float
+    seed: int
+    final: bool
+
+    @property
+    def name(self) -> str:
+        """The name of its files."""
+        size = "" if self.budget is None else f"-{self.budget}"
+        kind = "final" if self.final else "search"
+        return f"{kind}-{self.method}{size}-lr{self.learning_rate:g}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all runs share."""
+
+    settings: Settings
+    recipe: Recipe
+    folder: Path
+
+    def result(self, run: Run) -> dict[str, Any]:
+        """The run's result: the stored one if all its settings are the same, else that of running it now."""
+        path = self.folder / "runs" / f"{run.name}.json"
+        identity = self._identity(run)
+        stored = read_json(path) if path.is_file() else {}
+        if stored.get("identity") == identity:
+            return cast("dict[str, Any]", stored)
+        try:
+            found = self._run(run)
+        except RefusedError as error:
+            found = {"refused": str(error)}
+        result = {"identity": identity, **found, **provenance()}
+        write_json(path, result)
+        return result
+
+    def _identity(self, run: Run) -> dict[str, Any]:
+        given = self.settings.as_dict()
+        shared = {key: given[key] for key in ("recipe", "task", "adapter", "training")}
+        return {"run": asdict(run), **shared, "scale": self.settings.comparison.scale, "versions": versions()}
+
+    def _run(self, run: Run) -> dict[str, Any]:
+        set_seed(run.seed)
+        base = self.recipe.load_base(self.settings.task)
+        set_seed(run.seed)
+        request = Request(self.settings.adapter, self.settings.comparison.scale, run.budget or 0)
+        model = METHODS[run.method].build(base, request)
+        data = self.recipe.load_data(self.settings.task, run.seed)
+        changes = {"learning_rate": run.learning_rate, "seed": run.seed, "save_strategy": "no", "disable_tqdm": True}
+        with tempfile.TemporaryDirectory() as scratch:
+            trainer = make_trainer(
+                model, self.recipe, data, training_arguments(self.settings, Path(scratch), **changes)
+            )
+            try:
+                trained = {**_train(trainer, run.seed), "validation": measure(trainer, data.validation)}
+            except ValueError as error:  # losses of detectors refuse boxes that are NaN
+                if all(torch.isfinite(value).all() for value in model.parameters()):
+                    raise
+                raise RefusedError(f"training diverged at the learning rate {run.learning_rate:g}") from error
+            result: dict[str, Any] = {
+                "trainable_parameters": trainable(model),
+                "total_parameters": sum(parameter.numel() for parameter in model.parameters()),
+                "seed": run.seed,
+                **trained,
+            }
+            return {**result, **self._final(run, trainer, data, result)} if run.final else result
+
+    def _final(self, run: Run, trainer: Trainer, data: Data, result: dict[str, Any]) -> dict[str, Any]:
+        """The test metrics, the size of the file, and how far the merged model is from the unmerged one."""
+        model = cast("nn.Module", trainer.model)
+        found: dict[str, Any] = {"test": measure(trainer, data.test)}
+        found["file_bytes"] = _file_bytes(model)
+        if not isinstance(model, PeftModel):
+            return found
+        if run.method == KEPT and run.seed == self.settings.seed and not (self.folder / KEPT / ADAPTER).is_file():
+            self._keep(run, model, data, {**result, **found})
+        batch = next(iter(trainer.get_eval_dataloader(data.test)))
+        inputs = {key: value.to(trainer.args.device) for key, value in batch.items() if key != "labels"}
+        try:
+            _, difference, _ = verified_merge(model, inputs)
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # as other libraries' adapters fail
+            if run.method == KEPT:
+                raise
+            return {**found, "merge_error": str(error).partition("\n")[0]}
+        return {**found, "merge_difference": difference}
+
+    def _keep(self, run: Run, model: PeftModel, data: Data, result: dict[str, Any]) -> None:
+        """Writes the adapter as an output folder that ``flora eval``, ``merge`` and ``inspect`` take."""
+        training = {**self.settings.training, "learning_rate": run.learning_rate}
+        adapter = {**self.settings.adapter, "budget": run.budget}
+        target = self.folder / run.method
+        with staged_folder(target) as staged:
+            model.save_pretrained(str(staged))
+            if data.processor is not None:
+                data.processor.save_pretrained(staged)
+            if data.labels is not None:
+                write_json(staged / LABELS, data.labels)
+            replace(self.settings, training=training, adapter=adapter, output=target).save(staged)
+            metrics = {"recipe": self.settings.recipe, **result, "adapter_bytes": result["file_bytes"]}
+            classes = None if data.labels is None else len(data.labels)
+            card = model_card(metrics, read_json(staged / ADAPTER_CONFIG), str(target), classes)
+            write_text(staged / "README.md", card)
+            write_json(staged / METRICS, {**metrics, **provenance()})
+
+
+def _train(trainer: Trainer, seed: int) -> dict[str, Any]:
+    """Trains; the time it takes, and by how much the memory grows at most."""
+    set_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with watch_growth() as growth:
+        started = time.perf_counter()
+        trainer.train()
+        seconds, grown = time.perf_counter() - started, growth()
+    return {
+        "seconds": round(seconds, 3),
+        "steps": trainer.state.global_step,
+        "peak_memory": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else grown,
+    }
+
+
+def _file_bytes(model: nn.Module) -> int:
+    """The size of the file that holds what was trained: the adapter, or the trained parameters of the model."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / ADAPTER
+        if isinstance(model, PeftModel):
+            model.save_pretrained(scratch)
+        else:
+            trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+            save_file({name: value.detach().cpu().contiguous() for name, value in trained.items()}, path)
+        return path.stat().st_size
+
+
+def compare(settings: Settings, methods: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+    """Runs every method with every seed at every budget and writes the report into ``<output>-compare``.
+
+    Args:
+        settings: of the runs; ``settings.comparison`` has the budgets and the grid of learning rates.
+        methods: keys of ``METHODS``; ["all"] is all of them.
+        seeds: of the final runs; the first is that of the search for the learning rate.
+
+    Returns:
+        What is in ``compare.json``.
+
+    Raises:
+        ValueError: a method is unknown, or there is no method or seed.
+    """
+    methods = list(METHODS) if list(methods) == ["all"] else methods
+    for method in methods:
+        if method not in METHODS:
+            raise ValueError(
+                f"unknown method {method!r}, expected {', '.join(METHODS)}{nearest(method, list(METHODS))}"
+            )
+    if not methods or not seeds or len(set(methods)) < len(methods) or len(set(seeds)) < len(seeds):
+        raise ValueError(f"methods {list(methods)} and seeds {list(seeds)} must each be given, and once")
+    folder = settings.output.with_name(f"{settings.output.name}-compare")
+    settings = replace(settings, seed=seeds[0])
+    recipe = settings.load_recipe()
+    bench, budgets = Bench(settings, recipe, folder), _budgets(settings, recipe)
+    rates = settings.comparison.learning_rates
+    places = [(method, budget) for method in methods for budget in (budgets if METHODS[method].matched else [None])]
+    rows = []
+    with tqdm(total=len(places) * (len(rates) + len(seeds)), unit="run") as bar:
+        for method, budget in places:
+            searched = [_tell(bench, Run(method, budget, rate, seeds[0], final=False), bar) for rate in rates]
+            scores = [_score(result, recipe) for result in searched]
+            best = rates[scores.index(max(scores))]
+            finals = [_tell(bench, Run(method, budget, best, seed, final=True), bar) for seed in seeds]
+            search = dict(zip(rates, scores, strict=True))
+            named = {"method": method, "title": METHODS[method].title, "budget": budget}
+            rows.append({**named, **_row(recipe.METRIC, search, best, finals)})
+    report = {
+        "recipe": settings.recipe,
+        "folder": str(folder),
+        "metric": recipe.METRIC,
+        "seeds": list(seeds),
+        "budgets": budgets,
+        "rows": rows,
+        "settings": settings.as_dict(),
+        **provenance(),
+    }
+    _write(folder, report)
+    return report
+
+
+def _budgets(settings: Settings, recipe: Recipe) -> list[int]:
+    given, rank = settings.comparison.budgets, settings.comparison.lora_r
+    return list(given) or [default_budget(recipe.load_base(settings.task), settings.adapter, rank)]
+
+
+def _score(result: dict[str, Any], recipe: Recipe) -> float:
+    """The validation metric; below every other where there is none, or training diverged."""
+    score = float(result["validation"][recipe.METRIC]) if "validation" in result else -math.inf
+    return -math.inf if math.isnan(score) else score
+
+
+def _tell(bench: Bench, run: Run, bar: tqdm[Any]) -> dict[str, Any]:
+    """Runs, and says so."""
+    bar.set_description(f"{run.method} lr={run.learning_rate:g} seed={run.seed}")
+    result = bench.result(run)
+    what = f"final, seed {run.seed}" if run.final else "search"
+    told = f"{run.method:<8} {run.budget or '':<8} lr {run.learning_rate:<8g} {what:<14}"
+    if "refused" in result:
+        bar.write(f"{told} refused: {result['refused']}")
+    else:
+        bar.write(f"{told} validation {_score(result, bench.recipe):.4f}  {result['seconds']:.1f} s")
+    bar.update()
+    return result
+
+
+def _row(metric: str, search: dict[float, float], best: float, finals: list[dict[str, Any]]) -> dict[str, Any]:
+    """A method's line of the table, with every number it is made of; or why there is none."""
+    if refusals := [result["refused"] for result in finals if "refused" in result]:
+        return {"refused": refusals[0]}
+    values = [result["test"][metric] for result in finals]
+    memory = [result["peak_memory"] for result in finals if result["peak_memory"] is not None]
+    merged = [result["merge_difference"] for result in finals if "merge_difference" in result]
+    return {
+        "trainable_parameters": finals[0]["trainable_parameters"],
+        "learning_rate": best,
+        "mean": statistics.mean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else 0.0,
+        "values": values,
+        "validation": [result["validation"][metric] for result in finals],
+        "search": {f"{rate:g}": score for rate, score in search.items()},
+        "seconds": statistics.mean(result["seconds"] for result in finals),
+        "seconds_per_step": statistics.median(result["seconds"] / result["steps"] for result in finals),
+        "peak_memory": statistics.median(memory) if memory else None,
+        "file_bytes": finals[0]["file_bytes"],
+        "merge_difference": max(merged, default=None),
+        "merge_error": finals[0].get("merge_error"),
+        "runs": finals,
+    }
+
+
+def _write(folder: Path, report: dict[str, Any]) -> None:
+    title = f"{Path(report['recipe']).stem}: {report['metric']} over {len(report['seeds'])} seeds"
+    staged = folder / ".compare.staged.png"
+    quality_against_parameters(staged, report["rows"], report["metric"], title)
+    staged.replace(folder / "compare.png")
+    write_text(folder / "README.md", comparison_page(report))
+    write_json(folder / "compare.json", report)

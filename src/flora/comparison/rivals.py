@@ -1,0 +1,263 @@
+"""The adapters that FLoRA is compared with, at the ranks that spend a budget: PEFT's, LyCORIS', the authors' scheme.
+
+Each is put on those of FLoRA's targets that it can adapt. PEFT's layers are tried one by one on the meta device; DoRA
+also leaves out layers with an output whose weights are all zero.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, get_peft_model
+from torch import nn
+
+from flora.comparison.authors import AuthorsScheme
+from flora.comparison.matching import Costs, match_ranks
+from flora.runs.training import trainable
+from flora.tucker.ranks import resolve
+from flora.tuner.config import FloraConfig
+from flora.tuner.targets import exact_pattern
+
+LOKR_FACTORS = (-1, 16, 8, 4, 2)  # how LoKr splits a matrix, from its default, the cheapest, to the dearest
+PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+KERNEL = ("kd", "kh", "kw")
+Targets = Mapping[str, list[str]]  # module -> its raw parameters that are adapted; none for a layer as such
+Configure = Callable[[dict[str, int], Targets], PeftConfig]  # the rank of each module -> a config of PEFT
+
+
+class RefusedError(ValueError):
+    """The method cannot adapt this model, or not at this size; the text says why."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a method is given besides the base model.
+
+    Attributes:
+        adapter: keyword arguments of ``FloraConfig``; other adapters take their targets and the head from it.
+        scale: alpha / r of the other adapters.
+        budget: trainable parameters of an adapter, the head not counted.
+    """
+
+    adapter: dict[str, Any]
+    scale: float
+    budget: int
+
+    @property
+    def head(self) -> list[str]:
+        """The modules that every method trains in full."""
+        return list(self.adapter.get("modules_to_save") or [])
+
+
+def lora(base: nn.Module, request: Request, **options: Any) -> nn.Module:
+    """PEFT's LoRA; with ``use_dora=True`` its DoRA.
+
+    Raises:
+        RefusedError: it can adapt none of the layers, or rank 1 is too dear.
+    """
+    return _peft(base, request, partial(_lora, request, options))
+
+
+def loha(base: nn.Module, request: Request) -> nn.Module:
+    """PEFT's LoHa. Raises as :func:`lora` does."""
+    return _peft(base, request, lambda ranks, found: LoHaConfig(**_fields(request, "alpha", ranks, found)))
+
+
+def lokr(base: nn.Module, request: Request) -> nn.Module:
+    """PEFT's LoKr. Its default split spends little at any rank, so the first split that reaches the budget is taken.
+
+    Raises as :func:`lora` does.
+    """
+    spent: dict[int, PeftConfig] = {}
+    for factor in LOKR_FACTORS:
+        configure = partial(_lokr, request, factor)
+        try:
+            ranks, found = _solve(base, request, configure)
+        except RefusedError:
+            if spent:
+                break
+            raise
+        cost = sum(_peft_costs(base, configure, ranks, found).values())
+        spent[cost] = configure(ranks, found)
+        if cost >= 0.95 * request.budget:
+            break
+    return _adapt(base, spent[max(spent)])
+
+
+def lycoris(base: nn.Module, request: Request) -> nn.Module:
+    """LyCORIS' LoCon with ``use_tucker``. Its modules replace the forward of the layers and live in ``base.lycoris``.
+
+    Raises:
+        RefusedError: the package is not installed; otherwise as :func:`lora` does.
+    """
+    try:
+        from lycoris.modules.locon import LoConModule
+    except ImportError:
+        raise RefusedError("lycoris-lora is not installed") from None
+    modules = dict(base.named_modules())
+    names = [name for name in targets(base, request.adapter) if type(modules[name]) in PLAIN]
+    base.requires_grad_(False)
+
+    def attach(name: str, rank: int) -> nn.Module:
+        options = {"multiplier": 1.0, "lora_dim": rank, "alpha": request.scale * rank, "use_tucker": True}
+        return cast("nn.Module", LoConModule(name.replace(".", "_"), modules[name], **options))
+
+    ranks = _match(lambda rank: {name: trainable(attach(name, rank)) for name in names}, request)
+    adapters = nn.ModuleList(attach(name, rank) for name, rank in ranks.items())
+    for adapter in adapters:
+        cast("Any", adapter).apply_to()
+    base.add_module("lycoris", adapters)
+    return train_head(base, request.head)
+
+
+def authors(base: nn.Module, request: Request) -> nn.Module:
+    """The authors' dense scheme, our own code of it, on linear layers and on convolutions of one group, as theirs.
+
+    Raises as :func:`lora` does.
+    """
+    modules = dict(base.named_modules())
+    config = FloraConfig(**request.adapter)
+    names = [
+        name
+        for name in targets(base, request.adapter)
+        if type(modules[name]) in PLAIN and getattr(modules[name], "groups", 1) == 1
+    ]
+
+    def ranks_of(name: str, rank: int) -> tuple[int, ...]:
+        shape = cast("nn.Parameter", modules[name].weight).shape
+        return resolve(shape, rank, config.kernel_r, axes=("out", "in", *KERNEL[: len(shape) - 2]))
+
+    def cost(name: str, rank: int) -> int:
+        shape, ranks = cast("nn.Parameter", modules[name].weight).shape, ranks_of(name, rank)
+        return math.prod(ranks) + sum(size * own for size, own in zip(shape, ranks, strict=True))
+
+    ranks = _match(lambda rank: {name: cost(name, rank) for name in names}, request)
+    base.requires_grad_(False)
+    for name, rank in ranks.items():
+        parent, _, leaf = name.rpartition(".")
+        scheme = AuthorsScheme(modules[name], ranks_of(name, rank), config.scale_for(name), zero=True)
+        setattr(base.get_submodule(parent), leaf, scheme)
+    return train_head(base, request.head)
+
+
+def targets(base: nn.Module, adapter: dict[str, Any]) -> dict[str, list[str]]:
+    """The modules that FLoRA adapts with this configuration, of each the raw parameters; ``base`` is left as it is."""
+    adapted = get_peft_model(cast("Any", base), FloraConfig(**{**adapter, "modules_to_save": None}))
+    tuner = cast("Any", adapted.base_model)
+    found: dict[str, list[str]] = {name: [] for name in tuner.targeted_module_names}
+    for name in tuner.targeted_parameter_names:
+        owner, _, leaf = name.rpartition(".")
+        found.setdefault(owner, []).append(leaf)
+    adapted.unload()
+    return found
+
+
+def train_head(base: nn.Module, head: list[str]) -> nn.Module:
+    """Lets the parameters of the head's modules be trained, besides what is trained already."""
+    for name, parameter in base.named_parameters():
+        if any(f".{part}." in f".{name}" for part in head):
+            parameter.requires_grad_(True)
+    return base
+
+
+def default_budget(base: nn.Module, adapter: dict[str, Any], rank: int) -> int:
+    """What PEFT's LoRA of that rank costs on FLoRA's targets, the head not counted."""
+    request = Request(adapter, 1.0, 0)
+    configure = partial(_lora, request, {})
+    found = _supported(base, request, configure)
+    return sum(_peft_costs(base, configure, dict.fromkeys(found, rank), found).values())
+
+
+def _lora(request: Request, options: dict[str, Any], ranks: dict[str, int], found: Targets) -> PeftConfig:
+    return LoraConfig(**_fields(request, "lora_alpha", ranks, found), **options)
+
+
+def _lokr(request: Request, factor: int, ranks: dict[str, int], found: Targets) -> PeftConfig:
+    return LoKrConfig(**_fields(request, "alpha", ranks, found), decompose_factor=factor)
+
+
+def _fields(request: Request, alpha: str, ranks: dict[str, int], found: Targets) -> dict[str, Any]:
+    """What the configs of PEFT have in common; the names of modules are matched whole."""
+    least = min(ranks.values())
+    patterns = {name: exact_pattern(name) + (rf"\.({'|'.join(found[name])})" if found[name] else "") for name in ranks}
+    higher = {patterns[name]: rank for name, rank in ranks.items() if rank != least}
+    raw = [f"{name}.{leaf}" for name in ranks for leaf in found[name]]
+    return {
+        "r": least,
+        alpha: request.scale * least,
+        "target_modules": "|".join(re.escape(name) for name in ranks if not found[name]) or None,
+        "rank_pattern": higher,
+        "alpha_pattern": {pattern: request.scale * rank for pattern, rank in higher.items()},
+        "modules_to_save": request.head or None,
+        **({"target_parameters": raw} if raw else {}),
+    }
+
+
+def _peft(base: nn.Module, request: Request, configure: Configure) -> nn.Module:
+    return _adapt(base, configure(*_solve(base, request, configure)))
+
+
+def _adapt(base: nn.Module, config: PeftConfig) -> nn.Module:
+    """PEFT's model, without its warning that patterns for raw parameters matched no module."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+        return get_peft_model(cast("Any", base), config)
+
+
+def _solve(base: nn.Module, request: Request, configure: Configure) -> tuple[dict[str, int], Targets]:
+    found = _supported(base, request, configure)
+    return _match(lambda rank: _peft_costs(base, configure, dict.fromkeys(found, rank), found), request), found
+
+
+def _match(costs: Costs, request: Request) -> dict[str, int]:
+    if not costs(1):
+        raise RefusedError("it can adapt none of FLoRA's layers")
+    try:
+        return match_ranks(costs, request.budget)
+    except ValueError as error:
+        raise RefusedError(str(error)) from None
+
+
+def _supported(base: nn.Module, request: Request, configure: Configure) -> Targets:
+    """Those of FLoRA's targets that PEFT puts this kind of adapter on without a warning that it cannot be merged."""
+    modules = dict(base.named_modules())
+    found = {}
+    for name, leaves in targets(base, request.adapter).items():
+        layer = nn.Sequential(copy.deepcopy(modules[name]).to("meta"))
+        # What PEFT refuses, each adapter with an error of its own kind, is left out.
+        with warnings.catch_warnings(), suppress(ValueError, NotImplementedError, TypeError, UserWarning):
+            warnings.filterwarnings("error", "LoRA adapter added to ConvNd layer with groups")
+            config = _without_head(configure({"0": 1}, {"0": leaves}))
+            if getattr(config, "use_dora", False) and _has_zero_row(modules[name]):
+                continue
+            _adapt(layer, config)
+            found[name] = leaves
+    return found
+
+
+def _has_zero_row(layer: nn.Module) -> bool:
+    """Whether the weights of one output are all zero: DoRA divides by their norm, so that its result is NaN."""
+    weight = getattr(layer, "weight", None)
+    return weight is not None and not bool(weight.flatten(1).any(1).all())
+
+
+def _without_head(config: PeftConfig) -> PeftConfig:
+    cast("Any", config).modules_to_save = None
+    return config
+
+
+def _peft_costs(base: nn.Module, configure: Configure, ranks: dict[str, int], found: Targets) -> dict[str, int]:
+    """Module -> trainable parameters of its adapter, by building it on the meta device."""
+    if not ranks:
+        return {}
+    adapted = _adapt(copy.deepcopy(base).to("meta"), _without_head(configure(ranks, found)))
+    inner = cast("Any", adapted.base_model).model
+    return {name: trainable(inner.get_submodule(name)) for name in ranks}

@@ -1,0 +1,1 @@
+"""An adapter from a full fine-tune."""

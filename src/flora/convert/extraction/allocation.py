@@ -1,0 +1,149 @@
+"""Which ranks for which layer: what each rank would cost and keep, and how a budget lowers the total error most.
+
+The kept energy of a truncated HOSVD is that of the leading corner of the full one's core, so one decomposition gives
+the error of every rank at once. A budget then goes where an extra parameter removes most error, along the lower convex
+hull of each layer's (parameters, error) points.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from flora.tucker.decomposition import leading, singular_values
+from flora.tucker.form import count_params, mode_product
+
+FIRST = 64  # ranks per mode that are tried at first where few of them will do
+GRID = 24  # ranks tried per mode of a tensor with more than two modes, all of them up to here
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Ranks for one layer: what they cost, and the squared error of the truncated HOSVD they leave."""
+
+    ranks: tuple[int, ...]
+    params: int
+    error: float
+
+
+def choices(tensor: Tensor, shape: Sequence[int] | None = None, *, most: int | None = None) -> list[Choice]:
+    """The ranks worth choosing for a tensor, from cheap to dear, each with less error than the one before.
+
+    The first costs nothing and leaves the layer out (ranks of zero).
+
+    Args:
+        tensor: what is decomposed.
+        shape: where ``tensor`` stands for a larger one, in orthonormal coordinates: the shape that counts.
+        most: the largest rank of a mode that is tried, by default all; a few cost much less than all of a large tensor.
+    """
+    shape = tuple(tensor.shape) if shape is None else tuple(shape)
+    total = float(tensor.double().square().sum())
+    most = max(tensor.shape) if most is None else most
+    found = (_of_matrix if tensor.ndim == 2 else _of_tensor)(tensor, shape, total, most)
+    best: list[Choice] = [Choice((0,) * tensor.ndim, 0, total)]
+    for choice in sorted(found, key=lambda choice: (choice.params, choice.error)):
+        if choice.error < best[-1].error:
+            best.append(choice)
+    return best
+
+
+def _of_matrix(tensor: Tensor, shape: tuple[int, ...], total: float, most: int) -> list[Choice]:
+    """Both ranks alike: singular vectors come in pairs."""
+    values = singular_values(tensor, most)
+    left = (total - values.cumsum(0)).clamp(min=0).tolist()
+    return [Choice((rank, rank), count_params(shape, (rank, rank)), error) for rank, error in enumerate(left, start=1)]
+
+
+def _of_tensor(tensor: Tensor, shape: tuple[int, ...], total: float, most: int) -> list[Choice]:
+    core = tensor.float() if tensor.dtype != torch.float64 else tensor
+    for mode in range(tensor.ndim):
+        core = mode_product(core, leading(tensor, mode, most)[1].T.to(core.dtype), mode)
+    grids = [_grid(size, width) for size, width in zip(tensor.shape, core.shape, strict=True)]
+    kept = core.square()
+    for mode, grid in enumerate(grids):
+        ends = torch.tensor([min(rank, core.shape[mode]) - 1 for rank in grid])
+        kept = kept.cumsum(mode, dtype=torch.float64).index_select(mode, ends)
+    left = (total - kept).clamp(min=0).flatten().tolist()
+    table = torch.cartesian_prod(*[torch.tensor(grid) for grid in grids]).reshape(-1, tensor.ndim).tolist()
+    return [Choice(tuple(ranks), count_params(shape, ranks), error) for ranks, error in zip(table, left, strict=True)]
+
+
+def _grid(size: int, reach: int) -> list[int]:
+    """Ranks to try for a mode: all of a small one, else ever wider steps, always up to what the mode can reach."""
+    most = min(size, reach)
+    if most <= GRID:
+        return list(range(1, most + 1))
+    half = GRID // 2
+    step = (most / half) ** (1 / half)
+    return sorted({*range(1, half + 1), *(min(most, round(half * step**power)) for power in range(1, half + 1)), most})
+
+
+def is_cut(choice: Choice, shape: Sequence[int], most: int) -> bool:
+    """Whether a mode has the largest rank that was tried (``most`` of :func:`choices`), and could have a larger one."""
+    return any(rank == most < size for rank, size in zip(choice.ranks, shape, strict=True))
+
+
+def for_energy(options: Sequence[Choice], energy: float) -> Choice:
+    """The cheapest choice that keeps at least this fraction of the squared norm."""
+    allowed = (1 - energy) * options[0].error
+    return next((choice for choice in options if choice.error <= allowed), options[-1])
+
+
+def spend(options: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Choice]:
+    """One choice per layer, at most ``budget`` parameters in all, for the least total squared error.
+
+    Args:
+        options: layer -> its :func:`choices`.
+        budget: parameters to spend.
+    """
+    chosen = {name: listed[0] for name, listed in options.items()}
+    left = budget
+    steps = [
+        (_slope(before, after), name, after)
+        for name, listed in options.items()
+        for before, after in pairwise(_hull(listed))
+    ]
+    closed = set()
+    for _, name, choice in sorted(steps, key=lambda step: step[:2]):  # steepest first; hulls keep each layer in order
+        cost = choice.params - chosen[name].params
+        if name in closed or cost > left:
+            closed.add(name)
+            continue
+        chosen[name], left = choice, left - cost
+    return _fill(options, chosen, left)
+
+
+def _slope(before: Choice, after: Choice) -> float:
+    return (after.error - before.error) / (after.params - before.params)
+
+
+def _hull(listed: Sequence[Choice]) -> list[Choice]:
+    """The lower convex hull of the (params, error) points, which come sorted."""
+    hull: list[Choice] = []
+    for choice in listed:
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], choice):
+            hull.pop()
+        hull.append(choice)
+    return hull
+
+
+def _fill(options: Mapping[str, Sequence[Choice]], chosen: dict[str, Choice], left: int) -> dict[str, Choice]:
+    """What the hulls leave over goes to the single steps, off the hull too, that remove most error."""
+    while True:
+        best: tuple[float, str, Choice] | None = None
+        for name, listed in options.items():
+            held = chosen[name]
+            # Choices come with rising cost and falling error: the dearest that fits is the best.
+            choice = listed[bisect_right(listed, held.params + left, key=lambda choice: choice.params) - 1]
+            if choice.error < held.error and (best is None or held.error - choice.error > best[0]):
+                best = (held.error - choice.error, name, choice)
+        if best is None:
+            return chosen
+        _, name, choice = best
+        left -= choice.params - chosen[name].params
+        chosen[name] = choice

@@ -1,0 +1,354 @@
+"""An adapter out of a full fine-tune: the change of each weight, decomposed, one layer in memory at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from flora.convert.adapter import Adapter, Entry
+from flora.convert.base_model import Base, open_base
+from flora.convert.extraction.allocation import FIRST, Choice, choices, for_energy, is_cut, spend
+from flora.convert.extraction.store import Store
+from flora.convert.formats.filemap import FileMap
+from flora.convert.report import table
+from flora.layers.layout import Layout, from_shape
+from flora.storage.checkpoint import Checkpoint
+from flora.tucker.decomposition import decompose
+from flora.tucker.fold import parse_fold
+from flora.tucker.form import Tucker, count_params
+from flora.tucker.ranks import Ranks, resolve
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one weight: its shape, ranks and parameters, the norm of its change, the relative error."""
+
+    name: str
+    shape: tuple[int, ...]
+    ranks: tuple[int, ...]
+    params: int
+    norm: float
+    error: float
+
+
+@dataclass
+class Extracted(Adapter):
+    """An adapter with the account of its extraction. ``print(extracted.table())`` shows it.
+
+    Attributes:
+        rows: one per weight that changed and can be decomposed.
+        whole: the biases, norms and new tensors that differ; in ``extras`` if they were carried.
+        unchanged: how many weights are the same in both models.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    whole: list[str] = field(default_factory=list)
+    unchanged: int = 0
+
+    @property
+    def error(self) -> float:
+        """``|change - adapter| / |change|`` over all weights together, in the Frobenius norm."""
+        total = sum(row.norm**2 for row in self.rows)
+        return math.sqrt(sum((row.norm * row.error) ** 2 for row in self.rows) / total) if total else 0.0
+
+    def table(self) -> str:
+        """The errors, layer by layer, and what was not decomposed."""
+        rows = [
+            [row.name, str(row.shape), str(row.ranks), f"{row.params:,}", f"{row.norm:.3e}", f"{row.error:.3e}"]
+            for row in self.rows
+        ]
+        lines = [table(rows, ["weight", "shape", "ranks", "parameters", "norm of change", "relative error"])]
+        lines.append(
+            f"total: {self.num_params:,} parameters, relative error {self.error:.3e}; unchanged: {self.unchanged}"
+        )
+        if self.whole:
+            state = "carried whole" if self.extras else "NOT in the adapter (carry=True, --carry takes them along)"
+            lines.append(
+                f"changed besides: {len(self.whole)} biases, norms or new tensors, {state}: {', '.join(self.whole[:5])}"
+            )
+        return "\n".join(lines)
+
+
+def extract(
+    base: str | Path,
+    tuned: str | Path,
+    *,
+    rank: Ranks | None = None,
+    energy: float | None = None,
+    budget: int | None = None,
+    kernel_r: int | None = None,
+    carry: bool = False,
+    work: str | Path | None = None,
+    progress: bool = False,
+) -> Extracted:
+    """The adapter that turns ``base`` into ``tuned`` as nearly as its ranks allow.
+
+    Args:
+        base: a folder with safetensors (sharded or not), or a single file; read one layer at a time.
+        tuned: the same, of the fine-tuned model.
+        rank: one int for all weights, or one rank per dimension.
+        energy: instead, the fraction of each change's squared norm to keep, such as 0.9.
+        budget: instead, parameters to spend over all layers, where they lower the total error most.
+        kernel_r: with ``rank``, the rank of the kernel modes; None keeps them whole.
+        carry: takes along, whole, the biases, norms and new tensors that differ.
+        work: a folder for finished layers: an extraction that was cut short goes on from there. It stays; remove it
+            when the adapter is saved.
+        progress: shows a progress bar.
+
+    Raises:
+        FileNotFoundError: a model, or one of its shards, is missing.
+        ValueError: not exactly one of rank, energy and budget is given, a weight is missing, has another shape or NaN,
+            or nothing differs.
+    """
+    check_request(rank, energy, budget)
+    job = _Job(Checkpoint(base), Checkpoint(tuned), _model(Path(base)), progress)
+    request = {"rank": rank, "energy": energy, "budget": budget, "kernel_r": kernel_r}
+    store = None if work is None else Store(Path(work), _fingerprint(job, request))
+    chosen: dict[str, Choice] | None = None
+    if budget is not None:
+        chosen = _spend(job, store, budget)
+
+    def ranks_for(name: str, delta: Tensor) -> Ranks:
+        if chosen is not None:
+            return chosen[name].ranks
+        if energy is not None:
+            return _for_energy(delta, energy)
+        axes = _axes(job.layouts.get(name), delta, name)
+        return resolve(delta.shape, rank if rank is not None else 8, kernel_r, axes=axes, name=name)
+
+    result = Extracted(config={"base_model_name_or_path": str(base)})
+    for name in job.bar("layers"):
+        _extract_layer(job, store, result, name, ranks_for)
+    _whole(job, result, carry)
+    if not result.weights and not result.extras:
+        raise ValueError(
+            f"{tuned} does not differ from {base} in any weight that is decomposed; there is nothing to extract"
+        )
+    return result
+
+
+def check_request(rank: Ranks | None, energy: float | None, budget: int | None) -> None:
+    """Raises unless exactly one of the three is given, and in range."""
+    given = [name for name, value in (("rank", rank), ("energy", energy), ("budget", budget)) if value is not None]
+    if len(given) != 1:
+        raise ValueError(f"give exactly one of rank, energy and budget, got {' and '.join(given) or 'none'}")
+    if energy is not None and not 0 < energy <= 1:
+        raise ValueError(f"energy is the fraction of the squared norm to keep, above 0 and at most 1, got {energy}")
+    if budget is not None and budget < 1:
+        raise ValueError(f"budget is a number of parameters, at least 1, got {budget}")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The two models, opened and compared by name and shape."""
+
+    base: Checkpoint
+    tuned: Checkpoint
+    model: Base | None
+    progress: bool
+
+    def __post_init__(self) -> None:
+        missing = [name for name in self.base if name not in self.tuned]
+        if missing:
+            raise ValueError(
+                f"{self.tuned.path} lacks {len(missing)} tensors of {self.base.path} (first: {missing[0]}); it is not "
+                "a fine-tune of that model, or was saved under other names"
+            )
+        for name in self.base:
+            if self.base.shape(name) != self.tuned.shape(name):
+                raise ValueError(
+                    f"{name} has shape {self.base.shape(name)} in {self.base.path} and {self.tuned.shape(name)} in "
+                    f"{self.tuned.path}; it is not a fine-tune of that model (was the vocabulary resized?)"
+                )
+
+    @cached_property
+    def layouts(self) -> Mapping[str, Layout]:
+        """Of the base model, where its config can be read; the extraction itself does not need them."""
+        return {} if self.model is None else self.model.layouts
+
+    @cached_property
+    def files(self) -> FileMap:
+        """Where the weights are in the base's files; the tuned model has the same."""
+        return FileMap(self.base, None if self.model is None else self.model.model)
+
+    @cached_property
+    def places(self) -> dict[str, list[str]]:
+        """The weights that are decomposed, by the model's names, and the file entries they are made of.
+
+        They are those of two dimensions and more, inside a module, that are no mere token or table.
+        """
+        fused = {}
+        for name, shape in {} if self.model is None else self.model.shapes.items():
+            if name not in self.base and "." in name and _is_matrix_like(name, shape):
+                with suppress(ValueError):  # tied to another, which is there
+                    fused[name] = self.files.find(name, shape)
+        taken = {key for keys in fused.values() for key in keys}
+        plain = [key for key in self.base if key not in taken and "." in key]
+        return {**{key: [key] for key in plain if _is_matrix_like(key, self.base.shape(key))}, **fused}
+
+    @property
+    def parts(self) -> set[str]:
+        """The file entries of the weights that are decomposed."""
+        return {key for keys in self.places.values() for key in keys}
+
+    def bar(self, what: str, names: Iterable[str] | None = None) -> Iterator[str]:
+        """The names, by default all, with a progress bar."""
+        listed = self.places if names is None else names
+        return iter(tqdm(listed, desc=what, unit="layer", disable=not self.progress))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a weight as the model has it."""
+        return self.base.shape(name) if name in self.base or self.model is None else tuple(self.model.shapes[name])
+
+    def form_shape(self, name: str) -> tuple[int, ...]:
+        """Of the N-d tensor that is decomposed."""
+        layout = self.layouts.get(name)
+        shape = self.shape(name)
+        return shape if layout is None or layout.fold is None else parse_fold(layout.fold, shape).shape
+
+    def delta(self, name: str) -> Tensor:
+        """``tuned - base`` in float32, folded to the N-d tensor that is decomposed."""
+        changes = {key: _difference(self.base.get(key), self.tuned.get(key)) for key in self.places[name]}
+        delta = self.files.join(name, self.shape(name), changes)
+        if not torch.isfinite(delta).all():
+            raise ValueError(f"{name} has NaN or infinite entries in {self.base.path} or {self.tuned.path}")
+        return delta.reshape(self.form_shape(name))
+
+
+def _difference(old: Tensor, new: Tensor) -> Tensor:
+    if not new.is_floating_point():
+        return torch.zeros(new.shape)
+    return new.float().sub(old.float())
+
+
+def _is_matrix_like(name: str, shape: tuple[int, ...]) -> bool:
+    return len(shape) > 1 and ("weight" in name.rpartition(".")[2] or min(shape) > 1)
+
+
+def _axes(layout: Layout | None, delta: Tensor, name: str) -> tuple[str, ...]:
+    if layout is not None and layout.fold is None:
+        return layout.axes
+    if layout is not None and layout.fold is not None:
+        return tuple(f"d{mode}" for mode in range(delta.ndim))
+    return from_shape(name, tuple(delta.shape)).axes
+
+
+def _model(base: Path) -> Base | None:
+    """The base model on the meta device, where its config names one that is installed."""
+    if not (base / "config.json").is_file():
+        return None
+    try:
+        return open_base(base)
+    except ValueError:
+        return None
+
+
+def _spend(job: _Job, store: Store | None, budget: int) -> dict[str, Choice]:
+    """The choice of every layer that changed. Large ranks are tried only in layers that take all the smaller ones."""
+    most = dict.fromkeys(job.places, FIRST)
+    options: dict[str, list[Choice]] = {}
+    while True:
+        for name in job.bar("spectra", [name for name in most if name not in options]):
+            options[name] = _options(job, store, name, most[name])
+        chosen = spend({name: listed for name, listed in options.items() if listed[0].error}, budget)
+        cut = [name for name, choice in chosen.items() if is_cut(choice, job.form_shape(name), most[name])]
+        if not cut:
+            return chosen
+        for name in cut:
+            most[name] *= 4
+            del options[name]
+
+
+def _for_energy(delta: Tensor, energy: float) -> tuple[int, ...]:
+    most = FIRST
+    while is_cut(choice := for_energy(choices(delta, most=most), energy), delta.shape, most):
+        most *= 4
+    return choice.ranks
+
+
+def _options(job: _Job, store: Store | None, name: str, most: int) -> list[Choice]:
+    """The choices of one layer, from the store if they are there."""
+    if store is not None and (kept := store.read_choices(name, most)) is not None:
+        return kept
+    found = choices(job.delta(name), most=most)
+    if store is not None:
+        store.write_choices(name, most, found)
+    return found
+
+
+def _extract_layer(
+    job: _Job,
+    store: Store | None,
+    result: Extracted,
+    name: str,
+    ranks_for: Callable[[str, Tensor], Ranks],
+) -> None:
+    layout = job.layouts.get(name)
+    kept = None if store is None else store.read_layer(name)
+    if kept is None:
+        delta = job.delta(name)
+        norm = float(delta.norm(dtype=torch.float64))
+        ranks = ranks_for(name, delta) if norm else ()
+        form, error = _fit(delta, ranks) if norm else (None, 0.0)
+        kept = (form, norm, error)
+        if store is not None:
+            store.write_layer(name, form, norm, error)
+    form, norm, error = kept
+    if not norm:
+        result.unchanged += 1
+        return
+    if form is not None:
+        result.weights[name] = Entry(form, 1.0, layout)
+    ranks_kept = () if form is None else form.ranks
+    params = 0 if form is None else count_params(form.shape, form.ranks)
+    result.rows.append(Row(name, job.shape(name), ranks_kept, params, norm, error))
+
+
+def _fit(delta: Tensor, ranks: Ranks) -> tuple[Tucker | None, float]:
+    """The form and its error; no form where the budget left the layer out."""
+    if isinstance(ranks, (list, tuple)) and 0 in ranks:
+        return None, 1.0
+    form = decompose(delta, ranks)
+    if form.num_params >= delta.numel():  # then the change itself is smaller, and exact
+        return Tucker(delta.contiguous(), (None,) * delta.ndim), 0.0
+    return form, form.error
+
+
+def _whole(job: _Job, result: Extracted, carry: bool) -> None:
+    """Finds the other tensors that differ; a module whose tensors are carried is carried as a whole."""
+    decomposed = job.parts
+    for name in job.tuned:
+        if name in decomposed:
+            continue
+        if name not in job.base or not torch.equal(job.base.get(name), job.tuned.get(name)):
+            result.whole.append(name)
+    if not carry:
+        return
+    adapted = {name.rpartition(".")[0] for name in result.weights}
+    owners = {name.rpartition(".")[0] for name in result.whole} - adapted
+    for name in job.tuned:
+        if name in result.whole or (name.rpartition(".")[0] in owners and name not in decomposed):
+            value = job.tuned.get(name)
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise ValueError(f"{name} has NaN or infinite entries in {job.tuned.path}")
+            result.extras[name] = value.clone()
+
+
+def _fingerprint(job: _Job, request: Mapping[str, object]) -> str:
+    """Changes when the request or any of the files does."""
+    files = [
+        (file, (stat := (model.folder / file).stat()).st_size, stat.st_mtime_ns)
+        for model in (job.base, job.tuned)
+        for file in model.shards
+    ]
+    return hashlib.sha256(json.dumps([files, request]).encode()).hexdigest()

@@ -1,0 +1,67 @@
+"""Finished layers of an extraction on disk, so that one that was cut short goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from flora.convert.extraction.allocation import Choice
+from flora.storage.tensors import read_json, read_tensors, staged, write_json, write_tensors
+from flora.tucker.form import Tucker
+
+
+class Store:
+    """Finished layers on disk, each written whole; they hold for one request on the same files.
+
+    Raises:
+        ValueError: the folder holds layers of another request.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.folder = folder
+        self.folder.mkdir(parents=True, exist_ok=True)
+        mark = folder / "request.json"
+        if not mark.exists():
+            with staged(mark) as path:
+                write_json(path, {"fingerprint": fingerprint})
+        elif read_json(mark).get("fingerprint") != fingerprint:
+            raise ValueError(
+                f"{folder} holds the finished layers of another extraction (other models or ranks); remove it, or "
+                "repeat that request to go on with it"
+            )
+
+    def _path(self, name: str, suffix: str) -> Path:
+        return self.folder / (hashlib.sha256(name.encode()).hexdigest()[:24] + suffix)
+
+    def read_choices(self, name: str, most: int) -> list[Choice] | None:
+        """The choices of a layer with ranks up to ``most``, or None if it is not there yet."""
+        path = self._path(name, f".{most}.json")
+        if not path.exists():
+            return None
+        return [Choice(tuple(item["ranks"]), item["params"], item["error"]) for item in read_json(path)["choices"]]
+
+    def write_choices(self, name: str, most: int, found: list[Choice]) -> None:
+        """Keeps the choices of a layer."""
+        with staged(self._path(name, f".{most}.json")) as path:
+            write_json(path, {"choices": [asdict(choice) for choice in found]})
+
+    def read_layer(self, name: str) -> tuple[Tucker | None, float, float] | None:
+        """Form, norm of the change and relative error of a layer, or None if it is not there yet."""
+        path = self._path(name, ".safetensors")
+        if not path.exists():
+            return None
+        tensors, metadata = read_tensors(path)
+        core = tensors.get("core")
+        form = None if core is None else Tucker(core, tuple(tensors.get(f"factor_{mode}") for mode in range(core.ndim)))
+        return form, float(metadata["norm"]), float(metadata["error"])
+
+    def write_layer(self, name: str, form: Tucker | None, norm: float, error: float) -> None:
+        """Keeps a layer; its form is None where it did not change or the budget left it out."""
+        tensors = {"empty": torch.zeros(1)} if form is None else {"core": form.core}
+        if form is not None:
+            tensors.update({f"factor_{mode}": f for mode, f in enumerate(form.factors) if f is not None})
+        with staged(self._path(name, ".safetensors")) as path:
+            write_tensors(path, tensors, {"norm": repr(norm), "error": repr(error)})

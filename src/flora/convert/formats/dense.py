@@ -1,0 +1,62 @@
+"""Dense deltas: one safetensors file, the full name of each weight -> its whole change. Holds every adapter exactly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from flora.convert.adapter import Adapter, Entry
+from flora.layers.layout import Layout, layout_from_json
+from flora.storage.tensors import open_tensors, read_tensors, write_tensors
+from flora.tucker.form import Tucker
+
+MARK = "flora_dense"  # in the metadata: the layouts that are known
+_WHOLE = "whole."  # before the name of a tensor that replaces the base model's, instead of being added to it
+
+
+def write(adapter: Adapter, path: Path) -> list[str]:
+    """Writes the file (which must not exist): ``<name>`` is added to the weight, ``whole.<name>`` replaces it.
+
+    Raises:
+        ValueError: the adapter trained rows of an embedding, which are neither.
+    """
+    if adapter.token_rows:
+        raise ValueError(
+            f"the adapter trained token rows of {next(iter(adapter.token_rows))}, which are neither a change nor a "
+            "whole tensor; merge the adapter (flora merge), or leave them out with --drop-extras"
+        )
+    tensors = {name: entry.dense() for name, entry in adapter.weights.items()}
+    tensors.update({_WHOLE + name: value for name, value in adapter.extras.items()})
+    note = {
+        name: replace(entry.layout, fold=None).to_json()
+        for name, entry in adapter.weights.items()
+        if entry.layout is not None
+    }
+    write_tensors(path, tensors, {MARK: json.dumps(note, sort_keys=True)})
+    return []
+
+
+def detect(path: Path) -> bool:
+    """Whether the path is a file that :func:`write` made."""
+    if not (path.is_file() and path.suffix == ".safetensors"):
+        return False
+    with open_tensors(path) as handle:
+        return MARK in (handle.metadata() or {})
+
+
+def read(path: Path, layouts: Mapping[str, Layout] | None = None) -> Adapter:
+    """Reads the file; every change is a form whose modes are all kept whole."""
+    tensors, metadata = read_tensors(path)
+    known = {name: layout_from_json(name, value) for name, value in json.loads(metadata.get(MARK, "{}")).items()}
+    known = known if layouts is None else dict(layouts)
+    weights, extras = {}, {}
+    for name, value in tensors.items():
+        if name.startswith(_WHOLE):
+            extras[name.removeprefix(_WHOLE)] = value
+        else:
+            layout = known.get(name)
+            plain = None if layout is None else replace(layout, fold=None)
+            weights[name] = Entry(Tucker(value, (None,) * value.ndim), 1.0, plain)
+    return Adapter(weights, extras)

@@ -1,0 +1,192 @@
+"""LyCORIS / Kohya files: ``<prefix>_<path_with_underscores>.lora_up.weight``, ``lora_down``, ``lora_mid``, ``alpha``.
+
+``lora_mid`` holds the core of a Conv2d whose kernel is not 1x1 (LyCORIS, ComfyUI, A1111, InvokeAI take it there and
+nowhere else); other matrices and convolutions, grouped ones too, become plain up and down; what is neither becomes
+``diff``, the whole change. All three are exact. The scale is in lora_up and alpha is the rank, so that the reader's own
+scale is exactly 1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flora.convert.adapter import Adapter, Entry
+from flora.convert.formats.pairs import pad, split, trim
+from flora.layers.layout import Layout, layout_from_json
+from flora.layers.names import GIVE_BASE
+from flora.storage.tensors import NOTE, open_tensors, read_tensors, write_tensors
+from flora.tucker.form import Tucker, mode_product
+
+PREFIXES = ("lycoris", "lora_unet", "lora_te1", "lora_te2", "lora_te", "lora_transformer", "lora")
+_PARTS = ("lora_up.weight", "lora_down.weight", "lora_mid.weight", "alpha", "diff")
+_MATRICES = ("linear", "embedding", "embedding_bag", "attention", "recurrent")
+
+
+def key_of(name: str, prefix: str) -> str:
+    """The key that stands for a weight: ``conv_in.weight`` -> ``lora_unet_conv_in``."""
+    return f"{prefix}_{name.removesuffix('.weight').replace('.', '_')}"
+
+
+def write(adapter: Adapter, path: Path, *, prefix: str = "lycoris", mid: bool = True) -> list[str]:
+    """Writes the file.
+
+    Args:
+        adapter: what to write.
+        path: of the safetensors file (which must not exist).
+        prefix: of every key: "lycoris", or "lora_unet", "lora_te" and the like for the programs that ask for it.
+        mid: False writes plain up and down where ``lora_mid`` would be smaller: sd-scripts and diffusers read no
+            ``lora_mid``.
+
+    Returns:
+        What the user should know, such as which readers will not take the file.
+
+    Raises:
+        ValueError: the adapter has whole tensors (biases, modules_to_save), or two weights would have one key.
+    """
+    if adapter.extras:
+        raise ValueError(
+            f"the adapter holds {len(adapter.extras)} whole tensors (first: {next(iter(adapter.extras))}), which Kohya "
+            "files have no key for; merge the adapter (flora merge), or leave them out with --drop-extras"
+        )
+    tensors: dict[str, Tensor] = {}
+    owners: dict[str, str] = {}
+    remarks = []
+    for name, entry in adapter.weights.items():
+        stem = key_of(name, prefix)
+        if stem in owners:
+            raise ValueError(
+                f"{owners[stem]} and {name} would both have the key {stem}; Kohya names cannot tell them apart"
+            )
+        owners[stem] = name
+        parts = _parts(entry, adapter.layout(name), mid)
+        tensors.update({f"{stem}.{part}": value.to(entry.form.core.dtype) for part, value in parts.items()})
+        if "diff" in parts:
+            remarks.append(f"{name}: the whole change as .diff (LyCORIS, ComfyUI)")
+    if any(key.endswith("lora_mid.weight") for key in tensors):
+        remarks.append(
+            "lora_mid: read by LyCORIS, ComfyUI, A1111, InvokeAI; for sd-scripts and diffusers write --no-mid"
+        )
+    note = {name: replace(adapter.layout(name), fold=None).to_json() for name in adapter.weights}
+    write_tensors(path, tensors, {NOTE: json.dumps(note, sort_keys=True)})
+    return remarks
+
+
+def _parts(entry: Entry, layout: Layout, mid: bool) -> dict[str, Tensor]:
+    form = entry.stored_form()
+    if layout.is_plain_conv and len(layout.axes) == 4 and form.shape[2:] != (1, 1) and mid:
+        return _with_mid(form, entry.scale)
+    if layout.is_plain_conv or (layout.kind in _MATRICES and len(layout.axes) == 2):
+        up, down = split(form, entry.scale)
+        alpha = torch.tensor(float(down.shape[0]))
+        up = up.reshape(*up.shape, *(1,) * (down.ndim - 2))
+        return {"lora_up.weight": up, "lora_down.weight": down, "alpha": alpha}
+    return {"diff": entry.dense()}
+
+
+def _with_mid(form: Tucker, scale: float) -> dict[str, Tensor]:
+    core = form.core.double()
+    for mode, factor in enumerate(form.factors[2:], start=2):
+        core = core if factor is None else mode_product(core, factor.double(), mode)
+    up, down = (
+        torch.eye(core.shape[mode], dtype=torch.float64) if factor is None else factor.double()
+        for mode, factor in enumerate(form.factors[:2])
+    )
+    rank = max(core.shape[:2])
+    up, down = pad(scale * up, 1, rank), pad(down.T, 0, rank)
+    return {
+        "lora_up.weight": up[..., None, None],
+        "lora_down.weight": down[..., None, None],
+        "lora_mid.weight": pad(pad(core, 0, rank), 1, rank),
+        "alpha": torch.tensor(float(rank)),
+    }
+
+
+def detect(path: Path) -> bool:
+    """Whether the path is a safetensors file with Kohya's keys."""
+    if not (path.is_file() and path.suffix == ".safetensors"):
+        return False
+    with open_tensors(path) as handle:
+        return any(key.partition(".")[2] in _PARTS for key in handle.keys())  # noqa: SIM118 (not a dict)
+
+
+def read(path: Path, layouts: Mapping[str, Layout] | None = None) -> Adapter:
+    """Reads LoRA, LoCon with or without Tucker, and ``diff``, exactly.
+
+    Args:
+        path: of the safetensors file.
+        layouts: of the base model, to turn its keys back into names; a file that we wrote records them.
+
+    Raises:
+        ValueError: the file is corrupt, has keys of another method (LoHa, LoKr, DoRA), or the names cannot be told.
+    """
+    tensors, metadata = read_tensors(path)
+    if layouts is None and NOTE in metadata:
+        layouts = {name: layout_from_json(name, value) for name, value in json.loads(metadata[NOTE]).items()}
+    if layouts is None:
+        raise ValueError(f"{path}: Kohya keys have underscores for dots, so the names cannot be told; {GIVE_BASE}")
+    stems: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        stem, _, part = key.partition(".")
+        if part not in _PARTS:
+            raise ValueError(
+                f"{path} has a foreign key: {key}; only LoRA and LoCon ({', '.join(_PARTS)}) can be read; merge "
+                "others with their own program"
+            )
+        stems.setdefault(stem, {})[part] = value
+    names = _names(stems, layouts, path)
+    weights = {names[stem]: _entry(stem, parts, layouts[names[stem]]) for stem, parts in stems.items()}
+    return Adapter(dict(sorted(weights.items())))
+
+
+def _names(stems: Mapping[str, object], layouts: Mapping[str, Layout], path: Path) -> dict[str, str]:
+    """Key stem -> name of the weight, under whichever prefix the file uses."""
+    known = {key_of(name, prefix): name for prefix in reversed(PREFIXES) for name in layouts}
+    known.update(
+        {key_of(name, _prefix_of(stem, name)): name for stem in stems for name in layouts if _ends(stem, name)}
+    )
+    unknown = [stem for stem in stems if stem not in known]
+    if unknown:
+        raise ValueError(
+            f"{path}: no weight of the base model has the key {unknown[0]}; give the base it was trained on"
+        )
+    return {stem: known[stem] for stem in stems}
+
+
+def _ends(stem: str, name: str) -> bool:
+    return stem.endswith(key_of(name, ""))
+
+
+def _prefix_of(stem: str, name: str) -> str:
+    return stem.removesuffix(key_of(name, ""))
+
+
+def _entry(stem: str, parts: Mapping[str, Tensor], layout: Layout) -> Entry:
+    layout = replace(layout, fold=None)
+    if "diff" in parts:
+        diff = parts["diff"]
+        return Entry(Tucker(diff, (None,) * diff.ndim), 1.0, layout)
+    missing = [part for part in ("lora_up.weight", "lora_down.weight") if part not in parts]
+    if missing:
+        raise ValueError(f"{stem} lacks {missing[0]}; the file is incomplete, copy or download it again")
+    up, down, mid = parts["lora_up.weight"], parts["lora_down.weight"], parts.get("lora_mid.weight")
+    rank = down.shape[0]
+    scale = float(parts["alpha"]) / rank if "alpha" in parts and float(parts["alpha"]) else 1.0
+    if up.shape[1] != rank or (mid is not None and tuple(mid.shape[:2]) != (rank, rank)):
+        raise ValueError(f"{stem}: lora_up {tuple(up.shape)} and lora_down {tuple(down.shape)} do not fit each other")
+    if mid is not None:
+        form = Tucker(mid, (up.reshape(up.shape[:2]), down.reshape(rank, -1).T, *(None,) * (mid.ndim - 2)))
+    else:
+        down = down.reshape(*down.shape[:2], *(1,) * (len(layout.axes) - 2)) if _is_pointwise(down, layout) else down
+        form = Tucker(down, (up.reshape(up.shape[:2]), *(None,) * (down.ndim - 1)))
+    return Entry(trim(form), scale, layout)
+
+
+def _is_pointwise(down: Tensor, layout: Layout) -> bool:
+    """Whether a 1x1 kernel is written with other dimensions than the model's: some programs flatten it."""
+    return down.ndim != len(layout.axes) and down.shape[2:].numel() == 1

@@ -1,0 +1,248 @@
+"""Our own folder: adapter_config.json and adapter_model.safetensors, as PEFT saves a FLoRA adapter."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from flora.convert.adapter import Adapter, Entry
+from flora.layers.layout import Layout, from_shape, is_raw, layout_from_json
+from flora.layers.names import PREFIX, TOKEN_ROWS, check_prefix, exact_pattern, match_pattern, module_of, nested
+from flora.storage.tensors import CONFIG, NOTE, WEIGHTS, read_json, read_tensors, write_json, write_tensors
+from flora.tucker.form import Tucker, mode_product
+
+_KEY = re.compile(r"(?:(?P<module>.*)\.)?tucker_(?P<weight>[^.]+)\.(?P<part>core|factor_(?P<mode>\d+))")
+_ATTENTION_OUT = "out_proj_weight"  # the one adapted weight of a layer that is not the layer's own: out_proj.weight
+
+
+def detect(path: Path) -> bool:
+    """Whether the path is a folder with a FLoRA adapter."""
+    return (path / CONFIG).is_file() and read_json(path / CONFIG).get("peft_type") == "TUCKER"
+
+
+def read(path: Path) -> Adapter:
+    """Reads a folder that ``save_pretrained`` wrote.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is truncated or corrupt, has foreign keys or NaN, or its factors do not fit their core.
+    """
+    config = read_json(path / CONFIG)
+    if config.get("peft_type") != "TUCKER":
+        raise ValueError(f"{path / CONFIG} has peft_type {config.get('peft_type')!r}, expected 'TUCKER'")
+    tensors, metadata = read_tensors(path / WEIGHTS)
+    recorded = json.loads(metadata[NOTE]) if NOTE in metadata else config.get("layout")
+    check_prefix(tensors, path / WEIGHTS)
+    parts: dict[str, dict[str, Tensor]] = {}
+    extras: dict[str, Tensor] = {}
+    inner: set[str] = set()
+    for key, value in tensors.items():
+        found = _KEY.fullmatch(key.removeprefix(PREFIX))
+        if found is None:
+            if ".original_module." not in key:  # bias="all" also saves the frozen twin of a module in modules_to_save
+                extras[module_of(key)] = value
+            continue
+        leaf = "out_proj.weight" if found["weight"] == _ATTENTION_OUT else found["weight"]
+        name = module_of(f"{found['module']}.{leaf}" if found["module"] else leaf)
+        inner.update({name} if leaf != found["weight"] else ())
+        parts.setdefault(name, {})[found["part"]] = value
+    if not parts:
+        raise ValueError(
+            f"{path / WEIGHTS} has no Tucker tensors (keys with '.tucker_<weight>.core'); it is empty or not ours"
+        )
+    weights = {name: _entry(name, tensors, config, recorded) for name, tensors in sorted(parts.items())}
+    for name in inner:
+        weights[name] = replace(weights[name], layout=Layout("attention", ("out", "in")))
+    return Adapter(weights, extras, config)
+
+
+def _entry(
+    name: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], recorded: Mapping[str, Any] | None
+) -> Entry:
+    if "core" not in parts:
+        raise ValueError(f"{name} has factors but no core in {WEIGHTS}; the file is incomplete, copy it again")
+    core = parts["core"]
+    modes = {int(part.removeprefix("factor_")): value for part, value in parts.items() if part != "core"}
+    if modes and max(modes) >= core.ndim:
+        raise ValueError(f"{name} has factor_{max(modes)} but a core of {core.ndim} dimensions {tuple(core.shape)}")
+    try:
+        form = Tucker(core, tuple(modes.get(mode) for mode in range(core.ndim)))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return Entry(form, scale_for(config, name), _layout(name, form, config, recorded))
+
+
+def _layout(name: str, form: Tucker, config: Mapping[str, Any], recorded: Mapping[str, Any] | None) -> Layout | None:
+    """What the file's metadata or the config record (the usual layouts are left out), and the folds of the config."""
+    fold = _lookup(config.get("fold") or {}, name)
+    if recorded is None and fold is None:
+        return None
+    if recorded is not None and name in recorded:
+        return layout_from_json(name, recorded[name])
+    return replace(from_shape(name, Entry(form, layout=Layout("", (), fold=fold)).shape), fold=fold)
+
+
+def _lookup(patterns: Mapping[str, Any], name: str) -> Any:
+    """The value of the pattern that holds for a weight, by its full name or by its module's."""
+    key = match_pattern(patterns, name) or match_pattern(patterns, name.rpartition(".")[0])
+    return None if key is None else patterns[key]
+
+
+def scale_for(config: Mapping[str, Any], name: str) -> float:
+    """The scale of one weight, from ``scale_pattern``, ``scale`` or ``alpha / r``."""
+    listed = _lookup(config.get("scale_pattern") or {}, name)
+    if listed is not None:
+        return float(listed)
+    if config.get("alpha") is None:
+        return 1.0 if config.get("scale") is None else float(config["scale"])
+    rank = _lookup(config.get("rank_pattern") or {}, name) or config.get("r", 8)
+    if not isinstance(rank, int):
+        raise ValueError(f"alpha in {CONFIG} needs an int rank, but {name} has the ranks {rank}")
+    return float(config["alpha"]) / rank
+
+
+def whole_modes(form: Tucker) -> Tucker:
+    """The same tensor with every factor that is not smaller than its mode multiplied into the core."""
+    core, factors = form.core, list(form.factors)
+    for mode, factor in enumerate(form.factors):
+        if factor is not None and factor.shape[1] >= factor.shape[0]:
+            core, factors[mode] = mode_product(core, factor, mode), None
+    return Tucker(core.contiguous(), tuple(factors))
+
+
+def write(adapter: Adapter, folder: Path) -> None:
+    """Writes the folder (which must not exist); the config states the ranks and the scale of every weight.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    owners = {name.rpartition(".")[0] for name in adapter.weights}
+    tensors: dict[str, Tensor] = {PREFIX + _inside(name, owners): value for name, value in adapter.extras.items()}
+    layouts = {name: entry.layout for name, entry in adapter.weights.items()}
+    forms = {name: whole_modes(entry.form) for name, entry in adapter.weights.items()}
+    for name, form in forms.items():
+        stem = PREFIX + _stem(name, layouts)
+        tensors[f"{stem}.core"] = form.core
+        tensors.update({f"{stem}.factor_{mode}": f for mode, f in enumerate(form.factors) if f is not None})
+    folder.mkdir()
+    recorded = adapter.recorded_layouts()
+    note = {} if recorded is None else {NOTE: json.dumps(recorded, sort_keys=True)}
+    write_tensors(folder / WEIGHTS, tensors, note)
+    write_json(folder / CONFIG, _config(adapter, forms))
+
+
+_RESOLVED = (  # fields of a config that the names, ranks and scales of its weights stand for
+    "alpha",
+    "budget",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+)
+_ROWS = ("attention", "recurrent")  # kinds of modules that hold several adapted parameters in one wrapper
+
+
+def _stem(name: str, layouts: Mapping[str, Layout | None]) -> str:
+    """The path of a weight's tensors in the file."""
+    layout, leaf = layouts[name], name.rpartition(".")[2]
+    if layout is not None and layout.kind == "attention" and leaf == "weight":
+        return f"{_dotted(_owner_module(name, layout))}tucker_{_ATTENTION_OUT}"
+    raw = {
+        other: 0 if known is None else known.place
+        for other, known in layouts.items()
+        if not other.endswith("weight") and "." in other and (known is None or known.kind not in _ROWS)
+    }
+    return f"{_dotted(nested(name, raw) if name in raw else name.rpartition('.')[0])}tucker_{leaf}"
+
+
+def _dotted(module: str) -> str:
+    return f"{module}." if module else ""
+
+
+def _owner_module(name: str, layout: Layout | None) -> str:
+    """The module that is adapted: of an attention's output projection, the attention."""
+    module = name.rpartition(".")[0]
+    if layout is not None and layout.kind == "attention" and name.endswith(".weight"):
+        module = module.rpartition(".")[0]
+    return module
+
+
+def _config(adapter: Adapter, forms: Mapping[str, Tucker]) -> dict[str, Any]:
+    kept = adapter.config if adapter.config.get("peft_type") == "TUCKER" else {}
+    scales = {name: entry.scale for name, entry in adapter.weights.items()}
+    common = Counter(scales.values()).most_common(1)[0][0] if scales else 1.0
+    layouts = {name: entry.layout for name, entry in adapter.weights.items()}
+    rows = {name for name, layout in layouts.items() if layout is not None and layout.kind in _ROWS}
+    layered = {name for name in forms if name in rows or not is_raw(name, layouts[name])}
+    modules = sorted({_owner_module(name, layouts[name]) for name in layered})
+    parameters = sorted(forms.keys() - layered)
+    folds = {exact_pattern(name): e.layout.fold for name, e in adapter.weights.items() if e.layout and e.layout.fold}
+    return {
+        "task_type": adapter.config.get("task_type"),
+        "base_model_name_or_path": adapter.config.get("base_model_name_or_path"),
+        "trainable_token_indices": adapter.config.get("trainable_token_indices"),
+        "modules_to_save": saved_modules(adapter) or None,
+        "bias": _bias(adapter),
+        "r": 8,
+        "kernel_r": None,
+        **{key: value for key, value in kept.items() if key not in _RESOLVED},
+        "target_modules": modules or None,
+        "target_parameters": parameters or None,
+        "peft_type": "TUCKER",
+        "inference_mode": True,
+        "scale": common,
+        "scale_pattern": {_owner(name): scale for name, scale in scales.items() if scale != common},
+        "rank_pattern": {_owner(name): list(form.ranks) for name, form in forms.items()},
+        **({"fold": folds} if folds else {}),
+    }
+
+
+def _owner(name: str) -> str:
+    """The pattern for a weight: its module's name, but for the inner weight of an attention."""
+    return exact_pattern(name if name.endswith("out_proj.weight") else name.removesuffix(".weight"))
+
+
+def _inside(name: str, owners: set[str]) -> str:
+    """The key of a whole tensor: a bias of an adapted layer is inside its wrapper."""
+    module, _, leaf = name.rpartition(".")
+    return f"{module}.base_layer.{leaf}" if module in owners else name
+
+
+def _bias(adapter: Adapter) -> str:
+    """The word of the config for the biases in ``extras``: of adapted layers only, of others too, or none."""
+    adapted = {name.rpartition(".")[0] for name in adapter.weights}
+    lone = lone_biases(adapter)
+    if any(name.rpartition(".")[0] not in adapted for name in lone):
+        return "all"
+    return "tucker_only" if lone else "none"
+
+
+def lone_biases(adapter: Adapter) -> list[str]:
+    """The tensors in ``extras`` that are not part of a whole module: biases, and what adapted layers have."""
+    adapted = {name.rpartition(".")[0] for name in adapter.weights}
+    leaves: dict[str, set[str]] = {}
+    for name in adapter.extras:
+        leaves.setdefault(name.rpartition(".")[0], set()).add(name.rpartition(".")[2])
+    listed = set(adapter.config.get("modules_to_save") or ())
+    return [
+        name
+        for name in adapter.extras
+        if (owner := name.rpartition(".")[0]) in adapted
+        or (leaves[owner] == {"bias"} and not any(owner == key or owner.endswith(f".{key}") for key in listed))
+    ]
+
+
+def saved_modules(adapter: Adapter) -> list[str]:
+    """The modules whose whole tensors are in ``extras``; those of a bias belong to ``bias``, as PEFT has it."""
+    listed = adapter.config.get("modules_to_save")
+    if listed:
+        return list(listed)
+    lone = set(lone_biases(adapter))
+    whole = [name for name in adapter.extras if name not in lone and not name.endswith(TOKEN_ROWS)]
+    return sorted({name.rpartition(".")[0] for name in whole})

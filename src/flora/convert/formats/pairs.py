@@ -1,0 +1,88 @@
+"""A Tucker form as the product of two narrow parts, up and down, as in LoRA: exact, no SVD, no higher rank.
+
+Which modes stand on which side of the product is the only choice: for a convolution the output channels against all
+the rest, for a matrix the two dimensions. The core goes to the side that leaves the smaller inner rank.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from flora.tucker.form import Tucker, mode_product
+
+
+def split(form: Tucker, scale: float) -> tuple[Tensor, Tensor]:
+    """``scale * form`` as up (I1, R) and down (R, I2, ..., IN), with R = min(J1, J2 * ... * JN); in float64.
+
+    The scale is on ``up``.
+    """
+    core, first = form.core.double(), form.factors[0]
+    rest = form.factors[1:]
+    left, others = core.shape[0], math.prod(core.shape[1:])
+    if left <= others:
+        up = torch.eye(left, dtype=torch.float64) if first is None else first.double()
+        down = core
+        for mode, factor in enumerate(rest, start=1):
+            down = down if factor is None else mode_product(down, factor.double(), mode)
+        return scale * up, down
+    up = core.reshape(left, others)
+    up = up if first is None else first.double() @ up
+    down = torch.eye(others, dtype=torch.float64).reshape(others, *core.shape[1:])
+    for mode, factor in enumerate(rest, start=1):
+        down = down if factor is None else mode_product(down, factor.double(), mode)
+    return scale * up, down
+
+
+def split_stack(form: Tucker, scale: float) -> tuple[Tensor, Tensor]:
+    """A stack (E, O, I) as ups (E, O, R) and downs (E, R, I), R = min(J_out, J_in); in float64."""
+    experts, out, inner = form.factors
+    core = form.core.double()
+    core = core if experts is None else mode_product(core, experts.double(), 0)  # (E, J_out, J_in)
+    count, left, right = core.shape
+    up = torch.eye(left, dtype=torch.float64) if out is None else out.double()
+    down = torch.eye(right, dtype=torch.float64) if inner is None else inner.double().T
+    if right <= left:
+        return scale * (up @ core), down.expand(count, *down.shape)
+    return scale * up.expand(count, *up.shape), core @ down
+
+
+def join_stack(up: Tensor, down: Tensor) -> Tucker:
+    """The inverse of :func:`split_stack`: keeps the side that all experts share as a factor; else the dense stack."""
+    if torch.equal(down, down[:1].expand_as(down)):
+        return Tucker(up.contiguous(), (None, None, down[0].T.contiguous()))
+    if torch.equal(up, up[:1].expand_as(up)):
+        return Tucker(down.contiguous(), (None, up[0].contiguous(), None))
+    return Tucker((up.double() @ down.double()).to(up.dtype), (None, None, None))
+
+
+def swap(form: Tucker, first: int, second: int) -> Tucker:
+    """The form with two modes exchanged."""
+    factors = list(form.factors)
+    factors[first], factors[second] = factors[second], factors[first]
+    return Tucker(form.core.transpose(first, second), tuple(factors))
+
+
+def trim(form: Tucker) -> Tucker:
+    """The same tensor without the ranks that a zero padding added: zero columns of a factor, with their core slices."""
+    core, factors = form.core, list(form.factors)
+    for mode, factor in enumerate(form.factors):
+        if factor is not None:
+            used = (factor != 0).any(0) & (core.movedim(mode, 0).flatten(1) != 0).any(1)
+            if not used.any():
+                used[0] = True
+            if not used.all():
+                keep = used.nonzero().squeeze(1)
+                core, factors[mode] = core.index_select(mode, keep), factor.index_select(1, keep)
+    return Tucker(core, tuple(factors))
+
+
+def pad(tensor: Tensor, dim: int, size: int) -> Tensor:
+    """Zeros appended along ``dim`` up to ``size``."""
+    if tensor.shape[dim] == size:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] = size - tensor.shape[dim]
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim)

@@ -1,0 +1,127 @@
+"""Images of a data set: files of a folder, or in the rows of a hub data set, decoded when they are asked for."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from PIL import Image
+from torch.utils.data import Dataset
+
+from flora.data.records import Item
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file in a column of a hub data set; it is opened as a path is.
+
+    Attributes:
+        column: of the data set, alone, with undecoded rows.
+        row: of the file.
+    """
+
+    column: Any
+    row: int
+
+    def open(self, mode: Literal["rb"] = "rb") -> IO[bytes]:
+        """The file's bytes.
+
+        Raises:
+            ValueError: the row has no file.
+        """
+        stored = next(iter(self.column[self.row].values())) or {}
+        if stored.get("bytes") is not None:
+            return BytesIO(stored["bytes"])
+        if not stored.get("path"):
+            raise ValueError("the row has no image")
+        return Path(stored["path"]).open(mode)
+
+
+Source = Path | HubFile
+
+
+def hub_column(dataset: Any, name: str) -> Any:
+    """A column of a part of a hub data set, alone.
+
+    Raises:
+        ValueError: there is no such column.
+    """
+    if name not in dataset.column_names:
+        raise ValueError(f"the data set has no column {name!r}, but {', '.join(dataset.column_names)}")
+    return dataset.select_columns(name)
+
+
+def hub_images(dataset: Any, name: str) -> list[HubFile]:
+    """The images in a column of a part of a hub data set.
+
+    Raises:
+        ValueError: there is no such column.
+    """
+    from datasets import Image as Feature
+
+    column = hub_column(dataset, name).cast_column(name, Feature(decode=False))
+    return [HubFile(column, row) for row in range(len(column))]
+
+
+def read_image(source: Source) -> Image.Image:
+    """Decodes an image.
+
+    Raises:
+        OSError, ValueError, SyntaxError: it cannot be decoded.
+    """
+    with source.open("rb") as stream, Image.open(stream) as image:
+        image.load()
+        copy: Image.Image = image.copy()
+    return copy
+
+
+def crop_and_mirror(images: Sequence[Image.Image], least: float, draw: random.Random) -> list[Image.Image]:
+    """The same random crop of images of one size, in half of the cases mirrored.
+
+    Args:
+        images: of which the first says the size.
+        least: the part of each side that a crop keeps at least.
+        draw: where the random numbers come from.
+    """
+    width, height = images[0].size
+    cropped = [max(1, round(side * draw.uniform(least, 1))) for side in (width, height)]
+    left, top = draw.randint(0, width - cropped[0]), draw.randint(0, height - cropped[1])
+    images = [image.crop((left, top, left + cropped[0], top + cropped[1])) for image in images]
+    if draw.random() < 0.5:
+        images = [image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in images]
+    return list(images)
+
+
+Prepare = Callable[[Any, "random.Random | None"], dict[str, Any]]
+
+
+class Prepared(Dataset[dict[str, Any]]):
+    """Examples, each prepared for the model when it is asked for.
+
+    What is random about a sample depends on seed, epoch and index alone: a run that is resumed draws what the whole
+    one would have drawn, with any number of workers and processes.
+
+    Args:
+        items: of the examples.
+        prepare: makes a sample of an example and, where there is a seed, a source of random numbers.
+        seed: of the random numbers; None for none.
+    """
+
+    def __init__(self, items: Sequence[Item[Any]], prepare: Prepare, seed: int | None = None) -> None:
+        self.examples = [item.value for item in items]
+        self.prepare, self.seed, self.epoch = prepare, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        draw = None if self.seed is None else random.Random(f"{self.seed} {self.epoch} {index}")
+        return self.prepare(self.examples[index], draw)

@@ -1,0 +1,337 @@
+"""Data from a local folder or file, or by hub id, checked before training: what is bad is named, file and line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import random
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar, cast
+
+from tqdm import tqdm
+
+from flora.storage.progress import hidden_bars
+
+Value = TypeVar("Value")
+Bad = Literal["error", "skip"]
+SHOWN = 3  # bad items that a message names
+SPLIT_NAMES = {  # a split -> what folders, files and hub data sets call it
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "validation_matched"),
+    "test": ("test", "testing", "eval", "test_matched"),
+}
+HELD_OUT = 0.15  # of the training data, for a split that is not given
+SPLIT_SEED = 0
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class Item(Generic[Value]):
+    """A piece of data with the place it comes from, as messages name it: a file, or ``file:line``."""
+
+    place: str
+    value: Value
+
+
+def sift(items: Iterable[Item[Value]], check: Callable[[Value], object], *, bad: Bad, what: str) -> list[Item[Value]]:
+    """The items that pass a check.
+
+    Args:
+        items: to look at.
+        check: raises ValueError or OSError, with the reason, for an item that cannot be used.
+        bad: "error" raises if there is a bad item; "skip" leaves bad items out and prints how many.
+        what: the items are, in the plural, for messages.
+
+    Raises:
+        ValueError: there are bad items and ``bad`` is "error", or no item is left. Names the first, with the reason.
+    """
+    if bad not in ("error", "skip"):
+        raise ValueError(f"task.bad_data is {bad!r}, expected error or skip")
+    items, good, reasons = list(items), [], []
+    for item in tqdm(items, desc=f"checking {what}", delay=2, leave=False):
+        reason = _reason(item.value, check)
+        if reason is None:
+            good.append(item)
+        else:
+            reasons.append(f"{item.place}: {reason}")
+    if reasons:
+        more = f" (and {len(reasons) - SHOWN} more)" if len(reasons) > SHOWN else ""
+        told = f"{len(reasons)} of {len(items)} {what} cannot be used: {'; '.join(reasons[:SHOWN])}{more}"
+        if bad == "error":
+            raise ValueError(f"{told}. Repair or remove them, or set task.bad_data=skip")
+        print(f"left out: {told}", flush=True)
+    if not good:
+        raise ValueError(f"there are no {what} to use; check task.data")
+    return good
+
+
+def _reason(value: Value, check: Callable[[Value], object]) -> str | None:
+    """Why the check refuses a value."""
+    try:
+        check(value)
+    except (ValueError, OSError, SyntaxError, KeyError, TypeError) as error:  # Pillow raises SyntaxError for PNGs
+        return " ".join(str(error).split()) or type(error).__name__
+    return None
+
+
+def text_of(path: Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        ValueError: it is not UTF-8; names file and line.
+    """
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}:{line}: not UTF-8 text ({error.reason}); convert the file to UTF-8") from None
+
+
+def json_lines(path: Path) -> list[Item[str]]:
+    """The lines of a JSONL file that are not blank, unparsed: give :func:`parsed` to ``sift``."""
+    lines = text_of(path).split("\n")  # not splitlines: JSON strings may hold other line separators
+    return [Item(f"{path}:{at}", line) for at, line in enumerate(lines, start=1) if line.strip()]
+
+
+def json_entries(path: Path) -> list[Item[Any]]:
+    """The entries of a ``.json`` file that is one list, or the lines of a ``.jsonl`` file; for :func:`parsed`.
+
+    Raises:
+        ValueError: the ``.json`` file cannot be parsed, or is not a list.
+    """
+    if path.suffix != ".json":
+        return cast("list[Item[Any]]", json_lines(path))
+    try:
+        entries = json.loads(text_of(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from None
+    if not isinstance(entries, list):
+        raise ValueError(f"{path} must be one list of entries, got {type(entries).__name__}")
+    return [Item(f"{path}: entry {at}", entry) for at, entry in enumerate(entries, start=1)]
+
+
+def table_rows(path: Path, columns: Sequence[str]) -> list[Item[Any]]:
+    """The rows of a .csv file, or of a .tsv file without quoting, by column; without a header those of ``columns``."""
+    dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
+    text = text_of(path)
+    header = next(csv.reader([text.partition("\n")[0].rstrip("\r")], **dialect), [])
+    names = None if set(columns) & set(header) else columns
+    reader = csv.DictReader(io.StringIO(text, newline=""), names, **dialect)
+    return [  # fields beyond the header lie under None
+        Item(f"{path}:{reader.line_num}", {key: field for key, field in row.items() if field is not None})
+        for row in reader
+    ]
+
+
+def parsed(entry: object, required: Sequence[str] = ()) -> dict[str, Any]:
+    """A line of a JSONL file, or an entry that was parsed before, as a dict.
+
+    Raises:
+        ValueError: it is not a JSON object, or lacks a required key.
+    """
+    try:
+        value = json.loads(entry) if isinstance(entry, str) else entry
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON ({error.msg} at column {error.colno})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, got {type(value).__name__}")
+    if missing := [key for key in required if key not in value]:
+        raise ValueError(f"lacks {', '.join(map(repr, missing))}; it has {', '.join(map(repr, value))}")
+    if None in value:
+        raise ValueError(f"has {len(value[None])} more fields than there are columns")
+    return value
+
+
+def class_folders(folder: Path, endings: Sequence[str] = IMAGES) -> tuple[list[Item[Path]], list[str]]:
+    """The files of a folder with one sub-folder for each class, and the names of the classes in order.
+
+    Raises:
+        ValueError: there is no class folder, or one of them has no file with these endings.
+    """
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not classes:
+        raise ValueError(f"{folder} has no sub-folders; put the files of each class into a folder of its name")
+    items: list[Item[Path]] = []
+    for name in classes:
+        files = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in endings)
+        if not files:
+            raise ValueError(f"the class folder {folder / name} has no files ({', '.join(endings)}); fill or remove it")
+        items += [Item(str(path), path) for path in files]
+    return items, classes
+
+
+def check_image(path: Path) -> None:
+    """Decodes an image file.
+
+    Raises:
+        OSError, ValueError, SyntaxError: it cannot be decoded.
+    """
+    from PIL import Image
+
+    with Image.open(path) as image:
+        image.load()
+
+
+def split_paths(root: Path, ending: str = "") -> dict[str, Path]:
+    """The parts of a local data set by the names of ``SPLIT_NAMES``: sub-folders, or files with that ending.
+
+    A data set that is a single folder of another layout, or a single file, is its own training part.
+
+    Raises:
+        FileNotFoundError: ``root`` does not exist.
+    """
+    if not root.exists():
+        raise FileNotFoundError(
+            f"task.data is {str(root)!r}: no such file or folder here; a hub id is NAME or ORG/NAME"
+        )
+    found = {}
+    for split, names in SPLIT_NAMES.items():
+        paths = [root / f"{name}{ending}" for name in names]
+        existing = [path for path in paths if path.exists()]
+        if existing:
+            found[split] = existing[0]
+    return found if "train" in found else {"train": root}
+
+
+def split_files(root: Path, endings: Sequence[str]) -> dict[str, Path]:
+    """The files of a local data set by the names of ``SPLIT_NAMES``, with the first of the endings that is there.
+
+    Raises:
+        FileNotFoundError: ``root`` does not exist.
+        ValueError: it is a folder without a training file, or a file with another ending.
+    """
+    for ending in endings:
+        paths = split_paths(root, ending)
+        if paths["train"].is_file() and paths["train"].suffix == ending:
+            return paths
+    kinds = ", ".join(endings)
+    raise ValueError(
+        f"task.data is {str(root)!r}: expected a file ({kinds}), or a folder with train{endings[0]} or alike"
+    )
+
+
+def is_local(where: str) -> bool:
+    """Whether a data set or model is a path of this machine: it exists, or is written as a path."""
+    files = (".json", ".jsonl", ".csv", ".tsv")
+    return Path(where).exists() or where.startswith((".", "/", "~")) or Path(where).suffix in files
+
+
+def load_pretrained(kind: Any, where: str, **options: Any) -> Any:
+    """``kind.from_pretrained(where)``, of a local folder or hub id.
+
+    Raises:
+        FileNotFoundError: there is nothing of this kind; says why.
+    """
+    try:
+        with hidden_bars() if Path(where).is_dir() else nullcontext():  # a download has a bar
+            return kind.from_pretrained(where, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(f"task.model is {where!r}: {kind.__name__} cannot load it ({reason})") from None
+
+
+def head_options(labels: Sequence[str]) -> dict[str, Any]:
+    """What ``from_pretrained`` is told so that a model gets a head for these classes, where it has another one."""
+    pairs = {"id2label": dict(enumerate(labels)), "label2id": {name: index for index, name in enumerate(labels)}}
+    return {**pairs, "ignore_mismatched_sizes": True}
+
+
+def check_labels(labels: Sequence[str] | None) -> None:
+    """Checks names of classes that a config gives.
+
+    Raises:
+        ValueError: there are not two or more, or two are the same.
+    """
+    if labels is not None and not 1 < len(labels) == len(set(labels)):
+        raise ValueError(f"task.labels is {labels}, expected two or more different names")
+
+
+def hub(where: str, name: str | None = None, revision: str | None = None) -> dict[str, Any]:
+    """A data set of the hub, by the splits of ``SPLIT_NAMES`` that it has.
+
+    Args:
+        where: its id.
+        name: of a configuration of it.
+        revision: a branch of its repository, such as the hub's own conversion ``refs/convert/parquet``.
+
+    Raises:
+        FileNotFoundError: it cannot be loaded; says why.
+        ValueError: it has no training split.
+    """
+    from datasets import load_dataset
+
+    try:
+        loaded = load_dataset(where, name, revision=revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(f"the data set {where!r} is no local path and cannot be loaded ({reason})") from None
+    found = {split: loaded[own] for split, names in SPLIT_NAMES.items() for own in names if own in loaded}
+    if "train" not in found:
+        raise ValueError(f"the data set {where!r} has the splits {', '.join(loaded)}, but no train split")
+    return found
+
+
+def row_file(rows: Any, row: int, column: str) -> Path | io.BytesIO:
+    """The file in a row of a hub data set whose column of sounds or images is not decoded (``decode=False``)."""
+    stored = rows[row][column]
+    return Path(stored["path"]) if stored["bytes"] is None else io.BytesIO(stored["bytes"])
+
+
+def records(
+    where: str, endings: Sequence[str], columns: Sequence[str] = (), name: str | None = None
+) -> dict[str, list[Item[Any]]]:
+    """The records of each split of a local data set or one of the hub, unchecked: for :func:`parsed` and ``sift``.
+
+    An image of the hub is a dict with the ``bytes`` of its file.
+
+    Args:
+        where: a file, a folder with a file for each split, or a hub id.
+        endings: of such files; the first that is there counts.
+        columns: of a table without a header.
+        name: of a configuration of the hub's data set.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such data set, or it has no training part.
+    """
+    if not is_local(where):
+        parts = {split: _undecoded(part) for split, part in hub(where, name).items()}
+        return {key: [Item(f"{where}: {key}[{at}]", row) for at, row in enumerate(part)] for key, part in parts.items()}
+    files = split_files(Path(where).expanduser(), endings)
+    return {
+        split: table_rows(path, columns) if path.suffix in (".csv", ".tsv") else json_entries(path)
+        for split, path in files.items()
+    }
+
+
+def _undecoded(part: Any) -> Any:
+    """A data set of the hub whose images are the bytes of their files, not pixels."""
+    from datasets import Image
+
+    for column, kind in part.features.items():
+        if isinstance(kind, Image):
+            part = part.cast_column(column, Image(decode=False))
+    return part
+
+
+def with_held_out(parts: dict[str, list[Value]], share: float = HELD_OUT) -> dict[str, list[Value]]:
+    """Train, validation and test; what is missing is a share of the training part, always the same items.
+
+    Raises:
+        ValueError: there are too few items to hold some out.
+    """
+    parts = dict(parts)
+    for split in ("validation", "test"):
+        if parts.get(split):
+            continue
+        train = list(parts["train"])
+        count = max(1, round(share * len(train)))
+        if count >= len(train):
+            raise ValueError(f"task.data has no {split} part and only {len(train)} items to hold some out of")
+        random.Random(SPLIT_SEED).shuffle(train)
+        parts[split], parts["train"] = train[:count], train[count:]
+    return {split: parts[split] for split in SPLIT_NAMES}

@@ -1,0 +1,1 @@
+"""Which layers there are, and every way to run each of them with its update."""

@@ -1,0 +1,203 @@
+"""A stack of expert matrices W + dW that is never formed: ``ExpertStack`` stands in for the (E, m, n) parameter.
+
+The expert layers of transformers do few things with such a parameter: take one expert's matrix or a batch of
+them, transpose, multiply. Those are done on W and on the low-rank update side by side, with one adapter in one fused
+function where that is possible; anything else gets the dense sum, so any forward stays exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
+
+from flora.layers import gate as fused
+from flora.layers.experts.grouped import grouped, one_by_one
+from flora.layers.linear import compiled as compiled_linear
+from flora.tucker.form import Tucker, mode_product
+
+
+@dataclass(frozen=True)
+class Term:
+    """One update ``left @ middle @ right.T``; left (m, p) and right (n, q) are None where they are the identity."""
+
+    left: Tensor | None
+    middle: Tensor  # (..., p, q)
+    right: Tensor | None
+
+    @property
+    def transposed(self) -> Term:
+        """The update of the transposed matrix."""
+        return Term(self.right, self.middle.mT, self.left)
+
+    def dense(self) -> Tensor:
+        """(..., m, n)."""
+        out = self.middle if self.left is None else self.left @ self.middle
+        return out if self.right is None else out @ self.right.T
+
+    def after(self, x: Tensor, product: Callable[[Tensor, Tensor], Tensor] = torch.matmul) -> Tensor:
+        """``x @ update`` with the middle product as given: x (..., m) -> (..., n)."""
+        hidden = product(x if self.left is None else x @ self.left.to(x.dtype), self.middle.to(x.dtype))
+        return hidden if self.right is None else hidden @ self.right.T.to(x.dtype)
+
+
+class ExpertStack:
+    """W plus low-rank updates, for W of (E, m, n), one matrix (m, n) of it, or a batch of them.
+
+    Args:
+        weight: (..., m, n).
+        terms: the updates.
+    """
+
+    def __init__(self, weight: Tensor, terms: Sequence[Term]) -> None:
+        self.weight = weight
+        self.terms = tuple(terms)
+
+    @classmethod
+    def of(cls, weight: Tensor, forms: Sequence[tuple[Tucker, float]]) -> ExpertStack:
+        """From a parameter (E, m, n) and the forms and scales of its adapters."""
+        terms = []
+        for form, scale in forms:
+            experts, left, right = form.factors
+            middle = form.scaled(scale).core
+            terms.append(Term(left, middle if experts is None else mode_product(middle, experts, 0), right))
+        return cls(weight, terms)
+
+    @property
+    def transposed(self) -> ExpertStack:
+        """The stack of the transposed matrices."""
+        return ExpertStack(self.weight.mT, [term.transposed for term in self.terms])
+
+    def transpose(self, first: int, second: int) -> Any:
+        """As of a tensor; lazy for the two dimensions of the matrices."""
+        dims = self.weight.ndim
+        if {first % dims, second % dims} == {dims - 1, dims - 2}:
+            return self.transposed
+        return self.dense().transpose(first, second)
+
+    def __getitem__(self, index: Any) -> Any:
+        whole = isinstance(index, int) or (
+            isinstance(index, Tensor) and not index.is_floating_point() and index.ndim < 2
+        )
+        if self.weight.ndim != 3 or not whole or (isinstance(index, Tensor) and index.dtype == torch.bool):
+            return self.dense()[index]
+        terms = [Term(term.left, term.middle[index], term.right) for term in self.terms]
+        return ExpertStack(self.weight[index], terms)
+
+    def dense(self) -> Tensor:
+        """W + dW, formed after all."""
+        total = self.weight
+        for term in self.terms:
+            total = total + term.dense().to(total.dtype)
+        return total
+
+    def after(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x @ (W + dW) + bias``."""
+        out, beside = self._fused(x, bias), self.terms[1:]
+        if out is None:
+            out, beside = x @ self.weight, self.terms
+            out = out if bias is None else out + bias
+        for term in beside:
+            out = out + term.after(x)
+        return out
+
+    def _fused(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The product with one matrix and its first update, where one function may do both."""
+        if self.weight.ndim != 2 or not self._may_fuse():
+            return None
+        term = self.terms[0].transposed
+        form = Tucker(term.middle, (term.left, term.right))
+        return compiled_linear.with_change(self.weight.mT, bias, form, 1.0, x)
+
+    def grouped(self, x: Tensor, offs: Tensor, run: Callable[..., Tensor], **options: Any) -> Tensor:
+        """A grouped product: rows of x (S, m), sorted by expert, up to ``offs[e]`` belong to expert e."""
+        plain = all(value is None for value in options.values())
+        out, beside = self._fused_grouped(x, offs, run) if plain else None, self.terms[1:]
+        if out is None:
+            out, beside = run(x, self.weight, offs=offs, **options), self.terms
+        for term in beside:
+            out = out + term.after(x, partial(one_by_one, offs=offs))
+        return out
+
+    def _fused_grouped(self, x: Tensor, offs: Tensor, run: Callable[..., Tensor]) -> Tensor | None:
+        """The grouped product with the first update; under autocast, which leaves such products alone, in its dtype."""
+
+        def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+            if not fused.can_fuse(x, weight):
+                return None
+            term = self.terms[0]
+            return grouped(weight, term.left, term.middle, term.right, x, offs, run)
+
+        kind = x.device.type
+        casts = torch.is_autocast_enabled(kind) and not x.dtype == self.weight.dtype == torch.get_autocast_dtype(kind)
+        if casts or not self._may_fuse():
+            return None
+        return fused.in_its_dtype(product, x, self.weight, None)
+
+    def _may_fuse(self) -> bool:
+        """Whether there is an update, and W is an ordinary tensor: a sharded or quantised one has its own products."""
+        return bool(self.terms) and type(self.weight) in (Tensor, nn.Parameter)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        handler = HANDLERS.get(func)
+        if handler is not None:
+            result = handler(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        args, kwargs = tree_map_only(ExpertStack, ExpertStack.dense, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def __rmatmul__(self, x: Tensor) -> Tensor:
+        return self.after(x)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "mT":
+            return self.transposed
+        if name in ("shape", "ndim", "dtype", "device", "size", "dim", "data_ptr", "requires_grad", "is_cuda"):
+            return getattr(self.weight, name)
+        return getattr(self.dense(), name)
+
+
+def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Any:
+    if not isinstance(weight, ExpertStack) or isinstance(x, ExpertStack) or weight.weight.ndim != 2:
+        return NotImplemented
+    return weight.transposed.after(x, bias)
+
+
+def _matmul(x: Any, weight: Any) -> Any:
+    if isinstance(x, ExpertStack) and isinstance(weight, Tensor) and weight.ndim >= 2:
+        return x.transposed.after(weight.mT).mT
+    return weight.after(x) if isinstance(weight, ExpertStack) and isinstance(x, Tensor) else NotImplemented
+
+
+def _grouped_by(run: Callable[..., Tensor]) -> Callable[..., Any]:
+    def grouped(x: Any, weight: Any, *, offs: Tensor | None = None, **options: Any) -> Any:
+        if not isinstance(weight, ExpertStack) or isinstance(x, ExpertStack) or offs is None or x.ndim != 2:
+            return NotImplemented
+        return weight.grouped(x, offs, run, **options)
+
+    return grouped
+
+
+HANDLERS: dict[Any, Callable[..., Any]] = {
+    F.linear: _linear,
+    torch.matmul: _matmul,
+    torch.bmm: _matmul,
+    Tensor.matmul: _matmul,
+    Tensor.__matmul__: _matmul,
+    **{
+        run: _grouped_by(run)
+        for run in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None))
+        if run is not None
+    },
+}

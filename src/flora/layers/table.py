@@ -1,0 +1,285 @@
+"""Which layers can be adapted and how: one row per module type.
+
+A row says which parameters are adapted, what their dimensions are called, how a stored weight is seen as an N-d tensor
+(its fold), how to run the layer with another weight in place of its own, and, for the hot kinds, the factored kernel.
+To add a kind, add a row here and a case in ``tests/cases.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+from transformers.pytorch_utils import Conv1D
+
+from flora.layers import gate as fused
+from flora.layers import plain as kernels
+from flora.layers.conv import fused as fused_conv
+from flora.layers.conv import kernel_gradient as trained_kernel
+from flora.layers.linear import compiled as compiled_linear
+from flora.tucker.form import Tucker
+
+Axes = tuple[str, ...]
+KERNEL = {1: ("kw",), 2: ("kh", "kw"), 3: ("kd", "kh", "kw")}
+
+
+def no_folds(module: Any) -> dict[str, str]:
+    """The weights are seen as they are stored."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """How one kind of layer is adapted.
+
+    Attributes:
+        kind: what ``flora.plan`` and the shorthands of ``target_modules`` go by: "linear", "conv", "embedding",
+            "bilinear", "attention", "recurrent" or "norm".
+        weights: ``module -> {parameter name: axes}``, a name for each dimension in the order of ``weight.shape``;
+            kernel axes are called kd, kh, kw.
+        apply: ``(module, weight, bias, *args, **kwargs) -> output``: what the layer computes with that weight, linear
+            in ``weight``, with the arguments of its forward. None where there is no such form; the layer is then run
+            through ``torch.func.functional_call`` with W + dW.
+        factored: ``(module, form, scale, *args, **kwargs) -> change of the output``, without forming the dense update.
+        fused: ``(module, form, scale, *args, **kwargs) -> output`` of the layer and its change in one autograd
+            function, or None for arguments that it does not take.
+        folds: ``module -> {parameter name: fold}``, how the stored weight is seen as an N-d tensor by default.
+    """
+
+    kind: str
+    weights: Callable[[Any], dict[str, Axes]]
+    apply: Callable[..., Tensor] | None = None
+    factored: Callable[..., Tensor] | None = None
+    fused: Callable[..., Tensor | None] | None = None
+    folds: Callable[[Any], dict[str, str]] = no_folds
+
+
+def _weight_axes(axes: Axes, module: Any) -> dict[str, Axes]:
+    return {"weight": axes}
+
+
+def _one(*axes: str) -> Callable[[Any], dict[str, Axes]]:
+    """A single weight with these axes; a partial and no closure, so that adapted models can be pickled."""
+    return partial(_weight_axes, axes)
+
+
+def _linear(module: nn.Module, weight: Tensor, bias: Tensor | None, input: Tensor) -> Tensor:
+    return F.linear(input, weight, bias)
+
+
+def _linear_transposed(module: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    return F.linear(x, weight.T, bias)
+
+
+def _conv(module: Any, weight: Tensor, bias: Tensor | None, input: Tensor) -> Tensor:
+    if trained_kernel.is_slow(module, weight, input):
+        return trained_kernel.conv(module, weight, bias, input)
+    return module._conv_forward(input, weight, bias)  # type: ignore[no-any-return]
+
+
+def _conv_transpose(
+    module: Any, weight: Tensor, bias: Tensor | None, input: Tensor, output_size: list[int] | None = None
+) -> Tensor:
+    run = kernels.CONV_TRANSPOSE[weight.ndim - 2]
+    extra = kernels.output_padding(module, input, output_size)
+    if trained_kernel.is_slow_transposed(module, weight, input):
+        return trained_kernel.conv_transpose(module, weight, bias, input, extra)
+    return run(input, weight, bias, module.stride, module.padding, extra, module.groups, module.dilation)
+
+
+def _embedding(module: Any, weight: Tensor, bias: Tensor | None, input: Tensor) -> Tensor:
+    return F.embedding(input, weight, module.padding_idx, scale_grad_by_freq=module.scale_grad_by_freq)
+
+
+def _bilinear(module: Any, weight: Tensor, bias: Tensor | None, input1: Tensor, input2: Tensor) -> Tensor:
+    return F.bilinear(input1, input2, weight, bias)
+
+
+def _fused_linear(module: Any, form: Tucker, scale: float, input: Tensor) -> Tensor | None:
+    return compiled_linear.with_change(module.weight, module.bias, form, scale, input)
+
+
+def _fused_linear_transposed(module: Any, form: Tucker, scale: float, x: Tensor) -> Tensor | None:
+    first, second = form.factors
+    turned = Tucker(form.core.T, (second, first))
+    return compiled_linear.with_change(module.weight.T, module.bias, turned, scale, x)
+
+
+def _fused_conv(module: Any, form: Tucker, scale: float, input: Tensor) -> Tensor | None:
+    return _on_one_group(partial(fused_conv.conv, module), module, form, scale, input)
+
+
+def _fused_conv_transpose(
+    module: Any, form: Tucker, scale: float, input: Tensor, output_size: list[int] | None = None
+) -> Tensor | None:
+    run = partial(fused_conv.conv_transpose, module, output_size=output_size)
+    return _on_one_group(run, module, form, scale, input)
+
+
+def _on_one_group(convolve: Callable[..., Tensor], module: Any, form: Tucker, scale: float, x: Tensor) -> Tensor | None:
+    if module.groups > 1 or x.ndim != module.weight.ndim:
+        return None
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        return convolve(weight, bias, form, scale, x) if fused.can_fuse(x, weight) else None
+
+    return fused.in_its_dtype(run, x, module.weight, module.bias)
+
+
+def _attention_weights(module: nn.MultiheadAttention) -> dict[str, Axes]:
+    if module._qkv_same_embed_dim:
+        return {"in_proj_weight": ("out", "in"), "out_proj.weight": ("out", "in")}
+    names = ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
+    return dict.fromkeys(names, ("out", "in"))
+
+
+def _attention_folds(module: nn.MultiheadAttention) -> dict[str, str]:
+    heads = f"heads={module.num_heads}"
+    if module._qkv_same_embed_dim:
+        return {"in_proj_weight": f"(qkv heads dim) embed, qkv=3 {heads}"}
+    return dict.fromkeys(("q_proj_weight", "k_proj_weight", "v_proj_weight"), f"(heads dim) embed, {heads}")
+
+
+def _recurrent_weights(module: nn.RNNBase | nn.RNNCellBase) -> dict[str, Axes]:
+    axes = {"ih": ("gates", "in"), "hh": ("gates", "hidden"), "hr": ("out", "hidden")}
+    names = [name for name, _ in module.named_parameters(recurse=False) if name.startswith("weight_")]
+    return {name: axes[name.split("_")[1]] for name in names}
+
+
+def _gate_folds(count: int, module: Any) -> dict[str, str]:
+    """The gate dimension folded out: (4 hidden) -> 4, hidden for an LSTM; projections have none."""
+    names = [name for name in _recurrent_weights(module) if not name.startswith("weight_hr")]
+    return dict.fromkeys(names, f"(gates hidden) input, gates={count}")
+
+
+def _recurrent(gates: int) -> Layer:
+    return Layer("recurrent", _recurrent_weights, folds=partial(_gate_folds, gates) if gates > 1 else no_folds)
+
+
+def _conv_rows() -> dict[type[nn.Module], Layer]:
+    straight = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+    transposed = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+    rows: dict[type[nn.Module], Layer] = {
+        cls: Layer("conv", _one("out", "in", *KERNEL[dims]), _conv, kernels.conv, _fused_conv)
+        for dims, cls in straight.items()
+    }
+    for dims, cls in transposed.items():
+        rows[cls] = Layer(
+            "conv", _one("in", "out", *KERNEL[dims]), _conv_transpose, kernels.conv_transpose, _fused_conv_transpose
+        )
+    return rows
+
+
+_NORM = Layer("norm", _one("channels"))
+
+LAYERS: dict[type[nn.Module], Layer] = {
+    nn.Linear: Layer("linear", _one("out", "in"), _linear, kernels.linear, _fused_linear),
+    Conv1D: Layer("linear", _one("in", "out"), _linear_transposed, kernels.linear_transposed, _fused_linear_transposed),
+    **_conv_rows(),
+    nn.Embedding: Layer("embedding", _one("vocab", "dim"), _embedding, kernels.embedding),
+    nn.EmbeddingBag: Layer("embedding", _one("vocab", "dim"), None, kernels.embedding_bag),
+    nn.Bilinear: Layer("bilinear", _one("out", "in1", "in2"), _bilinear, kernels.bilinear),
+    nn.MultiheadAttention: Layer("attention", _attention_weights, folds=_attention_folds),
+    nn.LSTM: _recurrent(4),
+    nn.GRU: _recurrent(3),
+    nn.RNN: _recurrent(1),
+    nn.LSTMCell: _recurrent(4),
+    nn.GRUCell: _recurrent(3),
+    nn.RNNCell: _recurrent(1),
+    nn.LayerNorm: _NORM,
+    nn.GroupNorm: _NORM,
+    nn.RMSNorm: _NORM,
+    nn.BatchNorm1d: _NORM,
+    nn.BatchNorm2d: _NORM,
+    nn.BatchNorm3d: _NORM,
+}
+
+
+def find_layer(module: nn.Module) -> tuple[type[nn.Module], Layer] | None:
+    """The row for a module and the type it is listed under (a subclass is found by its base), or None."""
+    for cls in type(module).__mro__:
+        if cls in LAYERS:
+            return cls, LAYERS[cls]
+    return None
+
+
+def parameter(module: nn.Module, name: str) -> Tensor:
+    """The parameter of a (dotted) name, as the module sees it now."""
+    owner, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(owner), leaf)  # type: ignore[no-any-return]
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why a module cannot be adapted, with what to do about it; None if it can."""
+    found = find_layer(module)
+    if found is None:
+        kinds = ", ".join(cls.__name__ for cls in LAYERS)
+        return (
+            f"{type(module).__name__} is not in the table of layers ({kinds}); name its parameters in target_parameters"
+        )
+    for name in found[1].weights(module):
+        owner, leaf = module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        if parametrize.is_parametrized(owner, leaf):
+            continue
+        if owner._parameters.get(leaf) is None:
+            if leaf in owner._parameters:
+                return f"it has no {name} (affine=False)"
+            return (
+                f"its {name} is recomputed before every forward (old-style weight_norm or spectral_norm); use "
+                "torch.nn.utils.parametrizations instead, or remove the norm first"
+            )
+        if isinstance(owner._parameters[leaf], nn.parameter.UninitializedParameter):
+            return f"its {name} has no shape yet (lazy module); run one forward through the model first"
+    return None
+
+
+def weight_shape(module: nn.Module, name: str) -> tuple[int, ...]:
+    """The shape of a weight, also where DeepSpeed ZeRO-3 has partitioned it or a quantised linear has packed it."""
+    weight = parameter(module, name)
+    if hasattr(weight, "ds_shape"):
+        return tuple(weight.ds_shape)
+    if name == "weight" and hasattr(module, "out_features") and hasattr(module, "in_features"):
+        stated: tuple[int, int] = (module.out_features, module.in_features)  # type: ignore[assignment]
+        if weight.numel() != math.prod(stated):
+            return stated
+    return tuple(weight.shape)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether the module computes exactly what its row says: its forward is the listed type's own, nothing is renormed.
+
+    Where it is not (a scaled embedding, a weight-standardised conv, ``max_norm``), the layer is run through
+    ``torch.func.functional_call`` with W + dW, which is exact for whatever its forward does.
+    """
+    found = find_layer(module)
+    if found is None or type(module).forward is not found[0].forward:
+        return False
+    own = vars(module)  # what an embedding is set to; cheaper to ask than the module itself
+    return own.get("max_norm") is None and own.get("mode") != "max"
+
+
+def call_with(module: nn.Module, weights: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    """Runs the module with these tensors in place of its parameters (functional_call).
+
+    FSDP1 puts a plain tensor of the same name in front of each parameter while a layer runs; functional_call does not
+    see it, and the stand-in would be ignored without a word. So what stands in front is replaced as well.
+    """
+    fronts = [(vars(module.get_submodule(name.rpartition(".")[0])), name.rpartition(".")[2], name) for name in weights]
+    shadowed = [(front, leaf, name, front[leaf]) for front, leaf, name in fronts if leaf in front]
+    try:
+        for front, leaf, name, _ in shadowed:
+            front[leaf] = weights[name]
+        out = torch.func.functional_call(module, dict(weights), args, kwargs)
+    finally:
+        for front, leaf, _, old in shadowed:
+            front[leaf] = old
+    if isinstance(module, nn.RNNBase):
+        module._update_flat_weights()  # it has cached the stand-ins; they would keep the graph alive
+    return out

@@ -1,0 +1,202 @@
+"""Tensor files in and out: reading without pickle and with clear errors, writing beside the target and renaming."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flora.storage.atomic import replace_folder
+
+CONFIG = "adapter_config.json"
+NOTE = "flora"  # the key of a file's metadata under which the layouts are recorded; readers ignore it
+WEIGHTS = "adapter_model.safetensors"
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 8),
+}
+
+
+def check_exists(path: Path, what: str) -> Path:
+    """The path, or a FileNotFoundError that says what should be there."""
+    if not path.exists():
+        raise FileNotFoundError(f"{what} not found: {path} does not exist")
+    return path
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file, opened without reading its tensors.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is truncated, corrupt or not a safetensors file.
+    """
+    check_exists(path, "tensor file")
+    try:
+        handle = safe_open(str(path), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is truncated or corrupt: {error}; copy or download it again") from None
+    with handle:
+        yield handle
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every tensor of a safetensors file, and its metadata; raises as :func:`open_tensors`, and on NaN entries."""
+    with open_tensors(path) as handle:
+        tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (not a dict)
+        metadata = handle.metadata() or {}
+    check_finite(tensors, path)
+    return tensors, metadata
+
+
+def read_pickled(path: Path) -> dict[str, Tensor]:
+    """The tensors of a ``.pt`` or ``.bin`` file, read by torch's restricted unpickler (``weights_only``).
+
+    Raises:
+        ValueError: it is corrupt, or holds more than tensors.
+    """
+    check_exists(path, "tensor file")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises errors of many kinds for a file that is no checkpoint
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{path} is truncated, corrupt or holds code besides tensors: {reason}; save its state_dict as safetensors"
+        ) from None
+    while isinstance(loaded, Mapping) and not any(isinstance(value, Tensor) for value in loaded.values()):
+        inner = next((loaded[key] for key in ("state_dict", "model", "module") if key in loaded), None)
+        if inner is None:
+            raise ValueError(f"{path} has no tensors; its keys are {', '.join(map(repr, list(loaded)[:5]))}")
+        loaded = inner
+    if not isinstance(loaded, Mapping):
+        raise ValueError(f"{path} holds a {type(loaded).__name__}, expected a dict of tensors; save the state_dict")
+    tensors = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
+    check_finite(tensors, path)
+    return tensors
+
+
+def check_finite(tensors: Mapping[str, Tensor], source: Path | str) -> None:
+    """Raises a ValueError that names the first tensor with NaN or infinite entries."""
+    for key, value in tensors.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise ValueError(f"{source}: {key} has NaN or infinite entries; the training that wrote it diverged")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a JSON object.
+    """
+    check_exists(path, "config file")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}; copy or download it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Indented, with sorted keys, as PEFT writes its configs."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file; raises an OSError with the path if it cannot be written (no space left)."""
+    try:
+        save_file(
+            {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
+            str(path),
+            metadata={"format": "pt", **(metadata or {})},
+        )
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path.name}: {error}") from None
+
+
+def stream_tensors(
+    path: Path,
+    layout: Sequence[tuple[str, str, tuple[int, ...]]],
+    get: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """A safetensors file written one tensor at a time, so that it need not fit into memory.
+
+    Args:
+        path: of the file.
+        layout: name, dtype as safetensors calls it, and shape of each tensor, in the order in which they are written.
+        get: a tensor by its name.
+        metadata: of the file.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, dtype, shape in layout:
+        start, end = end, end + math.prod(shape) * _BITS[dtype] // 8
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8 bytes
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name, dtype, shape in layout:
+            tensor = get(name)
+            if tuple(tensor.shape) != shape or tensor.element_size() * 8 != _BITS[dtype]:
+                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}")
+            stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Raises a FileExistsError if the output is there and may not be replaced."""
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists; choose another output or ask to overwrite it (--overwrite)")
+
+
+@contextmanager
+def staged(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A path beside ``target`` to write to, renamed to ``target`` when the block ends without an error.
+
+    Whatever happens before, ``target`` is not there or is what it was. The block makes a file or a folder of the path.
+
+    Raises:
+        FileExistsError: ``target`` exists and ``overwrite`` is not set.
+    """
+    check_target(target, overwrite)
+    work = _fresh_folder(target)
+    try:
+        yield work / target.name
+        replace_folder(work / target.name, target)
+    except OSError as error:
+        raise _named(error, target) from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _fresh_folder(target: Path) -> Path:
+    """An empty folder on the same disk as ``target``."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+    except OSError as error:
+        raise _named(error, target) from None
+
+
+def _named(error: OSError, target: Path) -> OSError:
+    """The system's error with the name of the target; one of ours says all it has to."""
+    if error.errno is None:
+        return error
+    return OSError(f"cannot write {target}: {error.strerror}; nothing was left behind")

@@ -1,0 +1,95 @@
+"""The trainable change of one weight: ``TuckerDelta`` holds ``core`` and ``factor_0 .. factor_{N-1}``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from flora.tucker.fold import Fold, parse_fold
+from flora.tucker.form import Tucker
+from flora.tucker.initialize import initialize
+
+
+class TuckerDelta(nn.Module):
+    """A trainable Tucker form, ``delta = scale * core x1 factor_0 ... xN factor_{N-1}``.
+
+    Called with a weight it returns ``weight + delta``, so it also works without PEFT, as a torch parametrization.
+
+    Args:
+        shape: of the weight as it is stored.
+        ranks: ``(J1, ..., JN)``; a rank equal to its size keeps that mode whole (no ``factor_n``).
+        scale: the constant ``s`` of the paper.
+        fold: how the weight is seen as an N-d tensor, ``"(gates hidden) input, gates=4"``; ranks are then those of the
+            folded dimensions.
+        init: a key of ``flora.INITIALIZERS``.
+        axes: a name per (folded) dimension, for ``init``; by default the outputs first, then what is summed over.
+        init_weights: False starts from a random, non-zero core.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: ranks, shape or fold do not fit each other.
+
+    Example:
+        >>> layer = nn.Conv2d(6, 10, 3)
+        >>> _ = nn.utils.parametrize.register_parametrization(layer, "weight", TuckerDelta((10, 6, 3, 3), (4, 4, 2, 2)))
+        >>> layer(torch.zeros(1, 6, 5, 5)).shape
+        torch.Size([1, 10, 3, 3])
+    """
+
+    core: nn.Parameter
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        ranks: Sequence[int],
+        *,
+        scale: float = 1.0,
+        fold: str | Fold | None = None,
+        init: str = "zero_first",
+        axes: Sequence[str] | None = None,
+        init_weights: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.scale = scale
+        self.fold = parse_fold(fold, shape) if isinstance(fold, str) else fold
+        sizes = tuple(shape) if self.fold is None else self.fold.shape
+        if len(ranks) != len(sizes) or any(not 1 <= rank <= size for rank, size in zip(ranks, sizes, strict=True)):
+            raise ValueError(f"ranks {tuple(ranks)} do not fit the shape {sizes}: one from 1 to the size per dimension")
+        self.core = nn.Parameter(torch.empty(*ranks, device=device, dtype=dtype))
+        self._factor_names = tuple(
+            None if rank == size else f"factor_{mode}"
+            for mode, (size, rank) in enumerate(zip(sizes, ranks, strict=True))
+        )
+        for name, size, rank in zip(self._factor_names, sizes, ranks, strict=True):
+            if name is not None:
+                self.register_parameter(name, nn.Parameter(torch.empty(size, rank, device=device, dtype=dtype)))
+        initialize(self.core, self.form.factors, init, axes, identity=init_weights)
+
+    @property
+    def form(self) -> Tucker:
+        """The Tucker form without the scale, over the folded dimensions; its tensors are the live parameters."""
+        factors = [None if name is None else getattr(self, name) for name in self._factor_names]
+        return Tucker(self.core, tuple(factors))
+
+    @property
+    def stored_form(self) -> Tucker:
+        """The same tensor as a Tucker form over the dimensions of the stored weight, without the scale."""
+        return self.form if self.fold is None else self.fold.stored_form(self.form)
+
+    def dense(self) -> Tensor:
+        """``scale * form.to_dense()`` in the shape of the stored weight."""
+        dense = self.form.scaled(self.scale).to_dense()
+        return dense if self.fold is None else dense.reshape(self.fold.stored_shape)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """``weight + delta``, in the dtype of ``weight``."""
+        return weight + self.dense().to(weight.dtype)
+
+    def extra_repr(self) -> str:
+        """Shape, ranks, scale and parameters."""
+        form = self.form
+        return f"shape={form.shape}, ranks={form.ranks}, scale={self.scale:g}, params={form.num_params:,}"
