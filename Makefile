@@ -1,4 +1,4 @@
-# The first two targets work alone on a fresh machine with Python 3.10+, git and make.
+# The first two targets work alone on a fresh machine with Python 3.11+, git and make.
 #
 #   make run        fine-tune and compare on the embedded data, save, reload, merge, verify
 #   make test       the test-suite without the slow tests
@@ -26,8 +26,8 @@ install: $(DEV)
 
 # Written last, so that an interrupted installation is taken up again; a venv without a working pip is built anew.
 $(RUN): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[recipes]'
 	@touch $@

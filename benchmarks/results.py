@@ -41,7 +41,7 @@ class Options:
 def provenance(options: Options) -> dict[str, Any]:
     """Machine, versions, commit, date and options of a run."""
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": commit(),
         "machine": {
             "cpu": cpu(),

@@ -357,7 +357,9 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "flora":
             raise
-        return _fail(f'{args.verb} needs {error.name}, which is not installed: pip install "flora-peft[all]"')
+        from flora.runs.missing import install_hint
+
+        return _fail(f"{args.verb} needs {install_hint(error.name or '', getattr(args, 'config', ''))}")
     except (ValueError, TypeError, OSError) as error:
         if not _raised_on_purpose(error.__traceback__):
             raise

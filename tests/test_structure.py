@@ -5,11 +5,16 @@ from __future__ import annotations
 import ast
 import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 import flora
+from flora.runs import missing
+from flora.runs.missing import EXTRAS
 
 SRC = Path(flora.__file__).parents[1]
 PACKAGE = "flora"
@@ -36,14 +41,19 @@ FOREIGN: dict[str, set[str]] = {
     "convert": {"diffusers", "safetensors", "tqdm", "transformers"},  # never peft: a format is key names and shapes
     "flora": set(),
 }
-DISTRIBUTIONS = {  # scikit-learn brings numpy and scipy along
-    "sklearn": "scikit-learn", "yaml": "pyyaml", "numpy": "scikit-learn", "scipy": "scikit-learn", "PIL": "pillow",
-    "lycoris": "lycoris-lora", "huggingface_hub": "transformers", "tokenizers": "transformers",
+DISTRIBUTIONS = {  # the name that is imported -> the name that is installed; tokenizers comes with transformers
+    "sklearn": "scikit-learn", "yaml": "pyyaml", "PIL": "pillow", "lycoris": "lycoris-lora",
+    "tokenizers": "transformers",
 }  # fmt: skip
-IN_ALL = {"recipes", "data", "volume_unet"}  # rooms that may import what the extra ``all`` brings
-OPTIONAL = {  # imported where a model asks for it, with a message if it is not there
+FIELDS = {  # the first word of a module's name -> the extras it may import from, beside `recipes`
+    "vision": "vision", "coco": "vision", "images": "vision", "text": "text", "multimodal": "text",
+    "volume": "medical", "audio": "audio", "diffusion": "diffusion",
+}  # fmt: skip
+OPTIONAL = {  # imported where a model or a file asks for it, with a message if it is not there
     "flora.convert.base_model": {"diffusers"},
     "flora.comparison.rivals": {"lycoris-lora"},
+    "flora.data.records": {"datasets", "pillow"},
+    "flora.data.samples.signals": {"diffusers", "nibabel", "pillow", "soundfile"},
 }
 ODDS_AND_ENDS = {"utils", "util", "common", "helpers", "misc", "tools"}
 LONGEST = 400  # lines; the aim is 100 to 350, and a file that outgrows it is split by noun
@@ -132,24 +142,83 @@ def test_the_core_stays_light() -> None:
     assert set(FOREIGN) | {"data"} == {room for rooms in LEVELS[: LEVEL["flora"] + 1] for room in rooms}
 
 
+PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def distributions(requirements: list[str]) -> set[str]:
+    """``["torch>=2.6", "flora-peft[text]"]`` -> ``{"torch"}``."""
+    names = {re.split(r"[^\w-]", requirement)[0] for requirement in requirements}
+    return names - {PROJECT["name"]}
+
+
 def test_every_package_that_is_imported_is_declared() -> None:
-    """The core needs only ``dependencies``; the verbs the extra ``recipes`` too, recipes and samples ``all``."""
-    project = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
-    groups = {}
-    for key in ("dependencies", "recipes", "all"):
-        text = project.partition(f"\n{key} = [")[2].partition("\n]")[0].partition("]\n")[0]
-        groups[key] = set(re.findall(r'"([\w-]+)', text))
-        assert len(groups[key]) > 4
+    """The core needs only ``dependencies``; rooms above it `recipes`; a recipe the extra of its field."""
+    core = distributions(PROJECT["dependencies"])
+    extras = {name: distributions(given) for name, given in PROJECT["optional-dependencies"].items()}
     undeclared = set()
     for module, targets in IMPORTS.items():
-        declared = groups["dependencies"] | OPTIONAL.get(module, set())
+        declared = core | OPTIONAL.get(module, set())
         if room_of(module) not in FOREIGN:
-            declared |= groups["recipes"]
-        if room_of(module) in IN_ALL:
-            declared |= groups["all"]
+            field = FIELDS.get(module.rpartition(".")[2].partition("_")[0], "recipes")
+            declared = declared | extras["recipes"] | extras[field]
         packages = {target.partition(".")[0] for target in targets if not ours(target)} - set(sys.stdlib_module_names)
         undeclared |= {(module, name) for name in packages if DISTRIBUTIONS.get(name, name) not in declared}
+    assert len(core) > 8
     assert not undeclared
+
+
+def imported_with(modules: set[str]) -> set[str]:
+    """All modules that importing these imports: what stands at the top of the files, followed through our own."""
+    found: set[str] = set()
+    while modules:
+        module = modules.pop()
+        found.add(module)
+        if module in FILES:
+            tree = ast.parse(FILES[module].read_text(encoding="utf-8"))
+            top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+            modules |= set(imported(ast.Module(top, []))) - found
+    return found
+
+
+def test_the_verbs_without_data_need_no_extra() -> None:
+    """``pip install flora-peft`` is enough to plan, inspect, merge, convert and extract."""
+    verbs = {
+        "flora.convert.commands", "flora.convert.extraction.finetune", "flora.report.anatomy",
+        "flora.report.model_plan", "flora.runs.merging",
+    }  # fmt: skip
+    needed = {module.partition(".")[0] for module in imported_with(verbs) if not ours(module)}
+    core = distributions(PROJECT["dependencies"])
+    assert not {name for name in needed - set(sys.stdlib_module_names) if DISTRIBUTIONS.get(name, name) not in core}
+
+
+def test_the_hints_of_missing_packages_are_the_extras() -> None:
+    """Every extra but those for developers is in the table of hints, with what it brings."""
+    declared = {
+        name: distributions(given)
+        for name, given in PROJECT["optional-dependencies"].items()
+        if name not in {"all", "dev", "docs"}
+    }
+    hinted = {extra: {DISTRIBUTIONS.get(name, name) for name in modules} for extra, modules in EXTRAS.items()}
+    assert hinted == declared
+    assert set(missing.FIELDS.values()) <= set(declared)
+
+
+def test_the_extra_all_has_every_field() -> None:
+    (everything,) = PROJECT["optional-dependencies"]["all"]
+    assert set(re.findall(r"\w+", everything.partition("[")[2])) == set(EXTRAS) - {"recipes"}
+
+
+def test_the_bounds_of_the_project_allow_what_make_installs() -> None:
+    """``make`` holds some packages to one version, which must be one that ``pip install`` alone may take."""
+    pinned = dict(
+        line.split("==")
+        for line in (Path(__file__).parents[1] / "constraints.txt").read_text(encoding="utf-8").splitlines()
+        if "==" in line and not line.startswith("#")
+    )
+    required = {Requirement(text).name: Requirement(text) for text in PROJECT["dependencies"]}
+    assert {"torch", "transformers"} <= set(pinned)
+    for name, version in pinned.items():
+        assert required[name].specifier.contains(version), name
 
 
 def test_the_command_imports_nothing_before_it_knows_the_verb() -> None:

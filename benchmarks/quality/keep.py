@@ -23,7 +23,7 @@ def kept(report: dict[str, Any]) -> dict[str, Any]:
     shared = {key: report[key] for key in ("recipe", "metric", "seeds", "budgets", "versions", "commit")}
     return {
         "question": name,
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         **shared,
         "machine": {**report["machine"], "cpu": results.cpu(), "load_before": None},
         "seed": report["seeds"][0],

@@ -12,7 +12,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from flora.convert import load
-from flora.report.comparison import size
+from flora.storage.size import size
 from flora.tucker.form import Tucker, mode_product
 
 STYLE = """

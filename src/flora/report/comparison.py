@@ -11,6 +11,8 @@ from typing import Any
 from scipy.stats import t as student
 from tabulate import tabulate
 
+from flora.storage.size import size
+
 Row = Mapping[str, Any]
 CONFIDENCE = 0.95
 
@@ -64,14 +66,6 @@ def against(row: Row, rows: Sequence[Row]) -> tuple[float, float] | None:
         return differences[0], math.nan
     spread = statistics.stdev(differences) / math.sqrt(len(differences))
     return statistics.mean(differences), float(student.ppf((1 + CONFIDENCE) / 2, len(differences) - 1)) * spread
-
-
-def size(count: float) -> str:
-    """Bytes as people read them."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
-        if count >= factor:
-            return f"{count / factor:.1f} {unit}"
-    return f"{count:.0f} B"
 
 
 def comparison_notes(report: Row) -> list[str]:

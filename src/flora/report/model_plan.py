@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 
 from flora.layers.planning import KINDS, plan
 from flora.layers.table import find_layer, refusal
-from flora.report.comparison import size
+from flora.storage.size import size
 from flora.tucker.delta import TuckerDelta
 from flora.tuner.config import FloraConfig
 from flora.tuner.layer import FloraLayer

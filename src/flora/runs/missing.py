@@ -1,0 +1,47 @@
+"""What to install for a module that cannot be imported: the smallest extra that brings it."""
+
+from __future__ import annotations
+
+EXTRAS: dict[str, set[str]] = {  # an extra of pyproject.toml -> the modules that it brings, the smallest extra first
+    "recipes": {"matplotlib", "scipy", "sklearn"},
+    "medical": {"monai", "nibabel"},
+    "rivals": {"lycoris"},
+    "vision": {"PIL", "datasets", "pycocotools"},
+    "text": {"PIL", "datasets", "sentencepiece", "trl"},
+    "audio": {"datasets", "soundfile"},
+    "diffusion": {"PIL", "datasets", "diffusers"},
+}
+FIELDS = {  # the first word of a recipe's name -> the extra of its field
+    "vision": "vision",
+    "text": "text",
+    "multimodal": "text",
+    "volume": "medical",
+    "audio": "audio",
+    "diffusion": "diffusion",
+}
+
+
+def install_hint(module: str, config: str = "") -> str:
+    """What to do about a module that cannot be imported.
+
+    Args:
+        module: The name that the import asked for, such as ``"trl"`` or ``"PIL.Image"``.
+        config: The config that is being run, if any; its field decides where several extras bring the module.
+
+    Returns:
+        Half a sentence, to be put behind "needs ...".
+
+    Example:
+        >>> install_hint("datasets", "text_causal-tiny")
+        'datasets, which is not installed: pip install "flora-peft[text]"'
+    """
+    package = module.partition(".")[0]
+    bringing = [extra for extra, modules in EXTRAS.items() if package in modules]
+    if not bringing:
+        return (
+            f"the module {package!r}, which cannot be imported and is no part of flora-peft: install the package that "
+            f"has it, or add the folder of {package}.py to PYTHONPATH"
+        )
+    field = FIELDS.get(config.partition("_")[0].partition("-")[0])
+    extra = field if field in bringing else bringing[0]
+    return f'{package}, which is not installed: pip install "flora-peft[{extra}]"'
