@@ -130,14 +130,25 @@ def test_a_type_error_of_our_own_code_is_a_bug(monkeypatch: pytest.MonkeyPatch) 
         flora_cli.main(["recipes"])
 
 
-def test_a_missing_extra_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        ("matplotlib.figure", 'needs matplotlib, which is not installed: pip install "flora-peft[recipes]"'),
+        ("monai", 'pip install "flora-peft[medical]"'),
+        ("net", "add the folder of net.py to PYTHONPATH"),  # a module of the user's own, which no extra brings
+    ],
+)
+def test_a_missing_package_is_named_with_the_smallest_extra(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, module: str, said: str
+) -> None:
     def needs(args: object) -> int:
-        raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib.figure")
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
 
     monkeypatch.setitem(flora_cli.COMMANDS, "recipes", needs)
     code, _, err = run(capsys, "recipes")
     assert code == 2
-    assert 'pip install "flora-peft[all]"' in err
+    assert said in err
+    assert "flora-peft[all]" not in err
 
 
 def test_recipes_are_listed_and_copied(
