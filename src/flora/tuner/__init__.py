@@ -1,4 +1,4 @@
-"""The PEFT method: its registration. ``config`` has the fields, ``layer`` forward and merge, ``model`` injection."""
+"""The PEFT method: its registration. ``config`` has the fields, ``layer`` the adapted layer, ``model`` injection."""
 
 from __future__ import annotations
 

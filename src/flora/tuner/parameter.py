@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from flora.layers.experts.stack import ExpertStack
 from flora.layers.table import Layer, call_with, parameter
-from flora.tuner.layer import FloraLayer, Target
+from flora.tuner.adapted import Target
+from flora.tuner.layer import FloraLayer
 
 
 def _only(name: str, module: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -42,7 +43,7 @@ class ParamWrapper(FloraLayer):
         if torch.compiler.is_compiling() or any(self.settings[adapter].path == "rebuild" for adapter in active):
             nested = len([part for part in self.modules() if isinstance(part, ParamWrapper)]) - 1
             weight = parameter(base, name)
-            stand_in = (weight + self._dense(active, name)).to(weight.dtype)
+            stand_in = (weight + self.dense(active, name)).to(weight.dtype)
             return call_with(self.base_layer, {"base_layer." * nested + name: stand_in}, *args, **kwargs)
         deltas = [self.delta(adapter, name) for adapter in active]
         forms = [(delta.stored_form, delta.scale) for delta in deltas]

@@ -20,8 +20,8 @@ from flora.layers.table import Layer, parameter, refusal, weight_shape
 from flora.tucker.fold import parse_fold
 from flora.tucker.form import count_params
 from flora.tucker.ranks import Weight, resolve, solve_budget
+from flora.tuner.adapted import Target, row_for
 from flora.tuner.config import FloraConfig
-from flora.tuner.layer import Target, row_for
 
 SHORTHANDS = {
     "all": ("linear", "conv", "embedding", "bilinear", "attention", "recurrent"),
