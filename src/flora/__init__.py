@@ -53,3 +53,8 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     return getattr(importlib.import_module(_LATER[name]), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, those that are imported later among them."""
+    return sorted([*__all__, "__version__"])

@@ -25,6 +25,7 @@ from transformers import Trainer, set_seed
 from flora.comparison.memory import watch_growth
 from flora.comparison.methods import METHODS
 from flora.comparison.rivals import RefusedError, Request, default_budget
+from flora.errors import UserError
 from flora.recipes import Data, Recipe, nearest
 from flora.report.card import model_card
 from flora.report.comparison import comparison_page
@@ -202,11 +203,9 @@ def compare(settings: Settings, methods: Sequence[str], seeds: Sequence[int]) ->
     methods = list(METHODS) if list(methods) == ["all"] else methods
     for method in methods:
         if method not in METHODS:
-            raise ValueError(
-                f"unknown method {method!r}, expected {', '.join(METHODS)}{nearest(method, list(METHODS))}"
-            )
+            raise UserError(f"unknown method {method!r}, expected {', '.join(METHODS)}{nearest(method, list(METHODS))}")
     if not methods or not seeds or len(set(methods)) < len(methods) or len(set(seeds)) < len(seeds):
-        raise ValueError(f"methods {list(methods)} and seeds {list(seeds)} must each be given, and once")
+        raise UserError(f"methods {list(methods)} and seeds {list(seeds)} must each be given, and once")
     folder = settings.output.with_name(f"{settings.output.name}-compare")
     settings = replace(settings, seed=seeds[0])
     recipe = settings.load_recipe()

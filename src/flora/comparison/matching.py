@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from flora.errors import UserError
+
 Costs = Callable[[int], Mapping[str, int]]  # one rank for all layers -> layer -> trainable parameters
 
 
@@ -21,7 +23,7 @@ def match_ranks(costs: Costs, budget: int) -> dict[str, int]:
     """
     least = sum(costs(1).values())
     if least > budget:
-        raise ValueError(f"rank 1 costs {least:,} parameters, more than the {budget:,} that every adapter may spend")
+        raise UserError(f"rank 1 costs {least:,} parameters, more than the {budget:,} that every adapter may spend")
     low, high = 1, 2
     while sum(costs(high).values()) <= budget:
         if costs(high) == costs(low):  # nothing more can be had

@@ -18,6 +18,7 @@ from flora.convert.adapter import Adapter, Entry
 from flora.convert.base_model import Base, open_base
 from flora.convert.formats import dense, kohya, lora, native, official
 from flora.convert.report import Report, compare, size_of
+from flora.errors import UserError
 from flora.layers.layout import Layout
 from flora.storage.tensors import CONFIG, check_exists, read_json, staged
 
@@ -41,9 +42,9 @@ def detect(path: str | Path) -> str:
         if FORMATS[name].detect(path):
             return name
     if path.is_file():
-        raise ValueError(f"{path} is not an adapter that can be read: none of its keys belongs to {', '.join(FORMATS)}")
+        raise UserError(f"{path} is not an adapter that can be read: none of its keys belongs to {', '.join(FORMATS)}")
     kind = read_json(path / CONFIG).get("peft_type")
-    raise ValueError(
+    raise UserError(
         f"{path / CONFIG} has peft_type {kind!r}; only TUCKER (ours) and LORA can be read, merge others with PEFT"
     )
 
@@ -66,7 +67,7 @@ def load(path: str | Path, *, base: nn.Module | str | Path | None = None, scale:
     """
     path, kind = Path(path), detect(path)
     if scale is not None and kind != "official":
-        raise ValueError(f"{path} is of format {kind!r}, which stores its own scale; leave scale out")
+        raise UserError(f"{path} is of format {kind!r}, which stores its own scale; leave scale out")
     layouts = None if base is None else open_base(base).layouts
     if kind == "official":
         return official.read(path, layouts, scale=scale)
@@ -124,15 +125,15 @@ def save(
 
 def _check_options(adapter: Adapter, path: Path, format: str, prefix: str | None, mid: bool) -> None:
     if format not in FORMATS or format == "official":
-        raise ValueError(f"format is {format!r}, expected one of flora, lora, kohya, dense")
+        raise UserError(f"format is {format!r}, expected one of flora, lora, kohya, dense")
     if format != "kohya" and (prefix is not None or not mid):
-        raise ValueError(f"prefix and mid belong to the format 'kohya'; leave them out for {format!r}")
+        raise UserError(f"prefix and mid belong to the format 'kohya'; leave them out for {format!r}")
     if format not in FOLDERS and path.suffix != ".safetensors":
-        raise ValueError(f"{format!r} is one file; give a path that ends in .safetensors, got {path}")
+        raise UserError(f"{format!r} is one file; give a path that ends in .safetensors, got {path}")
     if format in FOLDERS and path.suffix == ".safetensors":
-        raise ValueError(f"{format!r} is a folder with {CONFIG}; give a path without .safetensors, got {path}")
+        raise UserError(f"{format!r} is a folder with {CONFIG}; give a path without .safetensors, got {path}")
     if not adapter.weights:
-        raise ValueError("the adapter changes no weight; there is nothing to write")
+        raise UserError("the adapter changes no weight; there is nothing to write")
 
 
 def convert(

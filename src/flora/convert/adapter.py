@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flora.errors import UserError
 from flora.layers.layout import Layout, fold_groups, from_shape, is_usual
 from flora.layers.names import GIVE_BASE, TOKEN_ROWS, match_pattern
 from flora.tucker.fold import Fold
@@ -103,7 +104,7 @@ class Adapter:
                 key = match_pattern(given, module) if isinstance(given, Mapping) else None
                 numbers = given[key] if key is not None else given
                 if not isinstance(numbers, list) or len(numbers) != len(rows):
-                    raise ValueError(
+                    raise UserError(
                         f"{name} holds {len(rows)} rows, and trainable_token_indices of the config is {given}; copy "
                         "adapter_config.json and the weights again, from one save"
                     )
@@ -122,7 +123,7 @@ class Adapter:
         guess = from_shape(name, entry.shape)
         if guess.kind == "other":
             return guess
-        raise ValueError(
+        raise UserError(
             f"{name} of shape {entry.shape} could be {_doubt(guess.kind)}: the adapter does not record which; "
             f"{GIVE_BASE}"
         )
@@ -137,11 +138,11 @@ class Adapter:
         for name, entry in self.weights.items():
             layout = layouts.get(name)
             if layout is None:
-                raise ValueError(
+                raise UserError(
                     f"the base model has no weight {name!r}; give the base model the adapter was trained on"
                 )
             if len(layout.axes) != len(entry.shape) and not layout.fold:
-                raise ValueError(
+                raise UserError(
                     f"{name} has {len(layout.axes)} dimensions in the base model, {entry.shape} in the adapter; give "
                     "the base model the adapter was trained on"
                 )

@@ -14,6 +14,7 @@ from torch import Tensor
 from flora.convert.adapter import Adapter, Entry
 from flora.convert.extraction.allocation import Choice, choices, for_energy, spend
 from flora.convert.extraction.finetune import Extracted, Row, check_request
+from flora.errors import UserError
 from flora.layers.layout import Layout
 from flora.tucker.decomposition import decompose
 from flora.tucker.form import Tucker, concatenate, mode_product
@@ -27,7 +28,7 @@ def scale(adapter: Adapter, factor: float) -> Adapter:
         ValueError: the adapter holds whole tensors (biases, modules_to_save), which cannot be scaled.
     """
     if adapter.extras and factor != 1:
-        raise ValueError(
+        raise UserError(
             f"{next(iter(adapter.extras))} is a whole tensor that replaces the base model's and cannot be scaled; "
             "leave such tensors out first (adapter.extras.clear())"
         )
@@ -42,7 +43,7 @@ def add(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
         ValueError: none is given, a weight has two shapes, or two adapters hold different whole tensors.
     """
     if not adapters:
-        raise ValueError("there is no adapter to add; give at least one")
+        raise UserError("there is no adapter to add; give at least one")
     total = scale(*adapters[0])
     numbers = {module: found for adapter, _ in adapters for module, found in _numbered_rows(adapter).items()}
     if numbers:
@@ -54,7 +55,7 @@ def add(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
             total.weights[name] = entry if held is None else _add_entries(name, held, entry)
         for name, value in other.extras.items():
             if name in total.extras and not torch.equal(total.extras[name], value):
-                raise ValueError(f"{name} is a whole tensor and differs between the adapters; keep it in one of them")
+                raise UserError(f"{name} is a whole tensor and differs between the adapters; keep it in one of them")
             total.extras[name] = value
     return total
 
@@ -68,7 +69,7 @@ def _add_entries(name: str, first: Entry, second: Entry) -> Entry:
     if first.groups_of_modes != second.groups_of_modes:
         first, second = (Entry(each.stored_form(), each.scale, _unfolded(each.layout)) for each in (first, second))
     if first.form.shape != second.form.shape:
-        raise ValueError(f"{name} has shape {first.form.shape} in one adapter and {second.form.shape} in another")
+        raise UserError(f"{name} has shape {first.form.shape} in one adapter and {second.form.shape} in another")
     form = concatenate([first.form, second.form], [first.scale, second.scale])
     return Entry(form, 1.0, first.layout or second.layout)
 
@@ -130,7 +131,7 @@ def _lowered(rank: Ranks, form: Tucker) -> tuple[int, ...]:
     """The rank request, at most what the form has."""
     listed = [rank] * len(form.ranks) if isinstance(rank, int) else list(rank)
     if len(listed) != len(form.ranks):
-        raise ValueError(f"ranks {tuple(listed)} have {len(listed)} entries but the form has the ranks {form.ranks}")
+        raise UserError(f"ranks {tuple(listed)} have {len(listed)} entries but the form has the ranks {form.ranks}")
     return tuple(map(min, listed, form.ranks))
 
 

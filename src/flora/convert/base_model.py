@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flora.errors import UserError
 from flora.layers.layout import Layout, of_module
 from flora.storage.tensors import check_exists, read_json
 
@@ -56,10 +57,10 @@ def _from_diffusers(config: Mapping[str, Any]) -> nn.Module:
     try:
         import diffusers
     except ImportError:
-        raise ValueError(f"the base is a diffusers {config['_class_name']}: pip install diffusers") from None
+        raise UserError(f"the base is a diffusers {config['_class_name']}: pip install diffusers") from None
     found = getattr(diffusers, str(config["_class_name"]), None)
     if found is None:
-        raise ValueError(
+        raise UserError(
             f"diffusers {diffusers.__version__} has no class {config['_class_name']!r}; install a newer one"
         )
     return found.from_config(dict(config))  # type: ignore[no-any-return]
@@ -71,7 +72,7 @@ def _from_transformers(path: Path, config: Mapping[str, Any]) -> nn.Module:
     names = config.get("architectures") or []
     found = getattr(transformers, names[0], None) if names else None
     if found is None:
-        raise ValueError(
+        raise UserError(
             f"{path / 'config.json'} names no installed architecture (architectures: {names}); pass the model "
             "itself as base in Python"
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from flora.convert.adapter import Adapter
+from flora.errors import UserError
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
@@ -57,7 +58,7 @@ def compare(source: Adapter, written: Adapter) -> tuple[float, float, str]:
     """
     if source.weights.keys() != written.weights.keys() or source.extras.keys() != written.extras.keys():
         odd = sorted((source.weights.keys() ^ written.weights.keys()) | (source.extras.keys() ^ written.extras.keys()))
-        raise ValueError(f"what was written does not hold {odd[0]} as the source does; nothing was kept")
+        raise UserError(f"what was written does not hold {odd[0]} as the source does; nothing was kept")
     largest, relative, worst = 0.0, 0.0, next(iter(source.weights), "")
     for name, entry in source.weights.items():
         expected = entry.dense().double()
@@ -66,7 +67,7 @@ def compare(source: Adapter, written: Adapter) -> tuple[float, float, str]:
         norm = float(expected.norm())
         error = float(difference.norm()) / norm if norm else float(difference.norm())
         if error > TOLERANCE.get(entry.form.core.dtype, 1e-5):
-            raise ValueError(f"{name}: what was written differs by {error:.1e} from the source; nothing was kept")
+            raise UserError(f"{name}: what was written differs by {error:.1e} from the source; nothing was kept")
         relative, worst = max((relative, worst), (error, name))
     return largest, relative, worst
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from flora.convert.adapter import Adapter, Entry
 from flora.convert.base_model import open_base
 from flora.convert.formats.filemap import FileMap
+from flora.errors import UserError
 from flora.layers.names import TOKEN_ROWS
 from flora.storage.checkpoint import Checkpoint
 from flora.storage.tensors import DTYPES, check_target, read_json, staged, stream_tensors, write_json
@@ -84,7 +85,7 @@ def merge(
     pairs = [(adapters, 1.0)] if isinstance(adapters, Adapter) else list(adapters)
     check_target(out, overwrite)
     if out.resolve() == base.resolve() or base.resolve() in out.resolve().parents:
-        raise ValueError(f"{out} is in the base model's own folder, which is never written to; give another output")
+        raise UserError(f"{out} is in the base model's own folder, which is never written to; give another output")
     source = Checkpoint(base)
     plan = _Plan(source, _file_map(source, base), pairs)
     with staged(out, overwrite=overwrite) as work:
@@ -134,7 +135,7 @@ class _Plan:
     def _replace(self, adapter: Adapter, weight: float) -> None:
         for name, (numbers, rows) in adapter.token_rows.items():
             if weight != 1 or name in self.rows:
-                raise ValueError(
+                raise UserError(
                     f"{name}: trained token rows replace those of the base model, so they can be taken from one "
                     "adapter only, with weight 1"
                 )
@@ -143,12 +144,12 @@ class _Plan:
             if name.endswith(TOKEN_ROWS):
                 continue
             if weight != 1 or (name in self.whole and not torch.equal(self.whole[name], value)):
-                raise ValueError(
+                raise UserError(
                     f"{name} is a whole tensor, which replaces the base model's: it can be taken from one adapter "
                     "only, with weight 1; leave it out of the others (--drop-extras)"
                 )
             if name in self.source and self.source.shape(name) != value.shape:
-                raise ValueError(
+                raise UserError(
                     f"{name} has shape {self.source.shape(name)} in {self.source.path} and {tuple(value.shape)} in the "
                     "adapter, which replaces it as a whole; give the base model with that head, as it was trained on"
                 )
@@ -157,21 +158,21 @@ class _Plan:
     def _check(self, name: str, listed: Sequence[tuple[Entry, float]]) -> None:
         shapes = {entry.shape for entry, _ in listed}
         if len(shapes) > 1:
-            raise ValueError(f"{name} has the shapes {', '.join(map(str, sorted(shapes)))} in the adapters")
+            raise UserError(f"{name} has the shapes {', '.join(map(str, sorted(shapes)))} in the adapters")
         for key in self.places[name]:
             dtype = self.source.dtype(key)
             if dtype not in DTYPES.values():
-                raise ValueError(f"{key} is stored as {dtype}; merge into the unquantised model instead")
+                raise UserError(f"{key} is stored as {dtype}; merge into the unquantised model instead")
 
     def _check_rows(self, name: str) -> None:
         numbers, rows = self.rows[name]
         if name in self.entries or name in self.whole:
-            raise ValueError(f"{name} is changed as a whole and has trained token rows; merge it with PEFT instead")
+            raise UserError(f"{name} is changed as a whole and has trained token rows; merge it with PEFT instead")
         if name not in self.source:
-            raise ValueError(f"{self.source.path} has no weight {name!r}, of which the adapter trained token rows")
+            raise UserError(f"{self.source.path} has no weight {name!r}, of which the adapter trained token rows")
         shape = self.source.shape(name)
         if rows.shape[1:] != shape[1:] or int(numbers.max()) >= shape[0]:
-            raise ValueError(
+            raise UserError(
                 f"{name} has shape {shape} in {self.source.path}, and the adapter trained its rows {numbers.tolist()} "
                 f"of shape {tuple(rows.shape)}; give the base model that the adapter was trained on"
             )
@@ -214,7 +215,7 @@ class _Plan:
             self._recent = (name, self.files.split(name, self.change(name)))
         result = _add(old, self._recent[1][key])
         if not torch.isfinite(result).all():
-            raise ValueError(f"{key} would have NaN or infinite entries after the merge; nothing was written")
+            raise UserError(f"{key} would have NaN or infinite entries after the merge; nothing was written")
         return result
 
 
@@ -257,16 +258,16 @@ def _verify(plan: _Plan, written: Checkpoint) -> tuple[float, str]:
         difference = float((_apply(Tucker(new.double(), (None,) * new.ndim), inputs) - expected).abs().max())
         relative = difference / max(float(expected.abs().max()), 1e-30)
         if not relative <= TOLERANCE[old.dtype]:
-            raise ValueError(
+            raise UserError(
                 f"{name}: the merged layer differs from the unmerged by {relative:.1e}; nothing was written"
             )
         largest, worst = max((largest, worst), (relative, name))
     for name, value in plan.whole.items():
         if not torch.equal(written.get(name), value.to(written.get(name).dtype)):
-            raise ValueError(f"{name} was not written as the adapter has it; nothing was written")
+            raise UserError(f"{name} was not written as the adapter has it; nothing was written")
     for name, (numbers, rows) in plan.rows.items():
         if not torch.equal(written.get(name)[numbers], rows.to(written.get(name).dtype)):
-            raise ValueError(f"{name} was not written with the rows of the adapter; nothing was written")
+            raise UserError(f"{name} was not written with the rows of the adapter; nothing was written")
     return largest, worst
 
 

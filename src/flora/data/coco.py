@@ -13,6 +13,7 @@ from typing import Any
 
 from flora.data.images import Source, hub_column, hub_images, read_image
 from flora.data.records import SPLIT_NAMES, Bad, Item, sift, split_paths
+from flora.errors import UserError
 
 SLACK = 2  # pixels that a box may stick out of its image
 
@@ -53,7 +54,7 @@ def find_files(root: Path) -> dict[str, tuple[Path, Path]]:
     for split, folder in split_paths(root).items():
         files = sorted(folder.glob("*.json"))
         if len(files) != 1:
-            raise ValueError(f"{folder} has {len(files)} JSON files, expected one with the boxes of its images")
+            raise UserError(f"{folder} has {len(files)} JSON files, expected one with the boxes of its images")
         found[split] = (files[0], folder)
     return found
 
@@ -70,9 +71,9 @@ def read_coco(path: Path, folder: Path) -> Part:
         categories = {category["id"]: category["name"] for category in content["categories"]}
         rows = [Item(f"{path}: annotation {row.get('id', at)}", row) for at, row in enumerate(content["annotations"])]
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from None
+        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from None
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not of COCO's format: {type(error).__name__} {error}") from None
+        raise UserError(f"{path} is not of COCO's format: {type(error).__name__} {error}") from None
     return Part({key: Item(str(image), image) for key, image in images.items()}, rows, categories)
 
 
@@ -86,7 +87,7 @@ def read_rows(place: str, rows: Any, image_column: str, objects_column: str) -> 
     column = hub_column(rows, objects_column)
     names = getattr(getattr(column.features[objects_column]["category"], "feature", None), "names", None)
     if names is None:
-        raise ValueError(f"{place}: {objects_column}.category has no names of classes")
+        raise UserError(f"{place}: {objects_column}.category has no names of classes")
     annotations = []
     for at, objects in enumerate(column[objects_column]):
         for box, category in zip(objects["bbox"], objects["category"], strict=True):
@@ -133,14 +134,14 @@ def check_annotation(row: dict[str, Any], sizes: dict[Any, Any], categories: dic
         ValueError: a key is missing, there is no such image or category, or the box has no size or is outside.
     """
     if missing := [key for key in ("image_id", "category_id", "bbox") if key not in row]:
-        raise ValueError(f"lacks {', '.join(missing)}")
+        raise UserError(f"lacks {', '.join(missing)}")
     if row["image_id"] not in sizes:
-        raise ValueError(f"there is no image {row['image_id']!r} that can be used")
+        raise UserError(f"there is no image {row['image_id']!r} that can be used")
     if categories.get(row["category_id"]) not in labels:
-        raise ValueError(f"category {row['category_id']!r} is out of range, not one of {', '.join(labels[:5])} ...")
+        raise UserError(f"category {row['category_id']!r} is out of range, not one of {', '.join(labels[:5])} ...")
     box, size = row["bbox"], sizes[row["image_id"]]
     left, top, width, height = box
     if not (all(map(math.isfinite, box)) and width > 0 and height > 0):
-        raise ValueError(f"the box {box} (left, top, width, height) has no size")
+        raise UserError(f"the box {box} (left, top, width, height) has no size")
     if min(left, top) < -SLACK or left + width > size[0] + SLACK or top + height > size[1] + SLACK:
-        raise ValueError(f"the box {box} (left, top, width, height) lies outside of its image, which has {size} pixels")
+        raise UserError(f"the box {box} (left, top, width, height) lies outside of its image, which has {size} pixels")

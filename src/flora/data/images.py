@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from flora.data.records import Item
+from flora.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class HubFile:
         if stored.get("bytes") is not None:
             return BytesIO(stored["bytes"])
         if not stored.get("path"):
-            raise ValueError("the row has no image")
+            raise UserError("the row has no image")
         return Path(stored["path"]).open(mode)
 
 
@@ -51,7 +52,7 @@ def hub_column(dataset: Any, name: str) -> Any:
         ValueError: there is no such column.
     """
     if name not in dataset.column_names:
-        raise ValueError(f"the data set has no column {name!r}, but {', '.join(dataset.column_names)}")
+        raise UserError(f"the data set has no column {name!r}, but {', '.join(dataset.column_names)}")
     return dataset.select_columns(name)
 
 

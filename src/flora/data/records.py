@@ -14,6 +14,7 @@ from typing import Any, Generic, Literal, TypeVar, cast
 
 from tqdm import tqdm
 
+from flora.errors import UserError
 from flora.storage.progress import hidden_bars
 
 Value = TypeVar("Value")
@@ -50,7 +51,7 @@ def sift(items: Iterable[Item[Value]], check: Callable[[Value], object], *, bad:
         ValueError: there are bad items and ``bad`` is "error", or no item is left. Names the first, with the reason.
     """
     if bad not in ("error", "skip"):
-        raise ValueError(f"task.bad_data is {bad!r}, expected error or skip")
+        raise UserError(f"task.bad_data is {bad!r}, expected error or skip")
     items, good, reasons = list(items), [], []
     for item in tqdm(items, desc=f"checking {what}", delay=2, leave=False):
         reason = _reason(item.value, check)
@@ -62,10 +63,10 @@ def sift(items: Iterable[Item[Value]], check: Callable[[Value], object], *, bad:
         more = f" (and {len(reasons) - SHOWN} more)" if len(reasons) > SHOWN else ""
         told = f"{len(reasons)} of {len(items)} {what} cannot be used: {'; '.join(reasons[:SHOWN])}{more}"
         if bad == "error":
-            raise ValueError(f"{told}. Repair or remove them, or set task.bad_data=skip")
+            raise UserError(f"{told}. Repair or remove them, or set task.bad_data=skip")
         print(f"left out: {told}", flush=True)
     if not good:
-        raise ValueError(f"there are no {what} to use; check task.data")
+        raise UserError(f"there are no {what} to use; check task.data")
     return good
 
 
@@ -89,7 +90,7 @@ def text_of(path: Path) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}:{line}: not UTF-8 text ({error.reason}); convert the file to UTF-8") from None
+        raise UserError(f"{path}:{line}: not UTF-8 text ({error.reason}); convert the file to UTF-8") from None
 
 
 def json_lines(path: Path) -> list[Item[str]]:
@@ -109,9 +110,9 @@ def json_entries(path: Path) -> list[Item[Any]]:
     try:
         entries = json.loads(text_of(path))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from None
+        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from None
     if not isinstance(entries, list):
-        raise ValueError(f"{path} must be one list of entries, got {type(entries).__name__}")
+        raise UserError(f"{path} must be one list of entries, got {type(entries).__name__}")
     return [Item(f"{path}: entry {at}", entry) for at, entry in enumerate(entries, start=1)]
 
 
@@ -137,13 +138,13 @@ def parsed(entry: object, required: Sequence[str] = ()) -> dict[str, Any]:
     try:
         value = json.loads(entry) if isinstance(entry, str) else entry
     except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON ({error.msg} at column {error.colno})") from None
+        raise UserError(f"not valid JSON ({error.msg} at column {error.colno})") from None
     if not isinstance(value, dict):
-        raise ValueError(f"expected a JSON object, got {type(value).__name__}")
+        raise UserError(f"expected a JSON object, got {type(value).__name__}")
     if missing := [key for key in required if key not in value]:
-        raise ValueError(f"lacks {', '.join(map(repr, missing))}; it has {', '.join(map(repr, value))}")
+        raise UserError(f"lacks {', '.join(map(repr, missing))}; it has {', '.join(map(repr, value))}")
     if None in value:
-        raise ValueError(f"has {len(value[None])} more fields than there are columns")
+        raise UserError(f"has {len(value[None])} more fields than there are columns")
     return value
 
 
@@ -155,12 +156,12 @@ def class_folders(folder: Path, endings: Sequence[str] = IMAGES) -> tuple[list[I
     """
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not classes:
-        raise ValueError(f"{folder} has no sub-folders; put the files of each class into a folder of its name")
+        raise UserError(f"{folder} has no sub-folders; put the files of each class into a folder of its name")
     items: list[Item[Path]] = []
     for name in classes:
         files = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in endings)
         if not files:
-            raise ValueError(f"the class folder {folder / name} has no files ({', '.join(endings)}); fill or remove it")
+            raise UserError(f"the class folder {folder / name} has no files ({', '.join(endings)}); fill or remove it")
         items += [Item(str(path), path) for path in files]
     return items, classes
 
@@ -210,7 +211,7 @@ def split_files(root: Path, endings: Sequence[str]) -> dict[str, Path]:
         if paths["train"].is_file() and paths["train"].suffix == ending:
             return paths
     kinds = ", ".join(endings)
-    raise ValueError(
+    raise UserError(
         f"task.data is {str(root)!r}: expected a file ({kinds}), or a folder with train{endings[0]} or alike"
     )
 
@@ -248,7 +249,7 @@ def check_labels(labels: Sequence[str] | None) -> None:
         ValueError: there are not two or more, or two are the same.
     """
     if labels is not None and not 1 < len(labels) == len(set(labels)):
-        raise ValueError(f"task.labels is {labels}, expected two or more different names")
+        raise UserError(f"task.labels is {labels}, expected two or more different names")
 
 
 def hub(where: str, name: str | None = None, revision: str | None = None) -> dict[str, Any]:
@@ -272,7 +273,7 @@ def hub(where: str, name: str | None = None, revision: str | None = None) -> dic
         raise FileNotFoundError(f"the data set {where!r} is no local path and cannot be loaded ({reason})") from None
     found = {split: loaded[own] for split, names in SPLIT_NAMES.items() for own in names if own in loaded}
     if "train" not in found:
-        raise ValueError(f"the data set {where!r} has the splits {', '.join(loaded)}, but no train split")
+        raise UserError(f"the data set {where!r} has the splits {', '.join(loaded)}, but no train split")
     return found
 
 
@@ -331,7 +332,7 @@ def with_held_out(parts: dict[str, list[Value]], share: float = HELD_OUT) -> dic
         train = list(parts["train"])
         count = max(1, round(share * len(train)))
         if count >= len(train):
-            raise ValueError(f"task.data has no {split} part and only {len(train)} items to hold some out of")
+            raise UserError(f"task.data has no {split} part and only {len(train)} items to hold some out of")
         random.Random(SPLIT_SEED).shuffle(train)
         parts[split], parts["train"] = train[:count], train[count:]
     return {split: parts[split] for split in SPLIT_NAMES}

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from flora.errors import UserError
 from flora.layers.table import find_layer
 
 KERNEL_AXES = {1: ("kw",), 2: ("kh", "kw"), 3: ("kd", "kh", "kw")}
@@ -63,7 +64,7 @@ def layout_from_json(name: str, entry: object) -> Layout:
     if isinstance(entry, Mapping) and isinstance(entry.get("kind"), str) and isinstance(entry.get("axes"), list):
         axes, groups, place = tuple(map(str, entry["axes"])), int(entry.get("groups", 1)), int(entry.get("place", 0))
         return Layout(entry["kind"], axes, groups, entry.get("fold"), place)
-    raise ValueError(
+    raise UserError(
         f"the recorded layout of {name} is {entry!r}, expected a kind and a list of axes; the file was edited"
     )
 
@@ -135,5 +136,5 @@ def fold_groups(pattern: str) -> tuple[int, ...]:
     tokens = re.findall(r"\([^()]*\)|[^\s()]+", dims)
     groups = tuple(len(token.strip("()").split()) if token.startswith("(") else 1 for token in tokens)
     if not groups or 0 in groups or re.sub(r"\([^()]*\)|[^\s()]+|\s", "", dims):
-        raise ValueError(f"fold {pattern!r} is not a list of names and groups, such as '(heads dim) in, heads=12'")
+        raise UserError(f"fold {pattern!r} is not a list of names and groups, such as '(heads dim) in, heads=12'")
     return groups

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from flora.errors import UserError
+
 GIVE_BASE = "give the base model (base=..., on the command line --base FOLDER)"
 PREFIX = "base_model.model."
 TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"  # rows of an embedding that replace those of the base model
@@ -20,7 +22,7 @@ def check_prefix(keys: Iterable[str], source: Path) -> None:
     """Raises a ValueError if a key is not one that PEFT writes."""
     foreign = [key for key in keys if not key.startswith(PREFIX)]
     if foreign:
-        raise ValueError(
+        raise UserError(
             f"{source} has foreign keys: {foreign[0]!r}{f' and {len(foreign) - 1} more' if foreign[1:] else ''} do not "
             f"begin with {PREFIX!r}; it is not an adapter that PEFT saved"
         )
@@ -50,7 +52,7 @@ def nested(name: str, places: Mapping[str, int]) -> str:
     beside = {other: place for other, place in places.items() if other.rpartition(".")[0] == module}
     order = sorted(beside.values())
     if len(set(order)) < len(order):
-        raise ValueError(
+        raise UserError(
             f"{', '.join(sorted(beside))} are parameters of one module, and the adapter does not record their order; "
             f"{GIVE_BASE}"
         )

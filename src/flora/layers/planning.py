@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from flora.errors import UserError
 from flora.tucker.form import count_params
 from flora.tucker.ranks import check_rank
 
@@ -99,13 +100,13 @@ def plan(
     shape, ranks = tuple(shape), tuple(ranks)
     kind = kind or ("linear" if len(shape) == 2 else "conv")
     if kind not in KINDS:
-        raise ValueError(f"unknown kind {kind!r}, expected one of {', '.join(KINDS)}")
+        raise UserError(f"unknown kind {kind!r}, expected one of {', '.join(KINDS)}")
     if len(shape) < 2 or len(ranks) != len(shape):
-        raise ValueError(f"ranks {ranks} and shape {shape} do not fit; give one rank per dimension, at least two")
+        raise UserError(f"ranks {ranks} and shape {shape} do not fit; give one rank per dimension, at least two")
     for mode, (rank, size) in enumerate(zip(ranks, shape, strict=True)):
         check_rank(rank, f"ranks[{mode}]")
         if rank > size:
-            raise ValueError(f"rank {rank} of mode {mode} is above its size {size} in shape {shape}")
+            raise UserError(f"rank {rank} of mode {mode} is above its size {size} in shape {shape}")
     dense = math.prod(shape)
     build = 3 * _build_flops(shape, ranks)  # forward, and backward to the core and to the factors
     factored = _factored_flops(kind, shape, ranks, positions, positions * stride, groups)

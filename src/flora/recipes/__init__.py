@@ -19,6 +19,8 @@ from typing import Any, Protocol, cast
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
 
+from flora.errors import UserError
+
 CONFIGS = Path(__file__).parent / "configs"
 SPLITS = ("train", "validation", "test")
 
@@ -48,7 +50,7 @@ class Data:
             ValueError: there is no such split.
         """
         if name not in SPLITS:
-            raise ValueError(f"split is {name!r}, expected one of {', '.join(SPLITS)}")
+            raise UserError(f"split is {name!r}, expected one of {', '.join(SPLITS)}")
         return cast("Dataset[Any]", getattr(self, name))
 
 
@@ -109,7 +111,7 @@ def load_recipe(name: str) -> Recipe:
         return _load_file(Path(name))
     names = recipe_names()
     if name not in names:
-        raise ValueError(
+        raise UserError(
             f"recipe is {name!r}, expected one of {', '.join(names)}, or a file my_recipe.py{nearest(name, names)}"
         )
     return cast("Recipe", importlib.import_module(f"{__name__}.{name}"))
@@ -123,7 +125,7 @@ def _load_file(path: Path) -> Recipe:
     sys.modules[path.stem] = module  # dataclasses look their own module up there
     spec.loader.exec_module(module)
     if missing := [item for item in REQUIRED if not hasattr(module, item)]:
-        raise ValueError(f"the recipe {path} has no {', '.join(missing)}; see flora.recipes.Recipe for the contract")
+        raise UserError(f"the recipe {path} has no {', '.join(missing)}; see flora.recipes.Recipe for the contract")
     return cast("Recipe", module)
 
 

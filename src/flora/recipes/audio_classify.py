@@ -38,6 +38,7 @@ from flora.data.records import (
     with_held_out,
 )
 from flora.data.samples import locate
+from flora.errors import UserError
 from flora.recipes import Data
 
 METRIC = "accuracy"
@@ -71,7 +72,7 @@ class Task:
 
     def __post_init__(self) -> None:
         if not self.seconds > 0:
-            raise ValueError(f"task.seconds is {self.seconds}, expected a length above 0")
+            raise UserError(f"task.seconds is {self.seconds}, expected a length above 0")
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,11 @@ def read_sound(clip: Clip, rate: int) -> np.ndarray:
     try:
         wave, own = soundfile.read(clip.open(), dtype="float32", always_2d=True)
     except soundfile.SoundFileError as error:
-        raise ValueError(f"cannot be decoded ({error})") from None
+        raise UserError(f"cannot be decoded ({error})") from None
     if not len(wave):
-        raise ValueError("has no samples")
+        raise UserError("has no samples")
     if not np.isfinite(wave).all():
-        raise ValueError("has samples that are NaN or infinite")
+        raise UserError("has samples that are NaN or infinite")
     ratio = Fraction(rate, own)
     mono: np.ndarray = resample_poly(wave.mean(axis=1), ratio.numerator, ratio.denominator)
     return mono.astype(np.float32)
@@ -118,7 +119,7 @@ def _of_folder(root: Path) -> tuple[dict[str, list[Item[Clip]]], list[str]]:
     for split, path in paths.items():
         files, own = class_folders(path, SOUNDS)
         if unknown := [name for name in own if name not in classes]:
-            raise ValueError(f"{path / unknown[0]}: {paths['train']} has no such class, only {', '.join(classes)}")
+            raise UserError(f"{path / unknown[0]}: {paths['train']} has no such class, only {', '.join(classes)}")
         label_of = {item.place: classes.index(item.value.relative_to(path).parts[0]) for item in files}
         parts[split] = [Item(item.place, Clip(partial(Path, item.value), label_of[item.place])) for item in files]
     return parts, classes
@@ -130,7 +131,7 @@ def _of_hub(where: str, task: Task) -> tuple[dict[str, list[Item[Clip]]], list[s
     loaded = hub(where, task.data_name, task.data_revision)
     for column in (task.audio_column, task.label_column):
         if column not in loaded["train"].column_names:
-            raise ValueError(f"{where} has no column {column!r}, only {', '.join(loaded['train'].column_names)}")
+            raise UserError(f"{where} has no column {column!r}, only {', '.join(loaded['train'].column_names)}")
     kind = loaded["train"].features[task.label_column]
     classes = kind.names if isinstance(kind, ClassLabel) else sorted(map(str, set(loaded["train"][task.label_column])))
     parts = {}
@@ -177,7 +178,7 @@ def load_data(task: Task, seed: int) -> Data:
 
     def check(clip: Clip) -> None:
         if not 0 <= clip.label < len(classes):
-            raise ValueError(f"label {clip.label} is not one of the {len(classes)} classes, 0 to {len(classes) - 1}")
+            raise UserError(f"label {clip.label} is not one of the {len(classes)} classes, 0 to {len(classes) - 1}")
         read_sound(clip, extractor.sampling_rate)
 
     good = {split: sift(items, check, bad=task.bad_data, what=f"{split} sounds") for split, items in parts.items()}

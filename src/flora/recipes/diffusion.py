@@ -29,6 +29,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, EvalPrediction, Trainer
 
 from flora.data.records import IMAGES, Bad, Item, hub, is_local, load_pretrained, row_file, sift, split_paths
 from flora.data.samples import locate
+from flora.errors import UserError
 from flora.recipes import Data
 
 METRIC = "explained"
@@ -61,11 +62,11 @@ class Task:
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
-            raise ValueError("task.prompt is empty, expected words that stand for the thing, as 'a photo of sks dog'")
+            raise UserError("task.prompt is empty, expected words that stand for the thing, as 'a photo of sks dog'")
         if self.resolution < 8 or self.resolution % 8:
-            raise ValueError(f"task.resolution is {self.resolution}, expected a multiple of 8")
+            raise UserError(f"task.resolution is {self.resolution}, expected a multiple of 8")
         if self.draws < 1:
-            raise ValueError(f"task.draws is {self.draws}, expected 1 or more")
+            raise UserError(f"task.draws is {self.draws}, expected 1 or more")
 
 
 class NoiseTrainer(Trainer):
@@ -131,7 +132,7 @@ def pictures(task: Task) -> dict[str, list[Item[Source]]]:
     for split, folder in split_paths(Path(where).expanduser()).items():
         files = sorted(path for path in folder.glob("*") if path.suffix.lower() in IMAGES)
         if not files:
-            raise ValueError(f"{folder} has no pictures ({', '.join(IMAGES)}); put those of the thing there")
+            raise UserError(f"{folder} has no pictures ({', '.join(IMAGES)}); put those of the thing there")
         parts[split] = [Item(str(path), cast("Source", partial(Path, path))) for path in files]
     return parts
 
@@ -140,7 +141,7 @@ def _rows(where: str, split: str, rows: Any, column: str) -> list[Item[Source]]:
     from datasets import Image as Column
 
     if column not in rows.column_names:
-        raise ValueError(f"{where} has no column {column!r}, only {', '.join(rows.column_names)}")
+        raise UserError(f"{where} has no column {column!r}, only {', '.join(rows.column_names)}")
     files = rows.select_columns(column).cast_column(column, Column(decode=False))
     return [Item(f"{where}, {split} row {row}", partial(row_file, files, row, column)) for row in range(len(files))]
 
@@ -188,7 +189,7 @@ def load_base(task: Task) -> Any:
     where = locate(task.model)
     unet = load_pretrained(UNet2DConditionModel, where, subfolder="unet")
     if unet.config.addition_embed_type is not None:
-        raise ValueError(f"task.model {where!r} takes more than a prompt; give a Stable Diffusion 1 or 2")
+        raise UserError(f"task.model {where!r} takes more than a prompt; give a Stable Diffusion 1 or 2")
     unet.name_or_path = str(Path(where) / "unet") if is_local(where) else where
     return unet
 

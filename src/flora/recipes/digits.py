@@ -31,6 +31,7 @@ from transformers import (
     set_seed,
 )
 
+from flora.errors import UserError
 from flora.recipes import Data
 from flora.storage.atomic import cache_folder, staged_folder
 from flora.storage.progress import hidden_bars, show_loss
@@ -65,9 +66,9 @@ class Task:
 
     def __post_init__(self) -> None:
         if self.rotation % 90:
-            raise ValueError(f"task.rotation is {self.rotation}, expected a multiple of 90 degrees")
+            raise UserError(f"task.rotation is {self.rotation}, expected a multiple of 90 degrees")
         if len(self.hidden_sizes) != len(self.depths):
-            raise ValueError(
+            raise UserError(
                 f"task.hidden_sizes {self.hidden_sizes} and task.depths {self.depths} differ in length; "
                 "give one of each per stage"
             )
@@ -109,7 +110,7 @@ def load_data(task: Task, seed: int) -> Data:
     pool, random = parts["pool"], np.random.default_rng(seed)
     most = int(np.bincount(labels[pool]).min())
     if not 1 <= task.labels_per_class <= most:
-        raise ValueError(f"task.labels_per_class is {task.labels_per_class}, expected 1 to {most}, what the pool has")
+        raise UserError(f"task.labels_per_class is {task.labels_per_class}, expected 1 to {most}, what the pool has")
     chosen = [random.choice(pool[labels[pool] == digit], task.labels_per_class, replace=False) for digit in range(10)]
     parts["train"] = np.concatenate(chosen)
     domain = {name: Digits(parts[name], rotation=task.rotation, invert=task.invert) for name in ("train", "test")}

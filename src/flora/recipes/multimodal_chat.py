@@ -23,6 +23,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from flora.data.records import check_image, load_pretrained, parsed, records, sift, with_held_out
 from flora.data.samples import locate
+from flora.errors import UserError
 from flora.recipes import Data
 from flora.recipes.text_causal import AnswerTrainer, compute_metrics
 
@@ -66,9 +67,9 @@ class Task:
 
     def __post_init__(self) -> None:
         if self.max_length < 1:
-            raise ValueError(f"task.max_length is {self.max_length}, expected at least 1")
+            raise UserError(f"task.max_length is {self.max_length}, expected at least 1")
         if not 0 < self.held_out < 0.5:
-            raise ValueError(f"task.held_out is {self.held_out}, expected a share between 0 and 0.5")
+            raise UserError(f"task.held_out is {self.held_out}, expected a share between 0 and 0.5")
 
 
 def messages_of(turns: object, images: int) -> list[dict[str, Any]]:
@@ -78,17 +79,17 @@ def messages_of(turns: object, images: int) -> list[dict[str, Any]]:
         ValueError: the turns are not human and gpt in turn, a text is empty, or the marks do not match the images.
     """
     if not isinstance(turns, list) or not turns or len(turns) % 2:
-        raise ValueError("'conversations' must be a list of human and gpt in turn, which ends with an answer")
+        raise UserError("'conversations' must be a list of human and gpt in turn, which ends with an answer")
     messages: list[dict[str, Any]] = []
     for at, turn in enumerate(turns):
         given, (role, *names) = parsed(turn, ["from", "value"]), ROLES[at % 2]
         if given["from"] not in names:
-            raise ValueError(f"turn {at + 1} is from {given['from']!r}, expected {names[0]!r}")
+            raise UserError(f"turn {at + 1} is from {given['from']!r}, expected {names[0]!r}")
         text = given["value"]
         if not isinstance(text, str) or not text.replace(MARK, "").strip():
-            raise ValueError(f"turn {at + 1} has an empty text or none: {text!r}")
+            raise UserError(f"turn {at + 1} has an empty text or none: {text!r}")
         if role == "assistant" and MARK in text:
-            raise ValueError(f"turn {at + 1} is an answer with {MARK}, which only questions may have")
+            raise UserError(f"turn {at + 1} is an answer with {MARK}, which only questions may have")
         content: list[dict[str, Any]] = []
         for at_image, piece in enumerate(text.split(MARK)):
             content += [{"type": "image"}] * (at_image > 0)
@@ -96,7 +97,7 @@ def messages_of(turns: object, images: int) -> list[dict[str, Any]]:
         messages.append({"role": role, "content": content})
     marks = sum(part["type"] == "image" for message in messages for part in message["content"])
     if marks != images:
-        raise ValueError(f"has {images} images but {MARK} {marks} times")
+        raise UserError(f"has {images} images but {MARK} {marks} times")
     return messages
 
 
@@ -118,7 +119,7 @@ def _image(image: Any, folder: Path) -> dict[str, Any]:
             opened.load()
         return {"bytes": image["bytes"], "path": None}
     if not isinstance(image, str):
-        raise ValueError(f"'image' must be the name of a file, got {type(image).__name__}")
+        raise UserError(f"'image' must be the name of a file, got {type(image).__name__}")
     _check_once(folder / image)
     return {"bytes": None, "path": str(folder / image)}
 

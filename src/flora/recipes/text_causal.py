@@ -20,6 +20,7 @@ from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 
 from flora.data.records import load_pretrained, parsed, records, sift, with_held_out
 from flora.data.samples import locate
+from flora.errors import UserError
 from flora.recipes import Data
 
 METRIC = "token_accuracy"
@@ -51,7 +52,7 @@ class Task:
 
     def __post_init__(self) -> None:
         if not 0 < self.held_out < 0.5:
-            raise ValueError(f"task.held_out is {self.held_out}, expected a share between 0 and 0.5")
+            raise UserError(f"task.held_out is {self.held_out}, expected a share between 0 and 0.5")
 
 
 def prompt_of(instruction: str, given: str) -> str:
@@ -70,18 +71,18 @@ def example(record: object) -> dict[str, Any]:
     if "messages" not in row:
         texts = {key: row.get(key) or "" for key in ("instruction", "input", "output")}
         if strange := [key for key, text in texts.items() if not isinstance(text, str)]:
-            raise ValueError(f"{strange[0]!r} is no text: {texts[strange[0]]!r}")
+            raise UserError(f"{strange[0]!r} is no text: {texts[strange[0]]!r}")
         if empty := [key for key in ("instruction", "output") if not texts[key].strip()]:
-            raise ValueError(f"{empty[0]!r} is empty or not there; the record has {', '.join(map(repr, row))}")
+            raise UserError(f"{empty[0]!r} is empty or not there; the record has {', '.join(map(repr, row))}")
         return {"prompt": prompt_of(texts["instruction"], texts["input"]), "completion": texts["output"]}
     if not isinstance(row["messages"], list):
-        raise ValueError(f"expected a list of messages, got {type(row['messages']).__name__}")
+        raise UserError(f"expected a list of messages, got {type(row['messages']).__name__}")
     messages = [parsed(message, ["role", "content"]) for message in row["messages"]]
     for message in messages:
         if not isinstance(message["content"], str) or not message["content"].strip():
-            raise ValueError(f"a message of the {message['role']} is empty or no text: {message['content']!r}")
+            raise UserError(f"a message of the {message['role']} is empty or no text: {message['content']!r}")
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise ValueError("the messages must end with a question and the assistant's answer")
+        raise UserError("the messages must end with a question and the assistant's answer")
     plain = [{"role": message["role"], "content": message["content"]} for message in messages]
     return {"prompt": plain[:-1], "completion": plain[-1:]}
 
@@ -98,9 +99,9 @@ def load_data(task: Task, seed: int) -> Data:
     rows = with_held_out({key: [example(item.value) for item in part] for key, part in good.items()}, task.held_out)
     chat = {isinstance(row["prompt"], list) for part in rows.values() for row in part}
     if len(chat) > 1:
-        raise ValueError("task.data has records with messages and records with instructions; give one kind")
+        raise UserError("task.data has records with messages and records with instructions; give one kind")
     if True in chat and not tokenizer.chat_template:
-        raise ValueError(f"task.data has messages, but the tokenizer of {task.model} has no chat template for them")
+        raise UserError(f"task.data has messages, but the tokenizer of {task.model} has no chat template for them")
     train, validation, test = (Dataset.from_list(part) for part in rows.values())
     return Data(train, validation, test, processor=tokenizer)
 

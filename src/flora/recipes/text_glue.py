@@ -30,6 +30,7 @@ from transformers import (
 
 from flora.data.records import Item, load_pretrained, parsed, records, sift, with_held_out
 from flora.data.samples import locate
+from flora.errors import UserError
 from flora.recipes import Data
 
 METRIC = "score"
@@ -94,9 +95,9 @@ class Task:
 
     def __post_init__(self) -> None:
         if self.name not in KINDS:
-            raise ValueError(f"task.name is {self.name!r}, expected one of {', '.join(KINDS)}")
+            raise UserError(f"task.name is {self.name!r}, expected one of {', '.join(KINDS)}")
         if self.max_length < 1:
-            raise ValueError(f"task.max_length is {self.max_length}, expected at least 1")
+            raise UserError(f"task.max_length is {self.max_length}, expected at least 1")
 
 
 class Examples(Dataset[dict[str, Any]]):
@@ -122,7 +123,7 @@ def example(record: object, kind: Kind) -> tuple[list[str], float]:
     row = parsed(record, [*kind.texts, "label"])
     texts = [row[column] for column in kind.texts]
     if bad := [text for text in texts if not isinstance(text, str) or not text.strip()]:
-        raise ValueError(f"a text is empty or no text: {bad[0]!r}")
+        raise UserError(f"a text is empty or no text: {bad[0]!r}")
     return texts, number(row["label"], kind)
 
 
@@ -141,7 +142,7 @@ def number(label: object, kind: Kind) -> float:
         if not kind.labels and 0 <= value <= 5:
             return value
     names = ", ".join(f"{at} {name}" for at, name in enumerate(kind.labels)) or "a score from 0 to 5"
-    raise ValueError(f"the label is {label!r}, expected {names}")
+    raise UserError(f"the label is {label!r}, expected {names}")
 
 
 def hidden(item: Item[Any]) -> bool:
@@ -164,7 +165,7 @@ def load_data(task: Task, seed: int) -> Data:
     rows = with_held_out({key: [check(item.value) for item in part] for key, part in good.items()})
     if task.train_size is not None:
         if not 1 <= task.train_size <= (most := len(rows["train"])):
-            raise ValueError(f"task.train_size is {task.train_size}, expected 1 to {most}, the training rows there are")
+            raise UserError(f"task.train_size is {task.train_size}, expected 1 to {most}, the training rows there are")
         rows["train"] = random.Random(seed).sample(rows["train"], task.train_size)
     tokenizer = load_pretrained(AutoTokenizer, locate(task.model))
     train, validation, test = (Examples(part, tokenizer, task.max_length) for part in rows.values())

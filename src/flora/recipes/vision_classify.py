@@ -32,6 +32,7 @@ from flora.data.records import (
     with_held_out,
 )
 from flora.data.samples import locate
+from flora.errors import UserError
 from flora.recipes import Data
 
 METRIC = "accuracy"
@@ -126,7 +127,7 @@ def load_data(task: Task, seed: int) -> Data:
 
     def check(example: Example) -> None:
         if example.name not in labels:
-            raise ValueError(f"its class {example.name!r} is not one of the {len(labels)}: {', '.join(labels[:5])} ...")
+            raise UserError(f"its class {example.name!r} is not one of the {len(labels)}: {', '.join(labels[:5])} ...")
         read_image(example.image)
 
     good = {name: sift(items, check, bad=task.bad_data, what=f"{name} images") for name, items in parts.items()}

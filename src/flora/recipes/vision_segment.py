@@ -35,6 +35,7 @@ from flora.data.records import (
     with_held_out,
 )
 from flora.data.samples import locate
+from flora.errors import UserError
 from flora.recipes import Data
 
 METRIC = "miou"
@@ -107,7 +108,7 @@ def local_parts(root: Path) -> dict[str, list[Item[Example]]]:
     for split, folder in split_paths(root / "images").items():
         paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES)
         if not paths:
-            raise ValueError(f"{folder} has no images ({', '.join(IMAGES)})")
+            raise UserError(f"{folder} has no images ({', '.join(IMAGES)})")
         maps = [(root / "annotations" / path.relative_to(root / "images")).with_suffix(".png") for path in paths]
         found[split] = [Item(str(path), Example(path, labels)) for path, labels in zip(paths, maps, strict=True)]
     return found
@@ -121,13 +122,13 @@ def check_example(example: Example, classes: int, reduce: bool) -> None:
     """
     image, labels = read_image(example.image), read_image(example.labels)
     if image.size != labels.size:
-        raise ValueError(f"the image has {image.size} pixels (width, height), its label map {labels.size}")
+        raise UserError(f"the image has {image.size} pixels (width, height), its label map {labels.size}")
     values = np.asarray(labels)
     if values.ndim != 2:
-        raise ValueError(f"its label map has {values.shape[2]} channels, expected one with the number of each class")
+        raise UserError(f"its label map has {values.shape[2]} channels, expected one with the number of each class")
     largest = max((int(value) for value in np.unique(values) if value != IGNORED), default=0)
     if largest >= classes + reduce:
-        raise ValueError(f"label {largest} is out of range: there are {classes} classes, reduce_labels is {reduce}")
+        raise UserError(f"label {largest} is out of range: there are {classes} classes, reduce_labels is {reduce}")
 
 
 def prepare(example: Example, draw: Random | None, processor: Any) -> dict[str, Tensor]:

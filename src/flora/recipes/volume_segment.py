@@ -27,6 +27,7 @@ from transformers import EvalPrediction
 from flora.data.records import Bad, Item, is_local, load_pretrained, sift, with_held_out
 from flora.data.samples import locate
 from flora.data.volume_unet import VolumeUNet, VolumeUNetConfig
+from flora.errors import UserError
 from flora.recipes import Data
 from flora.storage.atomic import cache_folder, staged_folder
 from flora.storage.progress import hidden_bars
@@ -64,11 +65,11 @@ class Task:
 
     def __post_init__(self) -> None:
         if len(self.strides) != len(self.channels) - 1:
-            raise ValueError(f"task.strides {self.strides} must be one fewer than task.channels {self.channels}")
+            raise UserError(f"task.strides {self.strides} must be one fewer than task.channels {self.channels}")
         if self.classes < 2:
-            raise ValueError(f"task.classes is {self.classes}, expected 2 or more: the background counts")
+            raise UserError(f"task.classes is {self.classes}, expected 2 or more: the background counts")
         if self.patch is not None and len(self.patch) != 3:
-            raise ValueError(f"task.patch is {self.patch}, expected three sizes")
+            raise UserError(f"task.patch is {self.patch}, expected three sizes")
 
 
 def read_array(path: Path) -> np.ndarray:
@@ -76,21 +77,21 @@ def read_array(path: Path) -> np.ndarray:
     try:
         return np.asanyarray(cast("Any", nibabel).as_closest_canonical(nibabel.load(path)).dataobj)
     except (nibabel.filebasedimages.ImageFileError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path.name} cannot be read ({error})") from None
+        raise UserError(f"{path.name} cannot be read ({error})") from None
 
 
 def read_pair(pair: Pair, config: VolumeUNetConfig) -> tuple[Tensor, Tensor]:
     """The image (channels, *size), normalised, and its labels (*size); raises where they do not fit each other."""
     image, labels = (read_array(path) for path in pair)
     if image.ndim not in (3, 4) or image.shape[:3] != labels.shape:
-        raise ValueError(f"the image has size {image.shape}, its labels {labels.shape}")
+        raise UserError(f"the image has size {image.shape}, its labels {labels.shape}")
     volume = torch.tensor(image.astype(np.float32)).reshape(*labels.shape, -1).movedim(-1, 0)
     if len(volume) != config.num_channels:
-        raise ValueError(f"the image has {len(volume)} channels, the network takes {config.num_channels}")
+        raise UserError(f"the image has {len(volume)} channels, the network takes {config.num_channels}")
     if not torch.isfinite(volume).all():
-        raise ValueError(f"{int((~torch.isfinite(volume)).sum())} voxels are NaN or infinite")
+        raise UserError(f"{int((~torch.isfinite(volume)).sum())} voxels are NaN or infinite")
     if bad := sorted(set(np.unique(labels).tolist()) - set(range(config.classes))):
-        raise ValueError(f"the labels have {bad[0]:g}, expected whole numbers from 0 to {config.classes - 1}")
+        raise UserError(f"the labels have {bad[0]:g}, expected whole numbers from 0 to {config.classes - 1}")
     std, mean = torch.std_mean(volume, dim=(1, 2, 3), correction=0, keepdim=True)
     return (volume - mean) / std.clamp_min(1e-6), torch.tensor(labels.astype(np.int64))
 
@@ -166,7 +167,7 @@ def load_data(task: Task, seed: int) -> Data:
     """
     config = load_pretrained(VolumeUNetConfig, network_folder(task))
     if task.patch is not None and config.padded(task.patch) != task.patch:
-        raise ValueError(f"task.patch is {task.patch}, the next that the strides divide is {config.padded(task.patch)}")
+        raise UserError(f"task.patch is {task.patch}, the next that the strides divide is {config.padded(task.patch)}")
     parts, check = find_pairs(data_folder(locate(task.data))), partial(read_pair, config=config)
     good = {part: sift(items, check, bad=task.bad_data, what=f"{part} volumes") for part, items in parts.items()}
     pairs = with_held_out({part: [item.value for item in items] for part, items in good.items()})

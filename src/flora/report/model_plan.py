@@ -17,6 +17,7 @@ from tabulate import tabulate
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
+from flora.errors import UserError, user_errors
 from flora.layers.planning import KINDS, plan
 from flora.layers.table import find_layer, refusal
 from flora.storage.size import size
@@ -56,7 +57,7 @@ def model_plan(model: str, adapter: dict[str, Any], *, positions: int = 4096) ->
     """
     base = meta_model(model)
     total = sum(parameter.numel() for parameter in base.parameters())
-    with torch.device("meta"):
+    with torch.device("meta"), user_errors(ValueError):  # PEFT refuses names that the model does not have
         adapted = get_peft_model(base, FloraConfig(**adapter))
     counts = Counter(_rows(adapted, positions))
     trained = sum(row.parameters * count for row, count in counts.items())
@@ -87,7 +88,7 @@ def meta_model(model: str) -> PreTrainedModel:
         config = _config(model)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"no config of a transformers model in {model!r}: {reason}") from None
+        raise UserError(f"no config of a transformers model in {model!r}: {reason}") from None
     names = [name for name in config.architectures or [] if hasattr(transformers, name)]
     with torch.device("meta"):
         built = getattr(transformers, names[0])(config) if names else AutoModel.from_config(config)
@@ -101,7 +102,7 @@ def _config(model: str) -> PretrainedConfig:
     text = path.read_text(encoding="utf-8")
     values = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
     if not isinstance(values, dict) or "model_type" not in values:
-        raise ValueError("it has no model_type")
+        raise UserError("it has no model_type")
     return AutoConfig.for_model(values.pop("model_type"), **values)
 
 

@@ -21,6 +21,7 @@ from flora.convert import Adapter, load, save
 from flora.convert import streaming as streamed
 from flora.convert.arithmetic import add
 from flora.convert.base_model import open_base
+from flora.errors import UserError
 from flora.runs.reloading import ADAPTER_CONFIG, load_adapter, load_base, model_class
 from flora.runs.settings import FILE
 from flora.storage.atomic import STAGING, read_json
@@ -98,10 +99,10 @@ def merge(
     paths = [adapters] if isinstance(adapters, Path) else list(adapters)
     numbers = [1.0] * len(paths) if weights is None else list(weights)
     if len(numbers) != len(paths):
-        raise ValueError(f"--weights has {len(numbers)} numbers for {len(paths)} adapters; give one for each")
+        raise UserError(f"--weights has {len(numbers)} numbers for {len(paths)} adapters; give one for each")
     check_target(out, overwrite)
     if out.exists() and (out.resolve() in [path.resolve() for path in paths] or not (out / "config.json").is_file()):
-        raise ValueError(f"{out} exists and is not a merged model; give another --out")
+        raise UserError(f"{out} exists and is not a merged model; give another --out")
     for path in paths:
         check_exists(path, "adapter")
     found: dict[str, Any] = {}
@@ -137,7 +138,7 @@ def _local_base(path: Path, base: str | None, out: Path) -> Iterator[Path]:
     config = read_json(path / ADAPTER_CONFIG) if (path / ADAPTER_CONFIG).is_file() else {}
     named = base or config.get("base_model_name_or_path")
     if not named:
-        raise ValueError(f"{path} names no base model; give it with --base")
+        raise UserError(f"{path} names no base model; give it with --base")
     folder = Path(named) if Path(named).exists() else _download(named, required=not (path / FILE).is_file())
     if folder is not None and _can_stream(folder, path, config):
         yield folder
@@ -258,7 +259,7 @@ def _compare_outputs(before: Tensor, after: Tensor) -> tuple[float, float]:
     magnitude = float(before.double().abs().max())
     allowed = TOLERANCE.get(before.dtype, 1e-4) * max(1.0, magnitude)
     if not difference <= allowed:
-        raise ValueError(
+        raise UserError(
             f"the merged model differs from the unmerged one by {difference:.3g} (outputs up to {magnitude:.3g}, "
             f"allowed {allowed:.3g}); nothing was written"
         )
@@ -294,7 +295,7 @@ def random_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     elif name == "input_features":
         sample = torch.randn(2, config.num_mel_bins, 2 * config.max_source_positions, generator=random)
     else:
-        raise ValueError(
+        raise UserError(
             f"{type(model).__name__} takes {name!r}, and only images (pixel_values), token ids (input_ids) and sound "
             "(input_values, input_features) can be made at random; use merge_and_unload(safe_merge=True) of PEFT"
         )

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from flora.data.records import head_options
+from flora.errors import UserError, user_errors
 from flora.runs.settings import FILE, read
 from flora.storage.atomic import read_json
 from flora.storage.progress import hidden_bars
@@ -49,7 +50,7 @@ def check_adapter(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} has no {ADAPTER}; the training that writes it has not ended")
     for key, tensor in read_safetensors(folder / ADAPTER).items():
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"{folder / ADAPTER}: {key} has NaN or infinite entries; the training diverged")
+            raise UserError(f"{folder / ADAPTER}: {key} has NaN or infinite entries; the training diverged")
     return config
 
 
@@ -63,7 +64,7 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
     except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or corrupt ({error}); copy it again, or train again") from None
+        raise UserError(f"{path} is truncated or corrupt ({error}); copy it again, or train again") from None
 
 
 def load_base(folder: Path, base: str | None = None) -> PreTrainedModel:
@@ -80,7 +81,7 @@ def load_base(folder: Path, base: str | None = None) -> PreTrainedModel:
     config = check_adapter(folder)
     where = base or config.get("base_model_name_or_path")
     if not where:
-        raise ValueError(f"{folder / ADAPTER_CONFIG} names no base model; give it with --base")
+        raise UserError(f"{folder / ADAPTER_CONFIG} names no base model; give it with --base")
     absent = base is None and Path(where).is_absolute() and not Path(where).is_dir()
     if (folder / FILE).is_file() and (absent or not (folder / LABELS).is_file()):
         settings = read(str(folder / FILE))
@@ -113,7 +114,7 @@ def model_class(config: Mapping[str, Any], folder: Path) -> Any:
         return getattr(importlib.import_module(mapping["parent_library"]), mapping["base_model_class"])
     if task in AUTO_CLASSES:
         return getattr(importlib.import_module("transformers"), AUTO_CLASSES[task])
-    raise ValueError(
+    raise UserError(
         f"{folder / ADAPTER_CONFIG} says neither the class (auto_mapping) nor a task_type of "
         f"{', '.join(AUTO_CLASSES)}; save the adapter with save_pretrained from its PeftModel"
     )
@@ -127,9 +128,10 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     """
     check_adapter(folder)
     try:
-        return PeftModel.from_pretrained(base, str(folder)).eval()
+        with user_errors(ValueError):
+            return PeftModel.from_pretrained(base, str(folder)).eval()
     except RuntimeError as error:  # torch's own list of tensors that do not fit, one a line
         lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
         if not lines:
             raise
-        raise ValueError(f"the adapter {folder} does not fit the base model: {lines[0]}") from None
+        raise UserError(f"the adapter {folder} does not fit the base model: {lines[0]}") from None

@@ -12,6 +12,7 @@ from typing import Any, cast
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
+from flora.errors import UserError
 from flora.recipes import Recipe, config_path, load_recipe, optional
 from flora.storage.atomic import write_text
 from flora.tuner.config import FloraConfig
@@ -47,11 +48,11 @@ class Comparison:
 
     def __post_init__(self) -> None:
         if not self.learning_rates or min(self.learning_rates) <= 0:
-            raise ValueError(f"compare.learning_rates is {self.learning_rates}, expected one or more above 0")
+            raise UserError(f"compare.learning_rates is {self.learning_rates}, expected one or more above 0")
         if self.budgets and min(self.budgets) < 1:
-            raise ValueError(f"compare.budgets is {self.budgets}, expected counts of parameters from 1")
+            raise UserError(f"compare.budgets is {self.budgets}, expected counts of parameters from 1")
         if self.lora_r < 1:
-            raise ValueError(f"compare.lora_r is {self.lora_r}, expected 1 or more")
+            raise UserError(f"compare.lora_r is {self.lora_r}, expected 1 or more")
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def read(config: str, overrides: Iterable[str] = ()) -> Settings:
         _override(given, item)
     name = given.get("recipe")
     if not isinstance(name, str):
-        raise ValueError(f"{path} needs 'recipe: NAME'; `flora recipes` lists them")
+        raise UserError(f"{path} needs 'recipe: NAME'; `flora recipes` lists them")
     recipe = load_recipe(name)
     groups: dict[str, Any] = {
         "task": recipe.Task,
@@ -132,7 +133,7 @@ def read(config: str, overrides: Iterable[str] = ()) -> Settings:
         task = recipe.Task(**vars(checked.task))
         comparison = Comparison(**vars(checked.compare))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
     output = Path(checked.output or f"outputs/{path.stem}")
     return Settings(name, output, checked.seed, task, _plain(adapter), _plain(training), comparison)
 
@@ -151,7 +152,7 @@ def split_flags(overrides: Iterable[str]) -> tuple[dict[str, bool], list[str]]:
         elif text.lower() in ("true", "false"):
             flags[key] = text.lower() == "true"
         else:
-            raise ValueError(f"{item!r}: expected {key}=true or {key}=false")
+            raise UserError(f"{item!r}: expected {key}=true or {key}=false")
     return flags, rest
 
 
@@ -166,25 +167,25 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(given, dict):
-        raise ValueError(f"{path} must be a mapping of settings, got {type(given).__name__}")
+        raise UserError(f"{path} must be a mapping of settings, got {type(given).__name__}")
     return given
 
 
 def _override(given: dict[str, Any], item: str) -> None:
     key, equals, text = item.partition("=")
     if not equals or not key:
-        raise ValueError(f"{item!r} is not an override; write key=value, such as adapter.r=4")
+        raise UserError(f"{item!r} is not an override; write key=value, such as adapter.r=4")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise ValueError(f"the value of {key}={text} is not valid YAML") from None
+        raise UserError(f"the value of {key}={text} is not valid YAML") from None
     *parents, leaf = key.split(".")
     for parent in parents:
         given = given.setdefault(parent, {})
         if not isinstance(given, dict):
-            raise ValueError(f"{key} cannot be set: {parent} is a value, not a group of settings")
+            raise UserError(f"{key} cannot be set: {parent} is a value, not a group of settings")
     given[leaf] = value
 
 
@@ -201,7 +202,7 @@ def _check_keys(given: dict[str, Any], groups: dict[str, Any], path: Path) -> No
     known = known_keys(groups)
     for key in _flatten(given, groups):
         if key not in known:
-            raise ValueError(f"unknown key {key!r} in {path}{_nearest_key(key, known, groups)}")
+            raise UserError(f"unknown key {key!r} in {path}{_nearest_key(key, known, groups)}")
 
 
 def _flatten(given: dict[str, Any], groups: dict[str, Any]) -> Iterator[str]:
@@ -231,5 +232,5 @@ def _check_types(given: dict[str, Any], groups: dict[str, Any], path: Path) -> N
     try:
         checked = parser.parse_object({key: value for key, value in given.items() if value is not None})
     except argparse.ArgumentError as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
     return cast("Namespace", checked)

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
+from flora.errors import UserError, user_errors
 from flora.recipes import Data, Recipe, optional
 from flora.report.card import model_card
 from flora.report.plots import loss_curve
@@ -82,7 +83,7 @@ def training_arguments(settings: Settings, output: Path, **changes: Any) -> Trai
     try:
         return cast("TrainingArguments", optional(settings.load_recipe(), "ARGUMENTS")(str(output), **given))
     except ValueError as error:  # such as bf16 where the machine has none
-        raise ValueError(f"the settings under 'training' do not go together here: {error}") from None
+        raise UserError(f"the settings under 'training' do not go together here: {error}") from None
 
 
 def measure(trainer: Trainer, dataset: Dataset[Any]) -> dict[str, float]:
@@ -120,7 +121,8 @@ def train(settings: Settings, *, resume: bool = False, overwrite: bool = False) 
         data = recipe.load_data(settings.task, settings.seed)
         base = recipe.load_base(settings.task)
     set_seed(settings.seed)
-    model = get_peft_model(base, FloraConfig(**settings.adapter))
+    with user_errors(ValueError):  # PEFT refuses names that the model does not have
+        model = get_peft_model(base, FloraConfig(**settings.adapter))
     if arguments.process_index == 0:
         if not resume and folder.exists():
             shutil.rmtree(folder)
@@ -167,11 +169,11 @@ def _place(settings: Settings, *, resume: bool, overwrite: bool) -> Path:
     output = settings.output
     partial = output.with_name(f"{output.name}.partial")
     if output.is_dir() and any(output.iterdir()) and not (output / FILE).is_file():
-        raise ValueError(
+        raise UserError(
             f"{output} is not an output folder of flora (it has no {FILE}); set output=FOLDER to another one"
         )
     if output.exists() and not output.is_dir():
-        raise ValueError(f"{output} is a file; set output=FOLDER to another place")
+        raise UserError(f"{output} is a file; set output=FOLDER to another place")
     if resume:
         folder = partial if (partial / FILE).is_file() else output
         _check_same(folder, settings)
@@ -182,7 +184,7 @@ def _place(settings: Settings, *, resume: bool, overwrite: bool) -> Path:
     if not overwrite:
         state = "a finished run" if (occupied[-1] / METRICS).is_file() else "a run that was cut short"
         again = "" if state == "a finished run" else "resume=true goes on with it, "
-        raise ValueError(f"{occupied[-1]} holds {state}; {again}overwrite=true replaces it, output=FOLDER keeps it")
+        raise UserError(f"{occupied[-1]} holds {state}; {again}overwrite=true replaces it, output=FOLDER keeps it")
     return partial if output.exists() else output
 
 
@@ -193,7 +195,7 @@ def _check_same(folder: Path, settings: Settings) -> None:
     before, now = read(str(folder / FILE)).as_dict(), settings.as_dict()
     for key in ("recipe", "seed", "task", "adapter"):
         if before[key] != now[key]:
-            raise ValueError(f"resume=true with another {key!r}: {folder} has {before[key]}, the config has {now[key]}")
+            raise UserError(f"resume=true with another {key!r}: {folder} has {before[key]}, the config has {now[key]}")
 
 
 def _is_finished(folder: Path, settings: Settings) -> bool:
@@ -242,7 +244,7 @@ def evaluate(folder: Path, overrides: Iterable[str] = (), split: str = "test") -
     """
     overrides = list(overrides)
     if other := [item for item in overrides if not item.startswith("task.")]:
-        raise ValueError(f"{other[0]!r}: only the settings of the data can change here, as task.key=value")
+        raise UserError(f"{other[0]!r}: only the settings of the data can change here, as task.key=value")
     if not (folder / FILE).is_file():
         raise FileNotFoundError(f"{folder / FILE} does not exist; give a folder that `flora train` wrote")
     settings = read(str(folder / FILE), overrides)
@@ -251,7 +253,7 @@ def evaluate(folder: Path, overrides: Iterable[str] = (), split: str = "test") -
     dataset = data.split(split)
     trained_for = read_json(folder / LABELS) if (folder / LABELS).is_file() else None
     if trained_for is not None and data.labels != trained_for:
-        raise ValueError(
+        raise UserError(
             f"the data has the classes {data.labels}, but {folder} was trained for {trained_for}; "
             "give these as task.labels"
         )

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from flora.errors import UserError
+
 STAGING = ".staging-"
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 CHECKPOINT_FILES = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
@@ -52,7 +54,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); it was cut short or edited") from None
+        raise UserError(f"{path} is not valid JSON ({error}); it was cut short or edited") from None
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import Tensor
 
+from flora.errors import UserError
 from flora.storage.tensors import check_exists, open_tensors, read_json
 
 INDEX = ".safetensors.index.json"
@@ -77,7 +78,7 @@ class Checkpoint:
     def _check_index(self) -> None:
         for name, file in self._weight_map().items():
             if self._files.get(name) != file:
-                raise ValueError(
+                raise UserError(
                     f"{self.index} says that {name} is in {file}, which lacks it; copy or download it again"
                 )
 
@@ -112,4 +113,4 @@ class Checkpoint:
             try:
                 return handle.get_tensor(name)  # type: ignore[no-any-return]
             except SafetensorError as error:
-                raise ValueError(f"{path}: {name} cannot be read: {error}; copy or download it again") from None
+                raise UserError(f"{path}: {name} cannot be read: {error}; copy or download it again") from None

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flora.errors import UserError
 from flora.storage.atomic import replace_folder
 
 CONFIG = "adapter_config.json"
@@ -49,7 +50,7 @@ def open_tensors(path: Path) -> Iterator[Any]:
     try:
         handle = safe_open(str(path), framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is truncated or corrupt: {error}; copy or download it again") from None
+        raise UserError(f"{path} is truncated or corrupt: {error}; copy or download it again") from None
     with handle:
         yield handle
 
@@ -74,16 +75,16 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises errors of many kinds for a file that is no checkpoint
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"{path} is truncated, corrupt or holds code besides tensors: {reason}; save its state_dict as safetensors"
         ) from None
     while isinstance(loaded, Mapping) and not any(isinstance(value, Tensor) for value in loaded.values()):
         inner = next((loaded[key] for key in ("state_dict", "model", "module") if key in loaded), None)
         if inner is None:
-            raise ValueError(f"{path} has no tensors; its keys are {', '.join(map(repr, list(loaded)[:5]))}")
+            raise UserError(f"{path} has no tensors; its keys are {', '.join(map(repr, list(loaded)[:5]))}")
         loaded = inner
     if not isinstance(loaded, Mapping):
-        raise ValueError(f"{path} holds a {type(loaded).__name__}, expected a dict of tensors; save the state_dict")
+        raise UserError(f"{path} holds a {type(loaded).__name__}, expected a dict of tensors; save the state_dict")
     tensors = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
     check_finite(tensors, path)
     return tensors
@@ -93,7 +94,7 @@ def check_finite(tensors: Mapping[str, Tensor], source: Path | str) -> None:
     """Raises a ValueError that names the first tensor with NaN or infinite entries."""
     for key, value in tensors.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
-            raise ValueError(f"{source}: {key} has NaN or infinite entries; the training that wrote it diverged")
+            raise UserError(f"{source}: {key} has NaN or infinite entries; the training that wrote it diverged")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -107,9 +108,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}; copy or download it again") from None
+        raise UserError(f"{path} is not valid JSON: {error}; copy or download it again") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object")
+        raise UserError(f"{path} holds a {type(value).__name__}, expected a JSON object")
     return value
 
 
@@ -156,7 +157,7 @@ def stream_tensors(
         for name, dtype, shape in layout:
             tensor = get(name)
             if tuple(tensor.shape) != shape or tensor.element_size() * 8 != _BITS[dtype]:
-                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}")
+                raise UserError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}")
             stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flora.errors import UserError
 from flora.tucker.form import Tucker, mode_product
 from flora.tucker.ranks import Ranks, resolve
 
@@ -59,7 +60,7 @@ def decompose(tensor: Tensor, ranks: Ranks, *, sweeps: int = 50, tolerance: floa
     """
     ranks = resolve(tensor.shape, ranks, name="tensor")
     if not torch.isfinite(tensor).all():
-        raise ValueError(f"cannot decompose a tensor of shape {tuple(tensor.shape)} with NaN or infinite entries")
+        raise UserError(f"cannot decompose a tensor of shape {tuple(tensor.shape)} with NaN or infinite entries")
     work = tensor.detach() if tensor.dtype == torch.float64 else tensor.detach().float()
     modes = [mode for mode, (rank, size) in enumerate(zip(ranks, tensor.shape, strict=True)) if rank < size]
     total = _energy(work)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from flora.errors import UserError
 from flora.tucker.fold import Fold, parse_fold
 from flora.tucker.form import Tucker
 from flora.tucker.initialize import initialize
@@ -58,7 +59,7 @@ class TuckerDelta(nn.Module):
         self.fold = parse_fold(fold, shape) if isinstance(fold, str) else fold
         sizes = tuple(shape) if self.fold is None else self.fold.shape
         if len(ranks) != len(sizes) or any(not 1 <= rank <= size for rank, size in zip(ranks, sizes, strict=True)):
-            raise ValueError(f"ranks {tuple(ranks)} do not fit the shape {sizes}: one from 1 to the size per dimension")
+            raise UserError(f"ranks {tuple(ranks)} do not fit the shape {sizes}: one from 1 to the size per dimension")
         self.core = nn.Parameter(torch.empty(*ranks, device=device, dtype=dtype))
         self._factor_names = tuple(
             None if rank == size else f"factor_{mode}"

@@ -11,6 +11,7 @@ import torch
 from einops import EinopsError, rearrange
 from torch import Tensor
 
+from flora.errors import UserError
 from flora.tucker.form import Tucker, kronecker, mode_product
 
 
@@ -77,7 +78,7 @@ def parse_fold(pattern: str, shape: Sequence[int], name: str = "weight") -> Fold
     names = re.findall(r"\w+", left)
     example = 'write it as "(three heads dim) embed, three=3 heads=12"'
     if "->" in pattern or len(set(names)) != len(names) or re.sub(r"[\w\s=,]", "", sizes):
-        raise ValueError(f"fold {pattern!r} of {name} is not a list of the stored dimensions and sizes; {example}")
+        raise UserError(f"fold {pattern!r} of {name} is not a list of the stored dimensions and sizes; {example}")
     prefixed = re.sub(r"(\w+)", r"axis_\1", left)  # einops refuses axes that are Python keywords, such as "in"
     try:
         folded = rearrange(
@@ -87,7 +88,7 @@ def parse_fold(pattern: str, shape: Sequence[int], name: str = "weight") -> Fold
         )
     except EinopsError as error:
         reason = str(error).strip().splitlines()[-1].strip().replace("axis_", "")
-        raise ValueError(f"fold {pattern!r} does not fit {name} of shape {tuple(shape)}: {reason}; {example}") from None
+        raise UserError(f"fold {pattern!r} does not fit {name} of shape {tuple(shape)}: {reason}; {example}") from None
     groups, count = [], 0
     for text in groups_text:
         width = len(re.findall(r"\w+", text))

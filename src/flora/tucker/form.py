@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flora.errors import UserError
+
 
 def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
     """The mode-``mode`` product: contracts that dimension of ``tensor`` with the columns of ``matrix``.
@@ -91,13 +93,13 @@ class Tucker:
 
     def __post_init__(self) -> None:
         if len(self.factors) != self.core.ndim:
-            raise ValueError(
+            raise UserError(
                 f"a core of {self.core.ndim} dimensions {tuple(self.core.shape)} needs {self.core.ndim} factors, "
                 f"got {len(self.factors)}; pass None for a mode that is kept whole"
             )
         for mode, (rank, factor) in enumerate(zip(self.core.shape, self.factors, strict=True)):
             if factor is not None and (factor.ndim != 2 or factor.shape[1] != rank):
-                raise ValueError(
+                raise UserError(
                     f"factor {mode} has shape {tuple(factor.shape)}, expected (size, {rank}) to fit the core "
                     f"{tuple(self.core.shape)}"
                 )
@@ -147,7 +149,7 @@ def concatenate(forms: Sequence[Tucker], weights: Sequence[float]) -> Tucker:
     """
     shape = forms[0].shape
     if any(form.shape != shape for form in forms):
-        raise ValueError(
+        raise UserError(
             f"cannot add Tucker forms of the shapes {[form.shape for form in forms]}; they have to be equal"
         )
     ranks = [sum(form.ranks[mode] for form in forms) for mode in range(len(shape))]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from flora.errors import UserError, WrongTypeError
 from flora.tucker.form import count_params
 
 Ranks = int | list[int] | tuple[int, ...]
@@ -21,16 +22,16 @@ def describe(name: str, shape: Sequence[int], axes: Sequence[str]) -> str:
 def check_rank(value: object, what: str) -> None:
     """Raises unless ``value`` is an int of at least 1 (a bool is not one)."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{what} must be an int, got {value!r} of type {type(value).__name__}")
+        raise WrongTypeError(f"{what} must be an int, got {value!r} of type {type(value).__name__}")
     if value < 1:
-        raise ValueError(f"{what} must be at least 1, got {value}")
+        raise UserError(f"{what} must be at least 1, got {value}")
 
 
 def check_request(r: object, what: str = "r") -> None:
     """Raises unless ``r`` is a rank (an int of at least 1) or a non-empty list of them."""
     if isinstance(r, (list, tuple)):
         if not r:
-            raise ValueError(f"{what} is an empty list; give one rank per dimension or a single int")
+            raise UserError(f"{what} is an empty list; give one rank per dimension or a single int")
         for mode, rank in enumerate(r):
             check_rank(rank, f"{what}[{mode}]")
     else:
@@ -74,13 +75,13 @@ def resolve(
     check_request(r)
     if isinstance(r, (list, tuple)):
         if len(r) != len(shape):
-            raise ValueError(
+            raise UserError(
                 f"ranks {tuple(r)} have {len(r)} {'entry' if len(r) == 1 else 'entries'} but "
                 f"{describe(name, shape, axes)} has {len(shape)} dims; give one rank per dim or a single int"
             )
         for rank, size, axis in zip(r, shape, axes, strict=True):
             if rank > size:
-                raise ValueError(
+                raise UserError(
                     f"rank {rank} of mode '{axis}' is above its size {size} in {describe(name, shape, axes)}; "
                     f"give at most {size} (a rank equal to the size keeps the mode whole)"
                 )
@@ -137,7 +138,7 @@ def solve_budget(weights: Mapping[str, Weight], budget: int, kernel_r: int | Non
     of = {name: ladders[weight] for name, weight in weights.items()}
     least = sum(ladder.cost(ladder.best(1)) for ladder in of.values())
     if budget < least:
-        raise ValueError(
+        raise UserError(
             f"budget of {budget} parameters is below {least}, the cost of rank 1 on the {len(weights)} targeted "
             f"weights; raise the budget, lower kernel_r or target fewer modules"
         )

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
+from flora.errors import UserError
 from flora.layers.table import LAYERS, Layer, find_layer, parameter, refusal, weight_shape
 from flora.tucker.delta import TuckerDelta
 from flora.tucker.fold import Fold
@@ -78,7 +79,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self.quantization_backend = resolve_quantization_backend(base, **(quantization or {}))
         found = row or row_for(base, **(quantization or {}))
         if found is None:
-            raise ValueError(f"cannot adapt this layer: {refusal(base)}")
+            raise UserError(f"cannot adapt this layer: {refusal(base)}")
         self.row = found
 
         self.attributes = {name: f"tucker_{name.replace('.', '_')}" for name in found.weights(base)}

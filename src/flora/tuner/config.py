@@ -13,6 +13,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
+from flora.errors import UserError
 from flora.tucker.initialize import INITIALIZERS
 from flora.tucker.ranks import check_rank, check_request
 
@@ -28,7 +29,7 @@ def one_of(value: object, allowed: Iterable[str], what: str) -> None:
     if value not in allowed:
         near = difflib.get_close_matches(str(value), allowed, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{what} is {value!r}, expected one of {', '.join(allowed)}{hint}")
+        raise UserError(f"{what} is {value!r}, expected one of {', '.join(allowed)}{hint}")
 
 
 @dataclass
@@ -129,9 +130,9 @@ class FloraConfig(PeftConfig):
         one_of(self.path, PATHS, "path")
         one_of(self.bias, BIASES, "bias")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+            raise UserError(f"dropout must be at least 0 and below 1, got {self.dropout}")
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern needs layers_to_transform, which says which of the layers to adapt")
+            raise UserError("layers_pattern needs layers_to_transform, which says which of the layers to adapt")
 
     @classmethod
     def from_pretrained(
@@ -153,20 +154,20 @@ class FloraConfig(PeftConfig):
                 with safe_open(weights, framework="pt"):
                     pass
             except (SafetensorError, OSError) as error:
-                raise ValueError(f"{weights} is truncated or corrupt: {error}; copy or download it again") from None
+                raise UserError(f"{weights} is truncated or corrupt: {error}; copy or download it again") from None
         return cast(PeftConfig, super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs))
 
     def _check_scale(self) -> None:
         if self.scale is not None and self.alpha is not None:
-            raise ValueError(
+            raise UserError(
                 f"scale={self.scale} and alpha={self.alpha} are both given; scale is the constant s itself, alpha sets "
                 "s = alpha / r: give one of them"
             )
         if self.budget is not None and not self.budget > 0:
-            raise ValueError(f"budget must be a fraction below 1 or a count from 1, got {self.budget}")
+            raise UserError(f"budget must be a fraction below 1 or a count from 1, got {self.budget}")
         listed = isinstance(self.r, list) or any(isinstance(rank, list) for rank in self.rank_pattern.values())
         if self.alpha is not None and (listed or self.budget is not None):
-            raise ValueError("alpha sets s = alpha / r and needs one int r; with rank lists or a budget, give scale")
+            raise UserError("alpha sets s = alpha / r and needs one int r; with rank lists or a budget, give scale")
 
     def rank_for(self, module: str, weight: str = "weight") -> int | list[int]:
         """The rank request for a weight of a module, from ``rank_pattern`` or ``r``."""
@@ -178,7 +179,7 @@ class FloraConfig(PeftConfig):
         if self.alpha is not None:
             rank = self.rank_for(module, weight)
             if isinstance(rank, list):
-                raise ValueError(f"alpha needs an int rank, but {module} has the ranks {rank}; give scale")
+                raise UserError(f"alpha needs an int rank, but {module} has the ranks {rank}; give scale")
             default = self.alpha / rank
         return _match(self.scale_pattern, module, weight, default)
 

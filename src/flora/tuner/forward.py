@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flora.errors import UserError
 from flora.layers.planning import KINDS, plan
 from flora.layers.table import call_with, is_plain, parameter
 from flora.tuner.adapted import AdaptedLayer
@@ -99,7 +100,7 @@ def change_of_output(layer: AdaptedLayer, adapter: str, *args: Any, **kwargs: An
         dtype = first.dtype if first.is_floating_point() else delta.core.dtype
         return layer.row.apply(base, delta.dense().to(dtype), None, *args, **kwargs)
     if layer.row.factored is None:
-        raise ValueError(f"{type(base).__name__} has no factored path")
+        raise UserError(f"{type(base).__name__} has no factored path")
     return layer.row.factored(base, delta.stored_form, delta.scale, *args, **kwargs)
 
 
@@ -129,19 +130,19 @@ def mixed_output(layer: AdaptedLayer, names: list[str], *args: Any, **kwargs: An
         ValueError: adapters are merged, the batch has another size, or the output is no sum with the adapter's.
     """
     if layer.merged:
-        raise ValueError("adapter_names needs unmerged adapters; call unmerge_adapter() first")
+        raise UserError("adapter_names needs unmerged adapters; call unmerge_adapter() first")
     known = [name for name in dict.fromkeys(names) if name in layer.settings]
     out: Tensor = layer.base_layer(*args, **kwargs)
     if not known:
         return out
     if not _adds_up(layer) or layer.row.kind not in KINDS or isinstance(layer.base_layer, nn.EmbeddingBag):
-        raise ValueError(
+        raise UserError(
             f"adapter_names (an adapter for each sample) is not possible on {type(layer.base_layer).__name__}: its "
             "output is no sum of the base layer's and the adapter's; run one batch per adapter, with set_adapter"
         )
     first, rest = (args[0], args[1:]) if args else (kwargs.pop(next(iter(kwargs))), ())
     if len(names) != first.shape[0]:
-        raise ValueError(f"adapter_names has {len(names)} entries for a batch of {first.shape[0]}; give one for each")
+        raise UserError(f"adapter_names has {len(names)} entries for a batch of {first.shape[0]}; give one for each")
 
     out = out.clone()
     for name in known:

@@ -9,6 +9,7 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor
 
+from flora.errors import UserError
 from flora.tucker.delta import TuckerDelta
 from flora.tuner import forward, merging
 from flora.tuner.adapted import AdaptedLayer, Settings, Target
@@ -66,7 +67,7 @@ class FloraLayer(AdaptedLayer):
         if self.disable_adapters or self.merged or not active:
             return self.base_layer(*args, **kwargs)
         if "_fsdp_wrapped_module" in self.base_layer._modules:
-            raise ValueError(
+            raise UserError(
                 "the base layer of an adapted layer is wrapped by FSDP on its own, apart from its adapter: "
                 f"{self.base_layer}; wrap whole blocks (auto_wrap_policy by the class of the transformer block)"
             )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
+from flora.errors import UserError
 from flora.layers.table import parameter
 from flora.tuner.adapted import AdaptedLayer
 
@@ -18,7 +19,7 @@ def merge(layer: AdaptedLayer, adapters: list[str], safe_merge: bool) -> None:
 
     if safe_merge:
         if not all(torch.isfinite(value).all() for value in merged.values()):
-            raise ValueError(
+            raise UserError(
                 f"NaNs detected in the merged weights. The adapter {adapters[0]} seems to be broken: merging "
                 f"{', '.join(adapters)} would give NaN or infinite entries; the base weight was left as it is"
             )

@@ -15,6 +15,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, Auxil
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
+from flora.errors import UserError
 from flora.tucker.form import Tucker, concatenate
 from flora.tuner import targets as find
 from flora.tuner.config import FloraConfig
@@ -130,10 +131,10 @@ class FloraModel(BaseTuner):
             yield
             return
         if self.training:
-            raise ValueError("adapter_names (an adapter for each sample) works in inference only; call model.eval()")
+            raise UserError("adapter_names (an adapter for each sample) works in inference only; call model.eval()")
         unknown = sorted(set(names) - {BASE, *self.peft_config})
         if unknown:
-            raise ValueError(f"adapter_names has unknown adapters {unknown}; there are {sorted(self.peft_config)}")
+            raise UserError(f"adapter_names has unknown adapters {unknown}; there are {sorted(self.peft_config)}")
         beams = kwargs.get("num_beams") or 1
         repeated = [name for name in names for _ in range(beams)]
         encoder = getattr(self.model, "get_encoder", lambda: None)() if beams > 1 else None
@@ -172,15 +173,15 @@ class FloraModel(BaseTuner):
             ValueError: an adapter does not exist, the new name is taken, or they do not adapt the same weights.
         """
         if adapter_name in self.peft_config:
-            raise ValueError(f"adapter {adapter_name!r} exists already; delete it first or choose another name")
+            raise UserError(f"adapter {adapter_name!r} exists already; delete it first or choose another name")
         if len(adapters) != len(weights) or not adapters:
-            raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights; give one weight for each adapter")
+            raise UserError(f"{len(adapters)} adapters and {len(weights)} weights; give one weight for each adapter")
         unknown = sorted(set(adapters) - set(self.peft_config))
         if unknown:
-            raise ValueError(f"adapters {unknown} do not exist; there are {sorted(self.peft_config)}")
+            raise UserError(f"adapters {unknown} do not exist; there are {sorted(self.peft_config)}")
         places = [set(self._layers_with(adapter)) for adapter in adapters]
         if any(place != places[0] for place in places):
-            raise ValueError(f"the adapters {list(adapters)} do not adapt the same layers, so they have no common sum")
+            raise UserError(f"the adapters {list(adapters)} do not adapt the same layers, so they have no common sum")
         forms: dict[tuple[str, str], Tucker] = {}
         for name, layer in self._layers_with(adapters[0]).items():
             for weight in layer.attributes:
@@ -222,7 +223,7 @@ class FloraModel(BaseTuner):
         for key in sorted(own.keys() | given.keys()):
             shapes = [tuple(side[key].shape) if key in side else None for side in (own, given)]
             if shapes[0] != shapes[1]:
-                raise ValueError(
+                raise UserError(
                     f"cannot swap {adapter_name!r}: {key} has the shape {shapes[0]} here and {shapes[1]} in the new "
                     f"adapter "
                     "(None: absent); load it as a new adapter instead"
@@ -242,7 +243,7 @@ class FloraModel(BaseTuner):
             tuner = getattr(model, "base_model", None)
             if isinstance(tuner, cls):
                 tuner._take_out(adapter_name)
-            raise ValueError(
+            raise UserError(
                 f"the adapter does not fit this base model: {misfit}; load it on the model it was trained on"
             )
         return remapped

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flora.errors import UserError
 from flora.layers.experts.stack import ExpertStack
 from flora.layers.table import Layer, call_with, parameter
 from flora.tuner.adapted import Target
@@ -60,7 +61,7 @@ class ParamWrapper(FloraLayer):
     def _mixed(self, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if not any(name in self.settings for name in names):
             return self.base_layer(*args, **kwargs)  # type: ignore[no-any-return]
-        raise ValueError(
+        raise UserError(
             "adapter_names (an adapter for each sample) is not possible with target_parameters; "
             "run one batch per adapter, with set_adapter"
         )

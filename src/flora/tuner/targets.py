@@ -15,6 +15,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedModel
 
+from flora.errors import UserError
 from flora.layers.layout import is_usual, of_module
 from flora.layers.table import Layer, parameter, refusal, weight_shape
 from flora.tucker.fold import parse_fold
@@ -107,9 +108,9 @@ def find_sites(config: FloraConfig, model: nn.Module, matches: Callable[[FloraCo
         if name and matches(config, name):
             row, reason = row_for(module), refusal_for(module)
             if row is None or reason is not None:
-                raise ValueError(f"Target module {name} ({type(module).__name__}) is not supported: {reason}")
+                raise UserError(f"Target module {name} ({type(module).__name__}) is not supported: {reason}")
             if _inside_attention(name, model):
-                raise ValueError(
+                raise UserError(
                     f"Target module {name} is never called: nn.MultiheadAttention reads its weight; "
                     f"target the attention module {name.rpartition('.')[0]} itself"
                 )
@@ -293,7 +294,7 @@ def _check_ties(sites: list[Site], model: nn.Module) -> None:
         for weight in site.row.weights(site.module):
             names = tied.get(id(parameter(site.module, weight)))
             if names:
-                raise ValueError(
+                raise UserError(
                     f"Target module {site.name} has a tied weight ({' = '.join(names)}): an adapter on one end would "
                     f"untie "
                     "them without a word, and merging would change both. Exclude it (exclude_modules), or untie "

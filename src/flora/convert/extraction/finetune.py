@@ -21,6 +21,7 @@ from flora.convert.extraction.allocation import FIRST, Choice, choices, for_ener
 from flora.convert.extraction.store import Store
 from flora.convert.formats.filemap import FileMap
 from flora.convert.report import table
+from flora.errors import UserError
 from flora.layers.layout import Layout, from_shape
 from flora.storage.checkpoint import Checkpoint
 from flora.tucker.decomposition import decompose
@@ -131,7 +132,7 @@ def extract(
         _extract_layer(job, store, result, name, ranks_for)
     _whole(job, result, carry)
     if not result.weights and not result.extras:
-        raise ValueError(
+        raise UserError(
             f"{tuned} does not differ from {base} in any weight that is decomposed; there is nothing to extract"
         )
     return result
@@ -141,11 +142,11 @@ def check_request(rank: Ranks | None, energy: float | None, budget: int | None) 
     """Raises unless exactly one of the three is given, and in range."""
     given = [name for name, value in (("rank", rank), ("energy", energy), ("budget", budget)) if value is not None]
     if len(given) != 1:
-        raise ValueError(f"give exactly one of rank, energy and budget, got {' and '.join(given) or 'none'}")
+        raise UserError(f"give exactly one of rank, energy and budget, got {' and '.join(given) or 'none'}")
     if energy is not None and not 0 < energy <= 1:
-        raise ValueError(f"energy is the fraction of the squared norm to keep, above 0 and at most 1, got {energy}")
+        raise UserError(f"energy is the fraction of the squared norm to keep, above 0 and at most 1, got {energy}")
     if budget is not None and budget < 1:
-        raise ValueError(f"budget is a number of parameters, at least 1, got {budget}")
+        raise UserError(f"budget is a number of parameters, at least 1, got {budget}")
 
 
 @dataclass(frozen=True)
@@ -160,13 +161,13 @@ class _Job:
     def __post_init__(self) -> None:
         missing = [name for name in self.base if name not in self.tuned]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"{self.tuned.path} lacks {len(missing)} tensors of {self.base.path} (first: {missing[0]}); it is not "
                 "a fine-tune of that model, or was saved under other names"
             )
         for name in self.base:
             if self.base.shape(name) != self.tuned.shape(name):
-                raise ValueError(
+                raise UserError(
                     f"{name} has shape {self.base.shape(name)} in {self.base.path} and {self.tuned.shape(name)} in "
                     f"{self.tuned.path}; it is not a fine-tune of that model (was the vocabulary resized?)"
                 )
@@ -221,7 +222,7 @@ class _Job:
         changes = {key: _difference(self.base.get(key), self.tuned.get(key)) for key in self.places[name]}
         delta = self.files.join(name, self.shape(name), changes)
         if not torch.isfinite(delta).all():
-            raise ValueError(f"{name} has NaN or infinite entries in {self.base.path} or {self.tuned.path}")
+            raise UserError(f"{name} has NaN or infinite entries in {self.base.path} or {self.tuned.path}")
         return delta.reshape(self.form_shape(name))
 
 
@@ -340,7 +341,7 @@ def _whole(job: _Job, result: Extracted, carry: bool) -> None:
         if name in result.whole or (name.rpartition(".")[0] in owners and name not in decomposed):
             value = job.tuned.get(name)
             if value.is_floating_point() and not torch.isfinite(value).all():
-                raise ValueError(f"{name} has NaN or infinite entries in {job.tuned.path}")
+                raise UserError(f"{name} has NaN or infinite entries in {job.tuned.path}")
             result.extras[name] = value.clone()
 
 

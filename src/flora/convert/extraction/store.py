@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from flora.convert.extraction.allocation import Choice
+from flora.errors import UserError
 from flora.storage.tensors import read_json, read_tensors, staged, write_json, write_tensors
 from flora.tucker.form import Tucker
 
@@ -28,7 +29,7 @@ class Store:
             with staged(mark) as path:
                 write_json(path, {"fingerprint": fingerprint})
         elif read_json(mark).get("fingerprint") != fingerprint:
-            raise ValueError(
+            raise UserError(
                 f"{folder} holds the finished layers of another extraction (other models or ranks); remove it, or "
                 "repeat that request to go on with it"
             )

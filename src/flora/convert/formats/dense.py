@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from flora.convert.adapter import Adapter, Entry
+from flora.errors import UserError
 from flora.layers.layout import Layout, layout_from_json
 from flora.storage.tensors import open_tensors, read_tensors, write_tensors
 from flora.tucker.form import Tucker
@@ -23,7 +24,7 @@ def write(adapter: Adapter, path: Path) -> list[str]:
         ValueError: the adapter trained rows of an embedding, which are neither.
     """
     if adapter.token_rows:
-        raise ValueError(
+        raise UserError(
             f"the adapter trained token rows of {next(iter(adapter.token_rows))}, which are neither a change nor a "
             "whole tensor; merge the adapter (flora merge), or leave them out with --drop-extras"
         )

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from flora.errors import UserError
 from flora.storage.checkpoint import Checkpoint
 
 
@@ -36,16 +37,16 @@ class FileMap:
         """
         if name in self.checkpoint:
             if self.checkpoint.shape(name) != shape:
-                raise ValueError(
+                raise UserError(
                     f"{name} has shape {self.checkpoint.shape(name)} in {self.checkpoint.path} and {shape} in the "
                     "adapter; give the base model that the adapter was trained on"
                 )
             return [name]
         found = list(self._revert(name, torch.empty(shape, device="meta")))
         if found == [name] or any(key not in self.checkpoint for key in found):
-            raise ValueError(f"{self.checkpoint.path} has no weight {name!r}{self._hint(name)}")
+            raise UserError(f"{self.checkpoint.path} has no weight {name!r}{self._hint(name)}")
         if sum(math.prod(self.checkpoint.shape(key)) for key in found) != math.prod(shape):
-            raise ValueError(
+            raise UserError(
                 f"{name} of shape {shape} in the adapter does not fit its entries in {self.checkpoint.path}"
             )
         return found

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flora.convert.adapter import Adapter, Entry
 from flora.convert.formats.pairs import pad, split, trim
+from flora.errors import UserError
 from flora.layers.layout import Layout, layout_from_json
 from flora.layers.names import GIVE_BASE
 from flora.storage.tensors import NOTE, open_tensors, read_tensors, write_tensors
@@ -50,7 +51,7 @@ def write(adapter: Adapter, path: Path, *, prefix: str = "lycoris", mid: bool = 
         ValueError: the adapter has whole tensors (biases, modules_to_save), or two weights would have one key.
     """
     if adapter.extras:
-        raise ValueError(
+        raise UserError(
             f"the adapter holds {len(adapter.extras)} whole tensors (first: {next(iter(adapter.extras))}), which Kohya "
             "files have no key for; merge the adapter (flora merge), or leave them out with --drop-extras"
         )
@@ -60,7 +61,7 @@ def write(adapter: Adapter, path: Path, *, prefix: str = "lycoris", mid: bool = 
     for name, entry in adapter.weights.items():
         stem = key_of(name, prefix)
         if stem in owners:
-            raise ValueError(
+            raise UserError(
                 f"{owners[stem]} and {name} would both have the key {stem}; Kohya names cannot tell them apart"
             )
         owners[stem] = name
@@ -129,12 +130,12 @@ def read(path: Path, layouts: Mapping[str, Layout] | None = None) -> Adapter:
     if layouts is None and NOTE in metadata:
         layouts = {name: layout_from_json(name, value) for name, value in json.loads(metadata[NOTE]).items()}
     if layouts is None:
-        raise ValueError(f"{path}: Kohya keys have underscores for dots, so the names cannot be told; {GIVE_BASE}")
+        raise UserError(f"{path}: Kohya keys have underscores for dots, so the names cannot be told; {GIVE_BASE}")
     stems: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         stem, _, part = key.partition(".")
         if part not in _PARTS:
-            raise ValueError(
+            raise UserError(
                 f"{path} has a foreign key: {key}; only LoRA and LoCon ({', '.join(_PARTS)}) can be read; merge "
                 "others with their own program"
             )
@@ -152,7 +153,7 @@ def _names(stems: Mapping[str, object], layouts: Mapping[str, Layout], path: Pat
     )
     unknown = [stem for stem in stems if stem not in known]
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"{path}: no weight of the base model has the key {unknown[0]}; give the base it was trained on"
         )
     return {stem: known[stem] for stem in stems}
@@ -173,12 +174,12 @@ def _entry(stem: str, parts: Mapping[str, Tensor], layout: Layout) -> Entry:
         return Entry(Tucker(diff, (None,) * diff.ndim), 1.0, layout)
     missing = [part for part in ("lora_up.weight", "lora_down.weight") if part not in parts]
     if missing:
-        raise ValueError(f"{stem} lacks {missing[0]}; the file is incomplete, copy or download it again")
+        raise UserError(f"{stem} lacks {missing[0]}; the file is incomplete, copy or download it again")
     up, down, mid = parts["lora_up.weight"], parts["lora_down.weight"], parts.get("lora_mid.weight")
     rank = down.shape[0]
     scale = float(parts["alpha"]) / rank if "alpha" in parts and float(parts["alpha"]) else 1.0
     if up.shape[1] != rank or (mid is not None and tuple(mid.shape[:2]) != (rank, rank)):
-        raise ValueError(f"{stem}: lora_up {tuple(up.shape)} and lora_down {tuple(down.shape)} do not fit each other")
+        raise UserError(f"{stem}: lora_up {tuple(up.shape)} and lora_down {tuple(down.shape)} do not fit each other")
     if mid is not None:
         form = Tucker(mid, (up.reshape(up.shape[:2]), down.reshape(rank, -1).T, *(None,) * (mid.ndim - 2)))
     else:

@@ -18,6 +18,7 @@ from torch import Tensor
 from flora.convert.adapter import Adapter, Entry
 from flora.convert.formats.native import lone_biases, saved_modules
 from flora.convert.formats.pairs import join_stack, pad, split, split_stack, swap, trim
+from flora.errors import UserError
 from flora.layers.layout import KERNEL_AXES, Layout, is_raw, layout_from_json
 from flora.layers.names import GIVE_BASE, PREFIX, TOKEN_ROWS, check_prefix, match_pattern, module_of, nested
 from flora.storage.tensors import CONFIG, NOTE, WEIGHTS, read_json, read_tensors, write_json, write_tensors
@@ -86,21 +87,21 @@ def write(adapter: Adapter, folder: Path) -> list[str]:
 def _check(adapter: Adapter, layouts: Mapping[str, Layout]) -> None:
     for name, layout in layouts.items():
         if (reason := refusal(name, layout)) is not None:
-            raise ValueError(
+            raise UserError(
                 f"{name} cannot become LoRA: {reason}; merge the adapter (flora merge), or write --to kohya or "
                 "--to dense"
             )
     biases = lone_biases(adapter) + [name for name in adapter.extras if name.endswith(TOKEN_ROWS)]
     if biases:
         more = f" and {len(biases) - 1} more" if biases[1:] else ""
-        raise ValueError(
+        raise UserError(
             f"the adapter also trained {biases[0]}{more}, which portable "
             "LoRA (bias='none') cannot hold; merge the adapter (flora merge), or leave them out with --drop-extras"
         )
     transposed = [name for name, layout in layouts.items() if _is_transposed(layout)]
     raw = [name for name, layout in layouts.items() if is_raw(name, layout)]
     if transposed and raw:
-        raise ValueError(
+        raise UserError(
             f"{transposed[0]} is stored as (in, out) and {raw[0]} is a raw parameter; PEFT's LoRA cannot hold both "
             "in one adapter; merge the adapter (flora merge)"
         )
@@ -193,7 +194,7 @@ def read(path: Path, layouts: Mapping[str, Layout] | None = None) -> Adapter:
     config = read_json(path / CONFIG)
     used = next((key for key in _REFUSED if config.get(key)), None)
     if used is not None:
-        raise ValueError(
+        raise UserError(
             f"{path / CONFIG} has {used}={config[used]!r}, which is not a fixed change of the weights; merge it"
         )
     tensors, metadata = read_tensors(path / WEIGHTS)
@@ -203,7 +204,7 @@ def read(path: Path, layouts: Mapping[str, Layout] | None = None) -> Adapter:
     ups, downs, extras = _sort(tensors)
     if not ups or ups.keys() != downs.keys():
         odd = sorted(ups.keys() ^ downs.keys())
-        raise ValueError(
+        raise UserError(
             f"{path / WEIGHTS}: {f'{odd[0]} lacks lora_A or lora_B' if odd else 'it has no lora_A and lora_B'}"
         )
     weights = {}
@@ -231,7 +232,7 @@ def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, T
                 break
         else:
             if ".lora_" in path:
-                raise ValueError(f"{key} is not a tensor of plain LoRA; merge this adapter with PEFT instead")
+                raise UserError(f"{key} is not a tensor of plain LoRA; merge this adapter with PEFT instead")
             if ".original_module." not in key:
                 extras[module_of(key)] = value
     return ups, downs, extras
@@ -253,7 +254,7 @@ def _identify(
         return f"{module}.weight", Layout("linear", ("in", "out") if config.get("fan_in_fan_out") else ("out", "in"))
     names = [f"{module}.{name.rpartition('.')[2]}" for name in raw]
     if layouts is None or any(name not in layouts for name in names):
-        raise ValueError(f"{names[0]}: LoRA files do not record how raw parameters are laid out; {GIVE_BASE}")
+        raise UserError(f"{names[0]}: LoRA files do not record how raw parameters are laid out; {GIVE_BASE}")
     names.sort(key=lambda name: layouts[name].place)
     wrappers = sorted(
         (other for other in stems if module_of(other) == module), key=len, reverse=True
@@ -276,13 +277,13 @@ def _join(name: str, up: Tensor, down: Tensor, layout: Layout, config: Mapping[s
     if layout.kind == "experts":
         count = down.shape[0] // int(rank)
         if count * int(rank) != down.shape[0] or up.shape[1] != down.shape[0]:
-            raise ValueError(f"{name}: lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)} do not fit rank {rank}")
+            raise UserError(f"{name}: lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)} do not fit rank {rank}")
         form = join_stack(up.reshape(up.shape[0], -1, count).permute(2, 0, 1), down.reshape(count, -1, down.shape[1]))
         return Entry(
             form if layout.axes == ("expert", "out", "in") else swap(form, 1, 2), scale, replace(layout, fold=None)
         )
     if up.shape[1] != down.shape[0]:
-        raise ValueError(
+        raise UserError(
             f"{name}: lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)} do not fit; the file is mixed up"
         )
     form = Tucker(down, (up.reshape(up.shape[:2]), *(None,) * (down.ndim - 1)))

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from flora.convert.adapter import Adapter, Entry
+from flora.errors import UserError
 from flora.layers.layout import Layout, from_shape, is_raw, layout_from_json
 from flora.layers.names import PREFIX, TOKEN_ROWS, check_prefix, exact_pattern, match_pattern, module_of, nested
 from flora.storage.tensors import CONFIG, NOTE, WEIGHTS, read_json, read_tensors, write_json, write_tensors
@@ -36,7 +37,7 @@ def read(path: Path) -> Adapter:
     """
     config = read_json(path / CONFIG)
     if config.get("peft_type") != "TUCKER":
-        raise ValueError(f"{path / CONFIG} has peft_type {config.get('peft_type')!r}, expected 'TUCKER'")
+        raise UserError(f"{path / CONFIG} has peft_type {config.get('peft_type')!r}, expected 'TUCKER'")
     tensors, metadata = read_tensors(path / WEIGHTS)
     recorded = json.loads(metadata[NOTE]) if NOTE in metadata else config.get("layout")
     check_prefix(tensors, path / WEIGHTS)
@@ -54,7 +55,7 @@ def read(path: Path) -> Adapter:
         inner.update({name} if leaf != found["weight"] else ())
         parts.setdefault(name, {})[found["part"]] = value
     if not parts:
-        raise ValueError(
+        raise UserError(
             f"{path / WEIGHTS} has no Tucker tensors (keys with '.tucker_<weight>.core'); it is empty or not ours"
         )
     weights = {name: _entry(name, tensors, config, recorded) for name, tensors in sorted(parts.items())}
@@ -67,15 +68,15 @@ def _entry(
     name: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], recorded: Mapping[str, Any] | None
 ) -> Entry:
     if "core" not in parts:
-        raise ValueError(f"{name} has factors but no core in {WEIGHTS}; the file is incomplete, copy it again")
+        raise UserError(f"{name} has factors but no core in {WEIGHTS}; the file is incomplete, copy it again")
     core = parts["core"]
     modes = {int(part.removeprefix("factor_")): value for part, value in parts.items() if part != "core"}
     if modes and max(modes) >= core.ndim:
-        raise ValueError(f"{name} has factor_{max(modes)} but a core of {core.ndim} dimensions {tuple(core.shape)}")
+        raise UserError(f"{name} has factor_{max(modes)} but a core of {core.ndim} dimensions {tuple(core.shape)}")
     try:
         form = Tucker(core, tuple(modes.get(mode) for mode in range(core.ndim)))
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+        raise UserError(f"{name}: {error}") from None
     return Entry(form, scale_for(config, name), _layout(name, form, config, recorded))
 
 
@@ -104,7 +105,7 @@ def scale_for(config: Mapping[str, Any], name: str) -> float:
         return 1.0 if config.get("scale") is None else float(config["scale"])
     rank = _lookup(config.get("rank_pattern") or {}, name) or config.get("r", 8)
     if not isinstance(rank, int):
-        raise ValueError(f"alpha in {CONFIG} needs an int rank, but {name} has the ranks {rank}")
+        raise UserError(f"alpha in {CONFIG} needs an int rank, but {name} has the ranks {rank}")
     return float(config["alpha"]) / rank
 
 

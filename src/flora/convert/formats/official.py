@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flora.convert.adapter import Adapter, Entry
 from flora.convert.formats.pairs import swap
+from flora.errors import UserError
 from flora.layers.layout import Layout
 from flora.storage.tensors import open_tensors, read_pickled, read_tensors
 from flora.tucker.form import Tucker
@@ -53,7 +54,7 @@ def read(path: Path, layouts: Mapping[str, Layout] | None = None, *, scale: floa
         ValueError: no scale is given, the file is corrupt, or a layer's tensors are incomplete or do not fit.
     """
     if scale is None:
-        raise ValueError(
+        raise UserError(
             f"{path}: the authors' checkpoints do not store the scale; give it (scale=..., --scale): the constant s of "
             "the convolution code, alpha / r of the NLU and LLM code"
         )
@@ -81,7 +82,7 @@ def read(path: Path, layouts: Mapping[str, Layout] | None = None, *, scale: floa
 def _form(module: str, parts: Mapping[str, Tensor]) -> Tucker:
     needed = {"A", "E", "B"} if "G" not in parts else {"G", *(str(mode) for mode in range(parts["G"].ndim))}
     if parts.keys() != needed:
-        raise ValueError(
+        raise UserError(
             f"{module} has the parts {', '.join(sorted(parts))}, expected {', '.join(sorted(needed))}; the file "
             "is incomplete"
         )
@@ -91,7 +92,7 @@ def _form(module: str, parts: Mapping[str, Tensor]) -> Tucker:
         core = parts["G"]
         form = Tucker(core, tuple(parts[str(mode)] for mode in range(core.ndim)))
     except ValueError as error:
-        raise ValueError(f"{module}: {error}") from None
+        raise UserError(f"{module}: {error}") from None
     return swap(form, 0, 1)
 
 

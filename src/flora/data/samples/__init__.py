@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 
+from flora.errors import UserError
 from flora.storage.atomic import cache_folder, staged_folder
 
 PREFIX = "sample:"
@@ -39,7 +40,7 @@ def locate(where: str) -> str:
     name = where.removeprefix(PREFIX)
     file, _, maker = name.partition("/")
     if name not in sample_names():
-        raise ValueError(f"{where!r} is not a sample; there are {', '.join(sample_names())}")
+        raise UserError(f"{where!r} is not a sample; there are {', '.join(sample_names())}")
     module = _module(file)
     version = hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()[:8]
     folder = cache_folder() / f"{file}-{maker}-{version}"

@@ -1,0 +1,40 @@
+"""Errors that are the user's to mend, as a class of their own: whatever else is raised is a bug of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(ValueError):
+    """Something that was given cannot be used: a setting, a file, a model, data.
+
+    The message says what it is, what was expected and what to do. The command prints it as one line and ends with exit
+    code 2, as it does for what the system refuses (any ``OSError``). Every other exception is a bug of ours.
+    """
+
+
+class WrongTypeError(UserError, TypeError):
+    """A value of a type that cannot be used."""
+
+
+@contextmanager
+def user_errors(*kinds: type[Exception], about: str = "") -> Iterator[None]:
+    """Stands where something that the user gave is handed to another library: what that refuses is a UserError.
+
+    Args:
+        kinds: the exceptions by which the library refuses.
+        about: what was given, for the beginning of the message; nothing where the library's own message says it.
+
+    Raises:
+        UserError: one of ``kinds`` was raised inside; an error of the user's, or of the system's, is left as it is.
+    """
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except kinds as error:
+        reason = " ".join(str(error).split()) or "no reason given"
+        if isinstance(error, KeyError):
+            reason = f"{reason} is missing"
+        raise UserError(f"{about}: {reason}" if about else reason) from error
