@@ -18,6 +18,7 @@ from flora.convert import load, save
 from flora.convert.extraction import finetune as module
 from flora.convert.extraction.allocation import choices, is_cut, spend
 from flora.convert.extraction.finetune import Extracted, extract
+from flora.layers.axes import roles_of
 from flora.layers.layout import from_shape
 from flora.tucker.decomposition import decompose
 from flora.tucker.form import count_params
@@ -72,7 +73,7 @@ def test_a_budget_beats_uniform_ranks(name: str, fraction: float, tmp_path: Path
     save_model(build(name), tmp_path / "base")
     save_model(tuned(name, noise=0.5), tmp_path / "tuned")
     everything = extract(tmp_path / "base", tmp_path / "tuned", energy=1.0)
-    shapes = {row.name: Weight(row.shape, from_shape(row.name, row.shape).axes) for row in everything.rows}
+    shapes = {row.name: Weight(row.shape, roles_of(from_shape(row.name, row.shape).axes)) for row in everything.rows}
     budget = int(fraction * sum(torch.Size(weight.shape).numel() for weight in shapes.values()))
     rank = max(r for r in range(1, 60) if uniform_cost(shapes, r) <= budget)
     uniform = extract(tmp_path / "base", tmp_path / "tuned", rank=rank)
@@ -83,13 +84,15 @@ def test_a_budget_beats_uniform_ranks(name: str, fraction: float, tmp_path: Path
 
 
 def uniform_cost(weights: dict[str, Weight], rank: int) -> int:
-    return sum(count_params(w.shape, resolve(w.shape, rank, None, axes=w.axes)) for w in weights.values())
+    return sum(count_params(w.shape, resolve(w.shape, rank, None, roles=w.roles)) for w in weights.values())
 
 
 def test_a_budget_beats_the_uniform_solver_of_the_tuner_too() -> None:
     tensors = {f"{n}.weight": (1 + n) * torch.randn(11 + 2 * n, 7, 3, 2) for n in range(4)}
     axes = ("out", "in", "kh", "kw")
-    ranks = solve_budget({name: Weight(tuple(t.shape), axes) for name, t in tensors.items()}, 900, kernel_r=None)
+    ranks = solve_budget(
+        {name: Weight(tuple(t.shape), roles_of(axes)) for name, t in tensors.items()}, 900, kernel_r=None
+    )
     spent = spend({name: choices(tensor) for name, tensor in tensors.items()}, 900)
     assert sum(choice.params for choice in spent.values()) <= 900
     uniform = sum((decompose(t, ranks[n]).error * float(t.norm())) ** 2 for n, t in tensors.items())

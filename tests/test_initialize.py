@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flora import INITIALIZERS, Tucker, TuckerDelta
 from flora.tucker.initialize import initialize
+from flora.tucker.ranks import Role
 
 ZERO_CORE = ["orthogonal", "paper_conv", "paper_nlu", "paper_llm"]
 SIZES_AND_RANKS = [(20_011, 5), (10_007, 13), (4_001, 37)]  # large, so that a sample's std is within a per cent
@@ -124,25 +125,35 @@ def test_orthogonal_has_columns_of_length_root_size_over_rank() -> None:
     torch.testing.assert_close(factor.T @ factor, torch.eye(7, dtype=torch.float64) * 31 / 7)
 
 
-AXES = [("out", "in"), ("out", "in", "kh", "kw"), ("in", "out", "kw"), ("experts", "rows", "columns"), ("vocab", "dim")]
+ROLES: list[tuple[Role, ...]] = [
+    ("output", "summed"),
+    ("output", "summed", "kernel", "kernel"),
+    ("summed", "output", "kernel"),
+    ("stack", "output", "summed"),
+    ("stack", "output"),
+    ("output", "output", "summed"),  # the gates of an LSTM, folded out
+    ("output", "summed", "summed"),  # two inputs
+]
 
 
-@pytest.mark.parametrize("axes", AXES, ids=" ".join)
+@pytest.mark.parametrize("roles", ROLES, ids=" ".join)
 @pytest.mark.parametrize("width", [24, 96])
-def test_our_default_changes_outputs_alike_at_any_width(axes: tuple[str, ...], width: int) -> None:
+def test_our_default_changes_outputs_alike_at_any_width(roles: tuple[Role, ...], width: int) -> None:
     """For inputs of rms 1 the change has rms s * sqrt(J1) * rms(first factor), whatever width and ranks of the rest."""
-    summed = {"in", "kh", "kw", "columns"}
-    sizes = {"kh": 5, "kw": 3, "experts": 7}
-    shape = tuple(sizes.get(axis, width) for axis in axes)
+    sizes = {"kernel": 5, "stack": 7}
+    shape = tuple(sizes.get(role, width) for role in roles)
+    is_summed = [role in ("summed", "kernel") for role in roles]
     for rank in (2, 5):
         torch.manual_seed(rank)
-        delta = TuckerDelta(shape, [min(rank, size - 1) for size in shape], scale=3.0, axes=axes, dtype=torch.float64)
+        ranks = [min(rank, size - 1) for size in shape]
+        delta = TuckerDelta(shape, ranks, scale=3.0, roles=roles, dtype=torch.float64)
         assert torch.count_nonzero(delta.dense()) == 0
         with torch.no_grad():
             delta.factor_0.normal_()
-        over = math.prod(size for axis, size in zip(axes, shape, strict=True) if axis in summed)
+
+        over = math.prod(size for summed, size in zip(is_summed, shape, strict=True) if summed)
         outputs = rms(delta.dense()) * math.sqrt(over)  # for independent inputs of rms 1
-        first = math.sqrt(shape[0]) if axes[0] in summed else 1.0
+        first = math.sqrt(shape[0]) if is_summed[0] else 1.0
         assert outputs == pytest.approx(3 * first * math.sqrt(delta.form.ranks[0]) * rms(delta.factor_0), rel=0.35)
 
 

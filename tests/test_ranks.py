@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flora.layers.axes import roles_of
 from flora.tucker.form import count_params
 from flora.tucker.ranks import Weight, resolve, solve_budget
 
 LINEAR = ("out", "in")
 CONV2D = ("out", "in", "kh", "kw")
-AXES = {2: LINEAR, 3: ("out", "in", "kw"), 4: CONV2D, 5: ("out", "in", "kd", "kh", "kw")}
+AXES: dict[int, tuple[str, ...]] = {2: LINEAR, 3: ("out", "in", "kw"), 4: CONV2D, 5: ("out", "in", "kd", "kh", "kw")}
 
 RESOLVED = [
     ((512, 256, 3, 3), 32, 2, CONV2D, (32, 32, 2, 2)),
@@ -44,7 +45,7 @@ def test_resolve(
     axes: tuple[str, ...] | None,
     expected: tuple[int, ...],
 ) -> None:
-    assert resolve(shape, r, kernel_r, axes=axes) == expected
+    assert resolve(shape, r, kernel_r, axes=axes, roles=axes and roles_of(axes)) == expected
 
 
 def test_the_table_of_requests_is_whole() -> None:
@@ -56,22 +57,22 @@ def weights(draw: st.DrawFn) -> Weight:
     """A linear or convolution weight with sizes from 1 up."""
     kernel = draw(st.lists(st.integers(1, 7), max_size=3))
     channels = (draw(st.integers(1, 40)), draw(st.integers(1, 40)))
-    return Weight((*channels, *kernel), AXES[2 + len(kernel)])
+    return Weight((*channels, *kernel), roles_of(AXES[2 + len(kernel)]))
 
 
 @given(weights(), st.integers(1, 64), st.one_of(st.none(), st.integers(1, 9)))
 def test_every_rank_can_be_used_and_no_more_is_lost(weight: Weight, r: int, kernel_r: int | None) -> None:
-    ranks = resolve(weight.shape, r, kernel_r, axes=weight.axes)
+    ranks = resolve(weight.shape, r, kernel_r, roles=weight.roles)
     assert len(ranks) == len(weight.shape)
     if ranks == weight.shape:  # the weight itself, where that costs less than a form that can be anything
         return
     wanted = [
-        min((size if kernel_r is None else kernel_r) if axis.startswith("k") else r, size)
-        for size, axis in zip(weight.shape, weight.axes, strict=True)
+        min((size if kernel_r is None else kernel_r) if role == "kernel" else r, size)
+        for size, role in zip(weight.shape, weight.roles, strict=True)
     ]
-    for mode, axis in enumerate(weight.axes):
+    for mode, role in enumerate(weight.roles):
         others = math.prod(ranks) // ranks[mode]
-        if axis.startswith("k"):
+        if role == "kernel":
             assert ranks[mode] == wanted[mode]
         else:
             assert 1 <= ranks[mode] <= min(wanted[mode], others) or ranks[mode] == wanted[mode] == 1
@@ -80,8 +81,8 @@ def test_every_rank_can_be_used_and_no_more_is_lost(weight: Weight, r: int, kern
 
 @given(weights(), st.integers(1, 40), st.one_of(st.none(), st.integers(1, 9)))
 def test_ranks_never_fall_as_r_grows(weight: Weight, r: int, kernel_r: int | None) -> None:
-    fewer = resolve(weight.shape, r, kernel_r, axes=weight.axes)
-    more = resolve(weight.shape, r + 1, kernel_r, axes=weight.axes)
+    fewer = resolve(weight.shape, r, kernel_r, roles=weight.roles)
+    more = resolve(weight.shape, r + 1, kernel_r, roles=weight.roles)
     assert all(low <= high for low, high in zip(fewer, more, strict=True))
 
 
@@ -126,7 +127,7 @@ def spent(targets: dict[str, Weight], ranks: dict[str, tuple[int, ...]]) -> int:
 
 def floor(targets: dict[str, Weight], kernel_r: int | None) -> int:
     """What rank 1 costs everywhere, the least that can be spent."""
-    at_one = {name: resolve(weight.shape, 1, kernel_r, axes=weight.axes) for name, weight in targets.items()}
+    at_one = {name: resolve(weight.shape, 1, kernel_r, roles=weight.roles) for name, weight in targets.items()}
     return spent(targets, at_one)
 
 
@@ -135,7 +136,7 @@ def next_steps(targets: dict[str, Weight], ranks: dict[str, tuple[int, ...]], ke
     prices = []
     for name, weight in targets.items():
         now = count_params(weight.shape, ranks[name])
-        higher = (resolve(weight.shape, r, kernel_r, axes=weight.axes) for r in range(1, max(weight.shape) + 1))
+        higher = (resolve(weight.shape, r, kernel_r, roles=weight.roles) for r in range(1, max(weight.shape) + 1))
         larger = [
             more
             for more in higher
@@ -180,17 +181,17 @@ def test_a_larger_budget_never_spends_less(targets: dict[str, Weight], extra: in
 def test_a_boundless_budget_gives_every_weight_all_it_can_use(targets: dict[str, Weight]) -> None:
     ranks = solve_budget(targets, 10**9, None)
     for name, weight in targets.items():
-        assert ranks[name] == resolve(weight.shape, max(weight.shape), None, axes=weight.axes)
+        assert ranks[name] == resolve(weight.shape, max(weight.shape), None, roles=weight.roles)
 
 
 def test_equal_weights_get_equal_ranks_when_the_budget_divides() -> None:
-    targets = {name: Weight((31, 17), LINEAR) for name in "abc"}
+    targets = {name: Weight((31, 17), roles_of(LINEAR)) for name in "abc"}
     ranks = solve_budget(targets, 3 * count_params((31, 17), (5, 5)))
     assert set(ranks.values()) == {(5, 5)}
 
 
 def test_the_cost_of_rank_one_is_the_least_budget() -> None:
-    targets = {"a": Weight((31, 17), LINEAR), "b": Weight((13, 7, 3), AXES[3])}
+    targets = {"a": Weight((31, 17), roles_of(LINEAR)), "b": Weight((13, 7, 3), roles_of(AXES[3]))}
     least = floor(targets, 2)
     assert spent(targets, solve_budget(targets, least)) == least
     with pytest.raises(ValueError) as caught:

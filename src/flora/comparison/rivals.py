@@ -21,6 +21,7 @@ from torch import nn
 
 from flora.comparison.authors import AuthorsScheme
 from flora.comparison.matching import Costs, match_ranks
+from flora.layers.axes import KERNELS, roles_of
 from flora.runs.training import trainable
 from flora.tucker.ranks import resolve
 from flora.tuner.config import FloraConfig
@@ -28,7 +29,6 @@ from flora.tuner.targets import exact_pattern
 
 LOKR_FACTORS = (-1, 16, 8, 4, 2)  # how LoKr splits a matrix, from its default, the cheapest, to the dearest
 PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-KERNEL = ("kd", "kh", "kw")
 Targets = Mapping[str, list[str]]  # module -> its raw parameters that are adapted; none for a layer as such
 Configure = Callable[[dict[str, int], Targets], PeftConfig]  # the rank of each module -> a config of PEFT
 
@@ -131,9 +131,11 @@ def authors(base: nn.Module, request: Request) -> nn.Module:
         if type(modules[name]) in PLAIN and getattr(modules[name], "groups", 1) == 1
     ]
 
+    axes_of = {2: ("out", "in"), **{2 + dims: ("out", "in", *kernel) for dims, kernel in KERNELS.items()}}
+
     def ranks_of(name: str, rank: int) -> tuple[int, ...]:
         shape = cast("nn.Parameter", modules[name].weight).shape
-        return resolve(shape, rank, config.kernel_r, axes=("out", "in", *KERNEL[: len(shape) - 2]))
+        return resolve(shape, rank, config.kernel_r, roles=roles_of(axes_of[len(shape)]))
 
     def cost(name: str, rank: int) -> int:
         shape, ranks = cast("nn.Parameter", modules[name].weight).shape, ranks_of(name, rank)

@@ -15,9 +15,8 @@ from typing import Any
 from torch import nn
 
 from flora.errors import UserError
+from flora.layers.axes import KERNELS
 from flora.layers.table import find_layer
-
-KERNEL_AXES = {1: ("kw",), 2: ("kh", "kw"), 3: ("kd", "kh", "kw")}
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Layout:
     Attributes:
         kind: "linear", "conv", "embedding", "experts" (a stack of linear weights) or anything else, which only the
             dense formats can hold.
-        axes: a name per stored dimension: "out", "in", "vocab", "dim", "expert", kernel axes beginning with "k".
+        axes: a name per stored dimension, of ``flora.layers.axes.ROLES``, or ``d0``, ``d1`` where nothing is known.
         groups: of a convolution.
         fold: an einops pattern by which the stored weight is seen as the N-d tensor that the Tucker form lives in.
         place: of a raw parameter, its place among those of its module: PEFT nests its wrappers in that order.
@@ -75,7 +74,7 @@ def from_shape(name: str, shape: tuple[int, ...]) -> Layout:
     if leaf == "weight" and owner and len(shape) == 2:
         return Layout("linear", ("out", "in"))
     if leaf == "weight" and owner and len(shape) in (3, 4, 5):
-        return Layout("conv", ("out", "in", *KERNEL_AXES[len(shape) - 2]))
+        return Layout("conv", ("out", "in", *KERNELS[len(shape) - 2]))
     if len(shape) == 2:
         return Layout("linear", ("out", "in"))
     if len(shape) == 3:

@@ -21,13 +21,13 @@ from transformers.pytorch_utils import Conv1D
 
 from flora.layers import gate as fused
 from flora.layers import plain as kernels
+from flora.layers.axes import KERNELS
 from flora.layers.conv import fused as fused_conv
 from flora.layers.conv import kernel_gradient as trained_kernel
 from flora.layers.linear import compiled as compiled_linear
 from flora.tucker.form import Tucker
 
 Axes = tuple[str, ...]
-KERNEL = {1: ("kw",), 2: ("kh", "kw"), 3: ("kd", "kh", "kw")}
 
 
 def no_folds(module: Any) -> dict[str, str]:
@@ -42,8 +42,8 @@ class Layer:
     Attributes:
         kind: what ``flora.plan`` and the shorthands of ``target_modules`` go by: "linear", "conv", "embedding",
             "bilinear", "attention", "recurrent" or "norm".
-        weights: ``module -> {parameter name: axes}``, a name for each dimension in the order of ``weight.shape``;
-            kernel axes are called kd, kh, kw.
+        weights: ``module -> {parameter name: axes}``, a name of ``flora.layers.axes.ROLES`` for each dimension, in the
+            order of ``weight.shape``.
         apply: ``(module, weight, bias, *args, **kwargs) -> output``: what the layer computes with that weight, linear
             in ``weight``, with the arguments of its forward. None where there is no such form; the layer is then run
             through ``torch.func.functional_call`` with W + dW.
@@ -167,12 +167,12 @@ def _conv_rows() -> dict[type[nn.Module], Layer]:
     straight = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
     transposed = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
     rows: dict[type[nn.Module], Layer] = {
-        cls: Layer("conv", _one("out", "in", *KERNEL[dims]), _conv, kernels.conv, _fused_conv)
+        cls: Layer("conv", _one("out", "in", *KERNELS[dims]), _conv, kernels.conv, _fused_conv)
         for dims, cls in straight.items()
     }
     for dims, cls in transposed.items():
         rows[cls] = Layer(
-            "conv", _one("in", "out", *KERNEL[dims]), _conv_transpose, kernels.conv_transpose, _fused_conv_transpose
+            "conv", _one("in", "out", *KERNELS[dims]), _conv_transpose, kernels.conv_transpose, _fused_conv_transpose
         )
     return rows
 

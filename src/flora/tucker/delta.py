@@ -11,6 +11,7 @@ from flora.errors import UserError
 from flora.tucker.fold import Fold, parse_fold
 from flora.tucker.form import Tucker
 from flora.tucker.initialize import initialize
+from flora.tucker.ranks import Role
 
 
 class TuckerDelta(nn.Module):
@@ -25,7 +26,8 @@ class TuckerDelta(nn.Module):
         fold: how the weight is seen as an N-d tensor, ``"(gates hidden) input, gates=4"``; ranks are then those of the
             folded dimensions.
         init: a key of ``flora.INITIALIZERS``.
-        axes: a name per (folded) dimension, for ``init``; by default the outputs first, then what is summed over.
+        roles: the role of each (folded) dimension, for ``init``; by default the outputs first, then what is summed
+            over.
         init_weights: False starts from a random, non-zero core.
         device, dtype: of the parameters.
 
@@ -49,7 +51,7 @@ class TuckerDelta(nn.Module):
         scale: float = 1.0,
         fold: str | Fold | None = None,
         init: str = "zero_first",
-        axes: Sequence[str] | None = None,
+        roles: Sequence[Role] | None = None,
         init_weights: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -68,7 +70,7 @@ class TuckerDelta(nn.Module):
         for name, size, rank in zip(self._factor_names, sizes, ranks, strict=True):
             if name is not None:
                 self.register_parameter(name, nn.Parameter(torch.empty(size, rank, device=device, dtype=dtype)))
-        initialize(self.core, self.form.factors, init, axes, identity=init_weights)
+        initialize(self.core, self.form.factors, init, roles, identity=init_weights)
 
     @property
     def form(self) -> Tucker:

@@ -12,10 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from flora.tucker.ranks import KERNEL_AXES
+from flora.tucker.ranks import Role
 
 Initializer = Callable[[Tensor, Sequence[Tensor | None], Sequence[bool]], None]
-SUMMED_OVER = {"in", "hidden", "embed", "columns"} | KERNEL_AXES  # axes that the product of a layer runs over
 
 
 def zero_first(core: Tensor, factors: Sequence[Tensor | None], over: Sequence[bool]) -> None:
@@ -85,7 +84,7 @@ def initialize(
     core: Tensor,
     factors: Sequence[Tensor | None],
     name: str,
-    axes: Sequence[str] | None = None,
+    roles: Sequence[Role] | None = None,
     *,
     identity: bool = True,
 ) -> None:
@@ -95,12 +94,15 @@ def initialize(
         core: shape ``(J1, ..., JN)``.
         factors: the matrices ``(In, Jn)``, None for the modes that are whole.
         name: a key of :data:`INITIALIZERS`.
-        axes: a name per mode; None is a layer whose first mode is that of the outputs and that sums over the others.
+        roles: the role of each mode; None is a layer whose first mode is that of the outputs and that sums over the
+            others.
         identity: False is for tests: a random core (std 0.05) and orthogonal factors, so that dW is not zero.
     """
     if core.is_meta:  # loading with low_cpu_mem_usage: the values come from the file
         return
-    over = [mode > 0 for mode in range(len(factors))] if axes is None else [axis in SUMMED_OVER for axis in axes]
+    over = [mode > 0 for mode in range(len(factors))]
+    if roles is not None:
+        over = [role in ("summed", "kernel") for role in roles]
     with torch.no_grad():
         INITIALIZERS[name if identity else "orthogonal"](core, factors, over)
         if not identity:

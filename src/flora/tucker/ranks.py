@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from flora.errors import UserError, WrongTypeError
 from flora.tucker.form import count_params
 
 Ranks = int | list[int] | tuple[int, ...]
-KERNEL_AXES = frozenset({"kd", "kh", "kw"})
+
+# What a layer does with one mode of its weight: it has an output for each entry, sums over it, sums over it as a
+# convolution over its kernel, or picks one entry of it.
+Role = Literal["output", "summed", "kernel", "stack"]
 
 
 def describe(name: str, shape: Sequence[int], axes: Sequence[str]) -> str:
@@ -44,12 +48,13 @@ def resolve(
     kernel_r: int | None = 2,
     *,
     axes: Sequence[str] | None = None,
+    roles: Sequence[Role] | None = None,
     name: str = "weight",
 ) -> tuple[int, ...]:
     """The ranks ``(J1, ..., JN)`` of the Tucker form of one weight.
 
     A list gives every rank and is taken as it is. An int asks for rank ``r`` on the channel modes and ``kernel_r`` on
-    the kernel modes (the axes kd, kh, kw); it is lowered to the size of a mode, and to the product of the
+    the kernel modes; it is lowered to the size of a mode, and to the product of the
     other ranks, because a rank above that product adds parameters and no expressiveness; where the form can then be any
     tensor of that shape, all modes are kept whole if that is cheaper. A rank equal to its size means that the mode is
     kept whole (no factor).
@@ -58,7 +63,8 @@ def resolve(
         shape: ``(I1, ..., IN)`` of the weight.
         r: one int, or one int per dimension in the order of ``shape``.
         kernel_r: rank of each kernel mode; None keeps the kernel modes whole.
-        axes: a name per dimension, used in messages and to tell kernel modes.
+        axes: a name per dimension, used in messages.
+        roles: the role of each dimension; without it none is a kernel mode.
         name: the weight's name, used in messages.
 
     Raises:
@@ -66,12 +72,13 @@ def resolve(
         ValueError: a rank is below 1, the list has the wrong length, or a listed rank is above its dimension.
 
     Example:
-        >>> resolve((512, 256, 3, 3), 32, 2, axes=("out", "in", "kh", "kw"))
+        >>> resolve((512, 256, 3, 3), 32, 2, roles=("output", "summed", "kernel", "kernel"))
         (32, 32, 2, 2)
-        >>> resolve((96, 1, 7, 7), 8, 2, axes=("out", "in", "kh", "kw"))
+        >>> resolve((96, 1, 7, 7), 8, 2, roles=("output", "summed", "kernel", "kernel"))
         (4, 1, 2, 2)
     """
     axes = tuple(axes) if axes is not None else tuple(f"d{mode}" for mode in range(len(shape)))
+    kernel = _kernel_modes(shape, roles)
     check_request(r)
     if isinstance(r, (list, tuple)):
         if len(r) != len(shape):
@@ -91,33 +98,42 @@ def resolve(
     if len(shape) == 1:  # a 1-D form with a factor would cost more than the weight and reach less
         return tuple(shape)
     ranks = []
-    for size, axis in zip(shape, axes, strict=True):
-        wanted = (kernel_r if kernel_r is not None else size) if axis in KERNEL_AXES else r
+    for size, is_kernel in zip(shape, kernel, strict=True):
+        wanted = r
+        if is_kernel:
+            wanted = size if kernel_r is None else kernel_r
         ranks.append(min(wanted, size))
-    lowered = _lower_to_reach(ranks, axes)
+    lowered = _lower_to_reach(ranks, kernel)
     reach = tuple(min(size, math.prod(shape) // size) for size in shape)
     full = lowered == reach  # the form is no restriction, so the weight itself is the cheaper parametrisation
     return tuple(shape) if full and math.prod(shape) <= count_params(shape, lowered) else lowered
 
 
-def _lower_to_reach(ranks: list[int], axes: Sequence[str]) -> tuple[int, ...]:
+def _kernel_modes(shape: Sequence[int], roles: Sequence[Role] | None) -> tuple[bool, ...]:
+    """Which modes are those of a convolution's kernel."""
+    if roles is None:
+        return (False,) * len(shape)
+    return tuple(role == "kernel" for role in roles)
+
+
+def _lower_to_reach(ranks: list[int], kernel: Sequence[bool]) -> tuple[int, ...]:
     """Lowers each channel rank to the product of the other ranks, the most that its mode can reach."""
     changed = True
     while changed:
         changed = False
-        for mode, axis in enumerate(axes):
+        for mode, is_kernel in enumerate(kernel):
             others = math.prod(ranks) // ranks[mode]
-            if axis not in KERNEL_AXES and ranks[mode] > others:
+            if not is_kernel and ranks[mode] > others:
                 ranks[mode], changed = others, True
     return tuple(ranks)
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight to be adapted, as far as ranks are concerned: its shape and the names of its dimensions."""
+    """A weight to be adapted, as far as ranks are concerned: its shape and the roles of its dimensions."""
 
     shape: tuple[int, ...]
-    axes: tuple[str, ...]
+    roles: tuple[Role, ...]
 
 
 def solve_budget(weights: Mapping[str, Weight], budget: int, kernel_r: int | None = 2) -> dict[str, tuple[int, ...]]:
@@ -127,7 +143,7 @@ def solve_budget(weights: Mapping[str, Weight], budget: int, kernel_r: int | Non
     lowest rank first and of those the dearest step, until no step is affordable.
 
     Args:
-        weights: name -> shape and axes.
+        weights: name -> shape and roles.
         budget: trainable parameters to spend on core and factors.
         kernel_r: rank of each kernel mode, as in :func:`resolve`.
 
@@ -172,13 +188,14 @@ class _Ladder:
     def __init__(self, weight: Weight, kernel_r: int | None) -> None:
         self.weight, self.kernel_r = weight, kernel_r
         total = math.prod(weight.shape)
-        channels = [size for size, axis in zip(weight.shape, weight.axes, strict=True) if axis not in KERNEL_AXES]
+        kernel = _kernel_modes(weight.shape, weight.roles)
+        channels = [size for size, is_kernel in zip(weight.shape, kernel, strict=True) if not is_kernel]
         self.top = max([min(size, total // size) for size in channels], default=1)
         self.sizes = sorted({size for size in channels if size <= self.top}, reverse=True)
         self._costs: dict[int, int] = {}
 
     def ranks(self, r: int) -> tuple[int, ...]:
-        return resolve(self.weight.shape, r, self.kernel_r, axes=self.weight.axes)
+        return resolve(self.weight.shape, r, self.kernel_r, roles=self.weight.roles)
 
     def cost(self, r: int) -> int:
         if r not in self._costs:

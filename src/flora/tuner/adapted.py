@@ -15,6 +15,7 @@ from flora.errors import UserError
 from flora.layers.table import LAYERS, Layer, find_layer, parameter, refusal, weight_shape
 from flora.tucker.delta import TuckerDelta
 from flora.tucker.fold import Fold
+from flora.tucker.ranks import Role
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Target:
     shape: tuple[int, ...]
     ranks: tuple[int, ...]
     scale: float
-    axes: tuple[str, ...]
+    roles: tuple[Role, ...]
     fold: Fold | None = None
 
 

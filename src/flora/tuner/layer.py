@@ -34,7 +34,7 @@ class FloraLayer(AdaptedLayer):
                 scale=target.scale,
                 fold=target.fold,
                 init=config.init,
-                axes=target.axes,
+                roles=target.roles,
                 init_weights=config.init_weights,
             )
         path = self._choose_path(name, config.path, targets)

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from flora.errors import UserError
+from flora.layers.axes import roles_of
 from flora.layers.layout import is_usual, of_module
 from flora.layers.table import Layer, parameter, refusal, weight_shape
 from flora.tucker.fold import parse_fold
@@ -92,7 +93,8 @@ def refusal_for(module: nn.Module) -> str | None:
 def raw_parameter(name: str, module: nn.Module, leaf: str) -> Site:
     """A site for one raw parameter of a module."""
     count = len(weight_shape(module, leaf))
-    names = {1: ("channels",), 2: ("out", "in"), 3: ("experts", "rows", "columns")}
+    stack = ("expert", "in", "out") if getattr(module, "is_transposed", False) else ("expert", "out", "in")
+    names = {1: ("channels",), 2: ("out", "in"), 3: stack}
     axes = names.get(count, tuple(f"d{mode}" for mode in range(count)))
     return Site(name, module, Layer("parameter", lambda _: {leaf: axes}))
 
@@ -137,8 +139,9 @@ def targets_of(config: FloraConfig, site: Site) -> dict[str, Target]:
         pattern = config.fold_for(site.name, weight) or site.row.folds(site.module).get(weight)
         fold = parse_fold(pattern, shape, name) if pattern else None
         sizes, names = (fold.shape, fold.axes) if fold else (shape, axes)
-        ranks = resolve(sizes, config.rank_for(site.name, weight), config.kernel_r, axes=names, name=name)
-        targets[weight] = Target(shape, ranks, config.scale_for(site.name, weight), tuple(names), fold)
+        roles = roles_of(axes, fold)
+        ranks = resolve(sizes, config.rank_for(site.name, weight), config.kernel_r, axes=names, roles=roles, name=name)
+        targets[weight] = Target(shape, ranks, config.scale_for(site.name, weight), roles, fold)
     return targets
 
 
@@ -176,11 +179,10 @@ def spend_budget(config: FloraConfig, sites: list[Site], model: nn.Module) -> No
     budget = int(config.budget * total) if config.budget < 1 else int(config.budget)
     free: dict[str, Weight] = {}
     for site in sites:
-        for weight, axes in site.row.weights(site.module).items():
-            target = targets_of(config, site)[weight]
-            sizes, names = (target.fold.shape, target.fold.axes) if target.fold else (target.shape, axes)
+        for weight, target in targets_of(config, site).items():
+            sizes = target.fold.shape if target.fold else target.shape
             if config.rank_for(site.name, weight) is config.r:
-                free[exact_pattern(f"{site.name}.{weight}")] = Weight(sizes, names)
+                free[exact_pattern(f"{site.name}.{weight}")] = Weight(sizes, target.roles)
             else:
                 budget -= count_params(sizes, target.ranks)
     solved = solve_budget(free, budget, config.kernel_r) if free else {}

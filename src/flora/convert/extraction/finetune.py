@@ -22,6 +22,7 @@ from flora.convert.extraction.store import Store
 from flora.convert.formats.filemap import FileMap
 from flora.convert.report import table
 from flora.errors import UserError
+from flora.layers.axes import roles_of
 from flora.layers.layout import Layout, from_shape
 from flora.storage.checkpoint import Checkpoint
 from flora.tucker.decomposition import decompose
@@ -125,7 +126,9 @@ def extract(
         if energy is not None:
             return _for_energy(delta, energy)
         axes = _axes(job.layouts.get(name), delta, name)
-        return resolve(delta.shape, rank if rank is not None else 8, kernel_r, axes=axes, name=name)
+        return resolve(
+            delta.shape, rank if rank is not None else 8, kernel_r, axes=axes, roles=roles_of(axes), name=name
+        )
 
     result = Extracted(config={"base_model_name_or_path": str(base)})
     for name in job.bar("layers"):

@@ -19,7 +19,8 @@ from flora.convert.adapter import Adapter, Entry
 from flora.convert.formats.native import lone_biases, saved_modules
 from flora.convert.formats.pairs import join_stack, pad, split, split_stack, swap, trim
 from flora.errors import UserError
-from flora.layers.layout import KERNEL_AXES, Layout, is_raw, layout_from_json
+from flora.layers.axes import KERNELS
+from flora.layers.layout import Layout, is_raw, layout_from_json
 from flora.layers.names import GIVE_BASE, PREFIX, TOKEN_ROWS, check_prefix, match_pattern, module_of, nested
 from flora.storage.tensors import CONFIG, NOTE, WEIGHTS, read_json, read_tensors, write_json, write_tensors
 from flora.tucker.form import Tucker
@@ -250,7 +251,7 @@ def _identify(
         if layouts is not None and f"{module}.weight" in layouts:
             return f"{module}.weight", layouts[f"{module}.weight"]
         if ndim > 2:
-            return f"{module}.weight", Layout("conv", ("out", "in", *KERNEL_AXES[ndim - 2]))
+            return f"{module}.weight", Layout("conv", ("out", "in", *KERNELS[ndim - 2]))
         return f"{module}.weight", Layout("linear", ("in", "out") if config.get("fan_in_fan_out") else ("out", "in"))
     names = [f"{module}.{name.rpartition('.')[2]}" for name in raw]
     if layouts is None or any(name not in layouts for name in names):
