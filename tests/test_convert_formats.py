@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -247,7 +248,7 @@ def test_paths_that_are_no_adapter(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not an adapter that can be read"):
         load(tmp_path / "x.safetensors")
     (tmp_path / "evil.pt").write_bytes(b"\x80\x04\x95")
-    with pytest.raises(ValueError, match="truncated, corrupt or holds code"):
+    with pytest.raises(ValueError, match="truncated, corrupt or holds more than tensors"):
         load(tmp_path / "evil.pt")
 
 
@@ -263,7 +264,7 @@ def test_nothing_is_replaced_unasked_or_half_written(folder: Path, monkeypatch: 
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(convert_files, "save_file", full)
+    monkeypatch.setattr(convert_files, "stream_tensors", full)
     with pytest.raises(OSError, match="No space left"):
         save(adapter, target, format=to, overwrite=True)
     assert sorted(folder.parent.rglob("*")) == before
@@ -307,3 +308,43 @@ def test_folds_are_read(pattern: str, groups: tuple[int, ...]) -> None:
     assert fold_groups(pattern) == groups
     with pytest.raises(ValueError, match="is not a list of names and groups"):
         fold_groups("(a (b c)")
+
+
+def test_the_same_adapter_gives_the_same_bytes(tmp_path: Path) -> None:
+    """Whatever the order of its entries, and with the mode that the umask asks for."""
+    adapter = random_adapter(build("mixed"), lambda name, value: value.ndim > 1)
+    turned = Adapter(dict(reversed(adapter.weights.items())), {}, {})
+    other = (tmp_path / "other").with_suffix(".txt")
+    other.write_text("made by the system's own rule")
+    for kind, name in (("flora", "f"), ("lora", "l"), ("kohya", "k.safetensors"), ("dense", "d.safetensors")):
+        first, second = tmp_path / "one" / name, tmp_path / "two" / name
+        save(adapter, first, format=kind)
+        save(turned, second, format=kind)
+        for path in [first] if first.is_file() else sorted(first.iterdir()):
+            twin = second if first.is_file() else second / path.name
+            assert path.read_bytes() == twin.read_bytes(), path
+            assert path.stat().st_mode == other.stat().st_mode, path
+
+
+DTYPES = [torch.float64, torch.bfloat16, torch.complex64, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn]
+
+
+def test_every_dtype_is_written_as_safetensors_would(tmp_path: Path) -> None:
+    tensors = {f"t{number}": torch.ones(3, 5).to(dtype) for number, dtype in enumerate(DTYPES)}
+    tensors |= {"none": torch.ones(0, 3), "one": torch.tensor(2.5)}
+    convert_files.write_tensors(tmp_path / "a.safetensors", tensors, {"b": "2", "a": "1"})
+    back = load_file(tmp_path / "a.safetensors")
+    assert back.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert back[name].dtype == value.dtype
+        assert back[name].shape == value.shape
+        assert torch.equal(back[name].cfloat(), value.cfloat())
+
+
+def test_what_cannot_be_read_says_why(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is not a file of tensors"):
+        convert_files.read_tensors(tmp_path)
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Path))  # a class: loading it without restriction would import it
+    with pytest.raises(ValueError, match="holds more than tensors; nothing in it was run") as caught:
+        convert_files.read_pickled(tmp_path / "evil.pt")
+    assert "weights_only" not in str(caught.value)

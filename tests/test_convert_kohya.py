@@ -171,6 +171,68 @@ def test_foreign_and_broken_files_are_refused(tmp_path: Path) -> None:
     assert len(cases) == 5
 
 
+class Nested(nn.Module):
+    """Names of which one ends like another, as in Flux: ``single.0.out`` and ``out``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(5, 7)
+        self.single = nn.ModuleList([nn.ModuleDict({"out": nn.Linear(5, 7)}) for _ in range(2)])
+
+
+def up_and_down(stem: str, seed: int, out: int = 7) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    return {f"{stem}.lora_up.weight": torch.randn(out, 2), f"{stem}.lora_down.weight": torch.randn(2, 5)}
+
+
+def test_a_key_gives_the_whole_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    stems = {"lora_unet_single_0_out": "single.0.out", "lora_unet_single_1_out": "single.1.out", "lora_unet_out": "out"}
+    tensors: dict[str, Tensor] = {}
+    for seed, stem in enumerate(stems):
+        tensors.update(up_and_down(stem, seed))
+    save_file(tensors, path)
+    found = load(path, base=Nested())
+    assert set(found.weights) == {f"{name}.weight" for name in stems.values()}
+    for stem, name in stems.items():
+        expected = tensors[f"{stem}.lora_up.weight"] @ tensors[f"{stem}.lora_down.weight"]
+        assert torch.allclose(found.weights[f"{name}.weight"].dense(), expected, atol=1e-6)
+    save_file(up_and_down("their_own_single_1_out", 0) | up_and_down("their_own_out", 1), path)
+    assert set(load(path, base=Nested()).weights) == {"single.1.out.weight", "out.weight"}, "a prefix of their own"
+
+
+MISLEADING = [
+    (up_and_down("lora_unet_double_out", 0), "no weight of the base model has the key lora_unet_double_out"),
+    (
+        up_and_down("lora_te1_out", 0) | up_and_down("lora_te2_out", 1),
+        "lora_te1_out and lora_te2_out are both out.w",
+    ),
+    (up_and_down("lora_unet_out", 0, out=3), r"out.weight has shape \(7, 5\) in the base model and \(3, 5\)"),
+    ({**up_and_down("lora_unet_out", 0), "lora_unet_out.alpha": torch.ones(2)}, "alpha has shape .2,., expected one"),
+    ({}, "has no tensors|is not an adapter"),
+]
+
+
+@pytest.mark.parametrize(("tensors", "message"), MISLEADING)
+def test_a_key_that_is_not_sure_is_refused(tmp_path: Path, tensors: dict[str, Tensor], message: str) -> None:
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "a.safetensors", base=Nested())
+
+
+def test_one_key_for_two_weights_is_refused(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"unet": nn.ModuleDict({"out": nn.Linear(5, 7)}), "out": nn.Linear(5, 7)})
+    save_file(up_and_down("lora_unet_out", 0), tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"could be out.weight or unet.out.weight"):
+        load(tmp_path / "a.safetensors", base=model)
+
+
+def test_a_prefix_of_the_users_own_is_read_back(tmp_path: Path) -> None:
+    adapter = random_adapter(Nested(), weights)
+    save(adapter, tmp_path / "a.safetensors", format="kohya", prefix="lora_mine")
+    assert difference(adapter, load(tmp_path / "a.safetensors")) < 1e-6
+
+
 def test_whole_tensors_and_name_clashes_are_refused(tmp_path: Path) -> None:
     adapter = conv_adapter((5, 3, 3, 2), (2, 2, 2, 2))
     adapter.extras["head.weight"] = torch.ones(2, 2)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from torch import nn
 
 import flora
 from convert_cases import conv_adapter, difference, random_adapter, random_form
@@ -124,6 +125,43 @@ def test_any_peft_lora_is_read(tmp_path: Path, rslora: bool) -> None:
     round_trip = tmp_path / "flora"
     save(adapter, round_trip, format="flora")
     assert difference(adapter, load(round_trip)) < 1e-6
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora", "gaussian", True])
+def test_a_start_that_changes_the_base_is_refused(tmp_path: Path, start: str | bool) -> None:
+    """PEFT takes such a start out of the base weight again when it loads: the pair alone is not the change."""
+    base = build("mixed")
+    before = base.head.weight.detach().clone()
+    config = LoraConfig(r=2, target_modules=["head"], init_lora_weights=start)
+    model = get_peft_model(base, config).eval()
+    layer = model.base_model.model.head
+    with torch.no_grad():
+        layer.lora_B["default"].weight.add_(0.1)
+    model.save_pretrained(tmp_path)
+    if isinstance(start, str) and start != "gaussian":
+        with pytest.raises(ValueError, match=f"init_lora_weights='{start}'.*path_initial_model_for_weight_conversion"):
+            load(tmp_path)
+        return
+    merged = layer.base_layer.weight + layer.get_delta_weight("default")
+    assert torch.allclose(before + load(tmp_path).weights["head.weight"].dense(), merged, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["flora", "lora"])
+def test_a_module_of_the_models_own_called_base_layer(tmp_path: Path, kind: str) -> None:
+    class Backbone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base_layer = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 11))
+
+    fields = {"r": 2, "target_modules": ["base_layer.0", "base_layer.1"]}
+    config = (
+        flora.FloraConfig(**fields, init_weights=False, bias="all")
+        if kind == "flora"
+        else LoraConfig(**fields, init_lora_weights=False, bias="all")
+    )
+    get_peft_model(Backbone(), config).save_pretrained(tmp_path / "a")
+    adapter = load(tmp_path / "a")
+    assert set(adapter.weights) | set(adapter.extras) == {name for name, _ in Backbone().named_parameters()}
 
 
 def test_a_peft_lora_of_experts_needs_the_base_and_is_read_with_it(tmp_path: Path) -> None:

@@ -68,16 +68,31 @@ def load(path: str | Path, *, base: nn.Module | str | Path | None = None, scale:
     path, kind = Path(path), detect(path)
     if scale is not None and kind != "official":
         raise UserError(f"{path} is of format {kind!r}, which stores its own scale; leave scale out")
-    layouts = None if base is None else open_base(base).layouts
+    known = None if base is None else open_base(base)
+    layouts = None if known is None else known.layouts
     if kind == "official":
-        return official.read(path, layouts, scale=scale)
-    if kind != "flora":
-        return FORMATS[kind].read(path, layouts)  # type: ignore[no-any-return]
-    adapter = native.read(path)
-    named = adapter.config.get("base_model_name_or_path")
-    if layouts is None and named and adapter.recorded_layouts() is None and (Path(named) / "config.json").is_file():
-        layouts = open_base(named).layouts
-    return adapter if layouts is None else adapter.with_layouts(layouts)
+        adapter = official.read(path, layouts, scale=scale)
+    elif kind == "flora":
+        adapter = native.read(path)
+        named = adapter.config.get("base_model_name_or_path")
+        if known is None and named and adapter.recorded_layouts() is None and (Path(named) / "config.json").is_file():
+            known = open_base(named)
+        adapter = adapter if known is None else adapter.with_layouts(known.layouts)
+    else:
+        adapter = FORMATS[kind].read(path, layouts)
+    if known is not None:
+        _check_shapes(adapter, known)
+    return adapter
+
+
+def _check_shapes(adapter: Adapter, base: Base) -> None:
+    for name, entry in adapter.weights.items():
+        expected = base.shapes.get(name, entry.shape)  # a parametrised weight is no parameter
+        if entry.shape != expected:
+            raise UserError(
+                f"{name} has shape {expected} in the base model and {entry.shape} in the adapter; give the base model "
+                "that the adapter was trained on"
+            )
 
 
 def save(

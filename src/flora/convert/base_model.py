@@ -20,7 +20,7 @@ class Base:
     """A base model, as far as conversion needs it.
 
     Attributes:
-        shapes: the full name of a parameter -> its shape.
+        shapes: the full name of a parameter -> its shape; those of a quantised or sharded weight are left out.
         layouts: the same -> what its dimensions mean.
         model: the model itself, on the meta device unless it was given.
     """
@@ -41,7 +41,11 @@ def open_base(base: nn.Module | str | Path) -> Base:
         ValueError: the config names no class that is installed.
     """
     model = base if isinstance(base, nn.Module) else _build(check_exists(Path(base), "base model"))
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    shapes = {
+        name: tuple(parameter.shape)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.is_floating_point() or parameter.is_complex()
+    }
     return Base(shapes, of_module(model), model)
 
 

@@ -3,19 +3,48 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from flora.errors import UserError
 
 GIVE_BASE = "give the base model (base=..., on the command line --base FOLDER)"
 PREFIX = "base_model.model."
+_ADAPTER_TENSOR = re.compile(
+    r"(?P<module>.*?)\.?(?:tucker_[^.]+\.(?:core|factor_\d+)|lora_(?:[AB]\.weight|embedding_[AB]))"
+)
 TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"  # rows of an embedding that replace those of the base model
 
 
-def module_of(path: str) -> str:
-    """The name in the base model of a module as an adapter file has it: without PEFT's wrappers around it."""
-    return path.removeprefix(PREFIX).replace(".base_layer", "").replace(".modules_to_save.", ".")
+def wrapped_modules(keys: Iterable[str]) -> frozenset[str]:
+    """The paths in an adapter file at which PEFT put a wrapper: those that have tensors of an adapter just below.
+
+    Args:
+        keys: of the file, with or without PEFT's prefix.
+
+    Example:
+        >>> sorted(wrapped_modules(["net.base_layer.0.tucker_weight.core", "head.lora_A.weight"]))
+        ['head', 'net.base_layer.0']
+    """
+    found = (_ADAPTER_TENSOR.fullmatch(key.removeprefix(PREFIX)) for key in keys)
+    return frozenset(match["module"] for match in found if match is not None)
+
+
+def module_of(path: str, wrapped: Collection[str]) -> str:
+    """The name in the base model of a module as an adapter file has it: without PEFT's wrappers around it.
+
+    Args:
+        path: in the file.
+        wrapped: where the file has wrappers (:func:`wrapped_modules`). Anywhere else ``base_layer`` is a name that
+            the model itself uses, and stays.
+
+    Example:
+        >>> module_of("net.base_layer.0.base_layer.bias", {"net.base_layer.0"})
+        'net.base_layer.0.bias'
+    """
+    parts = path.removeprefix(PREFIX).replace(".modules_to_save.", ".").split(".")
+    kept = [part for place, part in enumerate(parts) if part != "base_layer" or ".".join(parts[:place]) not in wrapped]
+    return ".".join(kept)
 
 
 def check_prefix(keys: Iterable[str], source: Path) -> None:

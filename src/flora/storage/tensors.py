@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from flora.errors import UserError
@@ -23,6 +22,18 @@ CONFIG = "adapter_config.json"
 NOTE = "flora"  # the key of a file's metadata under which the layouts are recorded; readers ignore it
 WEIGHTS = "adapter_model.safetensors"
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_NAMES = {
+    **DTYPES,
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
 _BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
@@ -47,10 +58,16 @@ def open_tensors(path: Path) -> Iterator[Any]:
         ValueError: it is truncated, corrupt or not a safetensors file.
     """
     check_exists(path, "tensor file")
+    if not path.is_file():
+        raise UserError(f"{path} is not a file of tensors; give the file itself")
     try:
+        with path.open("rb") as stream:  # the system's own reason, which safetensors does not tell from a bad file
+            stream.read(1)
         handle = safe_open(str(path), framework="pt")
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise UserError(f"{path} is truncated or corrupt: {error}; copy or download it again") from None
+    except OSError as error:
+        raise OSError(f"{path} cannot be read: {error.strerror or error}") from None
     with handle:
         yield handle
 
@@ -73,10 +90,12 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     check_exists(path, "tensor file")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises errors of many kinds for a file that is no checkpoint
-        reason = str(error).strip().splitlines()[0]
+    except OSError as error:
+        raise OSError(f"{path} cannot be read: {error.strerror or error}") from None
+    except Exception:  # torch raises errors of many kinds, and their texts advise to load without the restriction
         raise UserError(
-            f"{path} is truncated, corrupt or holds code besides tensors: {reason}; save its state_dict as safetensors"
+            f"{path} is truncated, corrupt or holds more than tensors; nothing in it was run. Copy it again, or ask "
+            "its author for the weights as safetensors"
         ) from None
     while isinstance(loaded, Mapping) and not any(isinstance(value, Tensor) for value in loaded.values()):
         inner = next((loaded[key] for key in ("state_dict", "model", "module") if key in loaded), None)
@@ -120,15 +139,20 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file; raises an OSError with the path if it cannot be written (no space left)."""
-    try:
-        save_file(
-            {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
-            str(path),
-            metadata={"format": "pt", **(metadata or {})},
-        )
-    except SafetensorError as error:
-        raise OSError(f"cannot write {path.name}: {error}") from None
+    """A safetensors file; the same tensors and metadata give the same bytes.
+
+    Raises:
+        OSError: it cannot be written (no space left).
+        ValueError: a tensor has a dtype that the format does not know.
+    """
+    ready = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    for key, value in ready.items():
+        if value.dtype not in _NAMES:
+            raise UserError(f"{key} has dtype {value.dtype}, which a safetensors file cannot hold")
+    # The widest numbers first, as safetensors does, so that each tensor starts at a multiple of its own size.
+    order = sorted(ready, key=lambda key: (-ready[key].element_size(), key))
+    layout = [(key, _NAMES[ready[key].dtype], tuple(ready[key].shape)) for key in order]
+    stream_tensors(path, layout, ready.__getitem__, {"format": "pt", **(metadata or {})})
 
 
 def stream_tensors(
@@ -145,7 +169,7 @@ def stream_tensors(
         get: a tensor by its name.
         metadata: of the file.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     end = 0
     for name, dtype, shape in layout:
         start, end = end, end + math.prod(shape) * _BITS[dtype] // 8

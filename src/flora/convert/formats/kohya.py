@@ -9,7 +9,7 @@ scale is exactly 1.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +24,18 @@ from flora.layers.names import GIVE_BASE
 from flora.storage.tensors import NOTE, open_tensors, read_tensors, write_tensors
 from flora.tucker.form import Tucker, mode_product
 
-PREFIXES = ("lycoris", "lora_unet", "lora_te1", "lora_te2", "lora_te", "lora_transformer", "lora")
+PREFIXES = (
+    "lycoris",
+    "lora_unet",
+    "lora_te",
+    "lora_te1",
+    "lora_te2",
+    "lora_te3",
+    "lora_transformer",
+    "lora_prior_unet",
+    "lora_prior_te",
+    "lora",
+)
 _PARTS = ("lora_up.weight", "lora_down.weight", "lora_mid.weight", "alpha", "diff")
 _MATRICES = ("linear", "embedding", "embedding_bag", "attention", "recurrent")
 
@@ -127,8 +138,10 @@ def read(path: Path, layouts: Mapping[str, Layout] | None = None) -> Adapter:
         ValueError: the file is corrupt, has keys of another method (LoHa, LoKr, DoRA), or the names cannot be told.
     """
     tensors, metadata = read_tensors(path)
-    if layouts is None and NOTE in metadata:
-        layouts = {name: layout_from_json(name, value) for name, value in json.loads(metadata[NOTE]).items()}
+    # A file that we wrote notes every name, so any one prefix will do there.
+    noted = json.loads(metadata[NOTE]) if NOTE in metadata else None
+    if layouts is None and noted is not None:
+        layouts = {name: layout_from_json(name, value) for name, value in noted.items()}
     if layouts is None:
         raise UserError(f"{path}: Kohya keys have underscores for dots, so the names cannot be told; {GIVE_BASE}")
     stems: dict[str, dict[str, Tensor]] = {}
@@ -140,31 +153,61 @@ def read(path: Path, layouts: Mapping[str, Layout] | None = None) -> Adapter:
                 "others with their own program"
             )
         stems.setdefault(stem, {})[part] = value
-    names = _names(stems, layouts, path)
+    if not stems:
+        raise UserError(f"{path} has no tensors; copy or download it again")
+    names = _names(list(stems), list(layouts if noted is None else noted), PREFIXES if noted is None else (), path)
+    if lacking := [name for name in names.values() if name not in layouts]:
+        raise UserError(f"the base model has no weight {lacking[0]!r}; give the base model the adapter was trained on")
     weights = {names[stem]: _entry(stem, parts, layouts[names[stem]]) for stem, parts in stems.items()}
     return Adapter(dict(sorted(weights.items())))
 
 
-def _names(stems: Mapping[str, object], layouts: Mapping[str, Layout], path: Path) -> dict[str, str]:
-    """Key stem -> name of the weight, under whichever prefix the file uses."""
-    known = {key_of(name, prefix): name for prefix in reversed(PREFIXES) for name in layouts}
-    known.update(
-        {key_of(name, _prefix_of(stem, name)): name for stem in stems for name in layouts if _ends(stem, name)}
-    )
-    unknown = [stem for stem in stems if stem not in known]
-    if unknown:
-        raise UserError(
-            f"{path}: no weight of the base model has the key {unknown[0]}; give the base it was trained on"
-        )
-    return {stem: known[stem] for stem in stems}
+def _names(stems: Sequence[str], names: Sequence[str], prefixes: Sequence[str], path: Path) -> dict[str, str]:
+    """Key stem -> name of the weight.
+
+    A key gives a name in full or not at all: ``lora_unet_down_fc`` is ``down.fc``, and where the model has no such
+    weight it is not ``fc`` under some longer prefix. A prefix that we do not know is therefore accepted only as the
+    one prefix of every key in the file.
+
+    Raises:
+        ValueError: a key is no weight's, or could be two weights', or two keys are one weight's.
+    """
+    meanings: dict[str, set[str]] = {}
+    for prefix in (*prefixes, *_foreign_prefix(stems, names, prefixes)):
+        for name in names:
+            meanings.setdefault(key_of(name, prefix), set()).add(name)
+    found: dict[str, str] = {}
+    for stem in stems:
+        meant = sorted(meanings.get(stem, ()))
+        if not meant:
+            raise UserError(f"{path}: no weight of the base model has the key {stem}; give the base it was trained on")
+        if len(meant) > 1:
+            raise UserError(
+                f"{path}: the key {stem} could be {' or '.join(meant)} of the base model; convert the adapter from the "
+                "file it was made from, in a format with full names"
+            )
+        found[stem] = meant[0]
+    owners = {name: stem for stem, name in found.items()}
+    for stem, name in found.items():
+        if owners[name] != stem:
+            raise UserError(
+                f"{path}: the keys {stem} and {owners[name]} are both {name} of the base model; the file is for "
+                "several models, split it first"
+            )
+    return found
 
 
-def _ends(stem: str, name: str) -> bool:
-    return stem.endswith(key_of(name, ""))
-
-
-def _prefix_of(stem: str, name: str) -> str:
-    return stem.removesuffix(key_of(name, ""))
+def _foreign_prefix(stems: Sequence[str], names: Sequence[str], prefixes: Sequence[str]) -> list[str]:
+    """The prefix of a file that uses none of ``prefixes``: the shortest that gives every key a weight; or nothing."""
+    first = stems[0]
+    if any(first.startswith(f"{prefix}_") for prefix in prefixes):
+        return []
+    ends = {key_of(name, "") for name in names}
+    for length in (place for place, letter in enumerate(first) if letter == "_"):
+        prefix = first[:length]
+        if all(stem.startswith(f"{prefix}_") and stem[length:] in ends for stem in stems):
+            return [prefix]
+    return []
 
 
 def _entry(stem: str, parts: Mapping[str, Tensor], layout: Layout) -> Entry:
@@ -177,7 +220,10 @@ def _entry(stem: str, parts: Mapping[str, Tensor], layout: Layout) -> Entry:
         raise UserError(f"{stem} lacks {missing[0]}; the file is incomplete, copy or download it again")
     up, down, mid = parts["lora_up.weight"], parts["lora_down.weight"], parts.get("lora_mid.weight")
     rank = down.shape[0]
-    scale = float(parts["alpha"]) / rank if "alpha" in parts and float(parts["alpha"]) else 1.0
+    alpha = parts.get("alpha", torch.tensor(0.0))
+    if alpha.numel() != 1:
+        raise UserError(f"{stem}.alpha has shape {tuple(alpha.shape)}, expected one number; the file was edited")
+    scale = float(alpha) / rank if float(alpha) else 1.0
     if up.shape[1] != rank or (mid is not None and tuple(mid.shape[:2]) != (rank, rank)):
         raise UserError(f"{stem}: lora_up {tuple(up.shape)} and lora_down {tuple(down.shape)} do not fit each other")
     if mid is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,32 @@ from flora.convert.formats.pairs import join_stack, pad, split, split_stack, swa
 from flora.errors import UserError
 from flora.layers.axes import KERNELS
 from flora.layers.layout import Layout, is_raw, layout_from_json
-from flora.layers.names import GIVE_BASE, PREFIX, TOKEN_ROWS, check_prefix, match_pattern, module_of, nested
+from flora.layers.names import (
+    GIVE_BASE,
+    PREFIX,
+    TOKEN_ROWS,
+    check_prefix,
+    match_pattern,
+    module_of,
+    nested,
+    wrapped_modules,
+)
 from flora.storage.tensors import CONFIG, NOTE, WEIGHTS, read_json, read_tensors, write_json, write_tensors
 from flora.tucker.form import Tucker
 
-_REFUSED = ("use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication", "megatron_config")
+_REFUSED = (  # fields that make an adapter something else than a fixed change of the weights
+    "use_dora",
+    "lora_bias",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "megatron_config",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
+)
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # these leave the base weight untouched
 
 
 @dataclass(frozen=True)
@@ -198,24 +219,35 @@ def read(path: Path, layouts: Mapping[str, Layout] | None = None) -> Adapter:
         raise UserError(
             f"{path / CONFIG} has {used}={config[used]!r}, which is not a fixed change of the weights; merge it"
         )
+    start = config.get("init_lora_weights", True)
+    if start not in _PLAIN_STARTS:
+        raise UserError(
+            f"{path / CONFIG} has init_lora_weights={start!r}: when PEFT loads such an adapter it also changes the "
+            "base weights, so lora_A and lora_B alone are not the change; save it with "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...), or merge it with PEFT"
+        )
     tensors, metadata = read_tensors(path / WEIGHTS)
     check_prefix(tensors, path / WEIGHTS)
     if layouts is None and NOTE in metadata:
         layouts = {name: layout_from_json(name, value) for name, value in json.loads(metadata[NOTE]).items()}
-    ups, downs, extras = _sort(tensors)
+    wrapped = wrapped_modules(tensors)
+    ups, downs, extras = _sort(tensors, wrapped)
     if not ups or ups.keys() != downs.keys():
         odd = sorted(ups.keys() ^ downs.keys())
         raise UserError(
             f"{path / WEIGHTS}: {f'{odd[0]} lacks lora_A or lora_B' if odd else 'it has no lora_A and lora_B'}"
         )
     weights = {}
-    for stem in sorted(ups):
-        name, layout = _identify(stem, list(ups), config, layouts, downs[stem].ndim)
+    stems = {stem: module_of(stem.lstrip("*"), wrapped) for stem in sorted(ups)}
+    for stem in stems:
+        name, layout = _identify(stem, stems, config, layouts, downs[stem].ndim)
         weights[name] = _join(name, ups[stem], downs[stem], layout, config)
     return Adapter(weights, extras, config)
 
 
-def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+def _sort(
+    tensors: Mapping[str, Tensor], wrapped: Collection[str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """Module path (an embedding's marked by a leading ``*``) -> lora_B and lora_A; and the other tensors."""
     ups: dict[str, Tensor] = {}
     downs: dict[str, Tensor] = {}
@@ -235,15 +267,15 @@ def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, T
             if ".lora_" in path:
                 raise UserError(f"{key} is not a tensor of plain LoRA; merge this adapter with PEFT instead")
             if ".original_module." not in key:
-                extras[module_of(key)] = value
+                extras[module_of(key, wrapped)] = value
     return ups, downs, extras
 
 
 def _identify(
-    stem: str, stems: list[str], config: Mapping[str, Any], layouts: Mapping[str, Layout] | None, ndim: int
+    stem: str, stems: Mapping[str, str], config: Mapping[str, Any], layouts: Mapping[str, Layout] | None, ndim: int
 ) -> tuple[str, Layout]:
-    """The weight that a pair belongs to, and its layout."""
-    module = module_of(stem.lstrip("*"))
+    """The weight that a pair belongs to, and its layout; ``stems`` has the module of each pair."""
+    module = stems[stem]
     if stem.startswith("*"):
         return f"{module}.weight", Layout("embedding", ("vocab", "dim"))
     raw = [name for name in config.get("target_parameters") or [] if _names_parameter(module, name)]
@@ -258,7 +290,7 @@ def _identify(
         raise UserError(f"{names[0]}: LoRA files do not record how raw parameters are laid out; {GIVE_BASE}")
     names.sort(key=lambda name: layouts[name].place)
     wrappers = sorted(
-        (other for other in stems if module_of(other) == module), key=len, reverse=True
+        (other for other, owner in stems.items() if owner == module), key=len, reverse=True
     )  # innermost first
     name = names[wrappers.index(stem)]
     return name, layouts[name]

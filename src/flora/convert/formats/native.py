@@ -15,7 +15,16 @@ from torch import Tensor
 from flora.convert.adapter import Adapter, Entry
 from flora.errors import UserError
 from flora.layers.layout import Layout, from_shape, is_raw, layout_from_json
-from flora.layers.names import PREFIX, TOKEN_ROWS, check_prefix, exact_pattern, match_pattern, module_of, nested
+from flora.layers.names import (
+    PREFIX,
+    TOKEN_ROWS,
+    check_prefix,
+    exact_pattern,
+    match_pattern,
+    module_of,
+    nested,
+    wrapped_modules,
+)
 from flora.storage.tensors import CONFIG, NOTE, WEIGHTS, read_json, read_tensors, write_json, write_tensors
 from flora.tucker.form import Tucker, mode_product
 
@@ -41,6 +50,7 @@ def read(path: Path) -> Adapter:
     tensors, metadata = read_tensors(path / WEIGHTS)
     recorded = json.loads(metadata[NOTE]) if NOTE in metadata else config.get("layout")
     check_prefix(tensors, path / WEIGHTS)
+    wrapped = wrapped_modules(tensors)
     parts: dict[str, dict[str, Tensor]] = {}
     extras: dict[str, Tensor] = {}
     inner: set[str] = set()
@@ -48,10 +58,10 @@ def read(path: Path) -> Adapter:
         found = _KEY.fullmatch(key.removeprefix(PREFIX))
         if found is None:
             if ".original_module." not in key:  # bias="all" also saves the frozen twin of a module in modules_to_save
-                extras[module_of(key)] = value
+                extras[module_of(key, wrapped)] = value
             continue
         leaf = "out_proj.weight" if found["weight"] == _ATTENTION_OUT else found["weight"]
-        name = module_of(f"{found['module']}.{leaf}" if found["module"] else leaf)
+        name = module_of(f"{found['module']}.{leaf}" if found["module"] else leaf, wrapped)
         inner.update({name} if leaf != found["weight"] else ())
         parts.setdefault(name, {})[found["part"]] = value
     if not parts:
