@@ -26,6 +26,7 @@ LEVELS: list[set[str]] = [
     {"tucker", "storage"},
     {"layers", "data"},
     {"tuner", "convert"},
+    {"gradient"},
     {"flora"},
     {"volume_unet", "recipes"},
     {"report"},
@@ -42,6 +43,7 @@ FOREIGN: dict[str, set[str]] = {
     "layers": {"transformers"},
     "tuner": {"peft", "safetensors", "transformers"},
     "convert": {"diffusers", "safetensors", "tqdm", "transformers"},  # never peft: a format is key names and shapes
+    "gradient": {"peft", "tqdm"},
     "flora": set(),
 }
 DISTRIBUTIONS = {  # the name that is imported -> the name that is installed; tokenizers comes with transformers

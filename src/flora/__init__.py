@@ -19,6 +19,7 @@ from flora.tuner.config import FloraConfig  # noqa: E402  (needs the registered 
 if TYPE_CHECKING:
     from flora.convert import Adapter, load, save
     from flora.convert.extraction.finetune import extract
+    from flora.gradient.start import adapt, start
     from flora.tucker.decomposition import decompose
 
 __all__ = [
@@ -29,11 +30,13 @@ __all__ = [
     "Plan",
     "Tucker",
     "TuckerDelta",
+    "adapt",
     "decompose",
     "extract",
     "load",
     "plan",
     "save",
+    "start",
 ]
 __version__ = "0.1.0"
 
@@ -43,6 +46,8 @@ _LATER = {
     "save": "flora.convert",
     "extract": "flora.convert.extraction.finetune",
     "decompose": "flora.tucker.decomposition",
+    "adapt": "flora.gradient.start",
+    "start": "flora.gradient.start",
 }
 
 

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer, NoMatchingPeftModuleError
 from peft.utils import AuxiliaryTrainingWrapper
@@ -169,15 +170,21 @@ def record_layouts(config: FloraConfig, sites: list[Site]) -> None:
                 config.layout[name] = found[weight].to_json()
 
 
-def spend_budget(config: FloraConfig, sites: list[Site], model: nn.Module) -> None:
-    """Solves the ranks that the budget buys, after the user's own entries, and writes them into ``rank_pattern``."""
-    if config.budget is None:
-        return
-    total = sum(
-        math.prod(getattr(value, "ds_shape", value.shape)) for value in model.parameters()
-    )  # ZeRO-3: partitioned
-    budget = int(config.budget * total) if config.budget < 1 else int(config.budget)
+class Free(NamedTuple):
+    """What a budget is left for, after the user's own entries."""
+
+    weights: dict[str, Weight]  # by the pattern that holds for this weight alone
+    budget: int
+
+
+def weights_to_spend_on(config: FloraConfig, sites: list[Site], model: nn.Module) -> Free:
+    """The weights whose ranks the user left open, and how many parameters there are for them."""
+    # ZeRO-3 has partitioned what has a ds_shape.
+    total = sum(math.prod(getattr(value, "ds_shape", value.shape)) for value in model.parameters())
+    asked = config.budget or 0
+    budget = int(asked * total) if asked < 1 else int(asked)
     free: dict[str, Weight] = {}
+
     for site in sites:
         for weight, target in targets_of(config, site).items():
             sizes = target.fold.shape if target.fold else target.shape
@@ -185,7 +192,15 @@ def spend_budget(config: FloraConfig, sites: list[Site], model: nn.Module) -> No
                 free[exact_pattern(f"{site.name}.{weight}")] = Weight(sizes, target.roles)
             else:
                 budget -= count_params(sizes, target.ranks)
-    solved = solve_budget(free, budget, config.kernel_r) if free else {}
+    return Free(free, budget)
+
+
+def spend_budget(config: FloraConfig, sites: list[Site], model: nn.Module) -> None:
+    """Solves the ranks that the budget buys, after the user's own entries, and writes them into ``rank_pattern``."""
+    if config.budget is None:
+        return
+    free = weights_to_spend_on(config, sites, model)
+    solved = solve_budget(free.weights, free.budget, config.kernel_r) if free.weights else {}
     config.rank_pattern = {
         **config.rank_pattern,
         **{pattern: list(ranks) for pattern, ranks in solved.items()},

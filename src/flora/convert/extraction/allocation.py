@@ -45,7 +45,44 @@ def choices(tensor: Tensor, shape: Sequence[int] | None = None, *, most: int | N
     total = float(tensor.double().square().sum())
     most = max(tensor.shape) if most is None else most
     found = (_of_matrix if tensor.ndim == 2 else _of_tensor)(tensor, shape, total, most)
-    best: list[Choice] = [Choice((0,) * tensor.ndim, 0, total)]
+    return _worth_choosing(found, Choice((0,) * tensor.ndim, 0, total))
+
+
+def choices_of_energy(energy: Tensor, shape: Sequence[int], total: float) -> list[Choice]:
+    """The ranks worth choosing for tensors that share their factors, such as the gradients of several batches.
+
+    A mode may be kept whole at any rank of the others: it then costs no factor. A mode with a factor has at most the
+    product of the other ranks, which is all that it can reach.
+
+    Args:
+        energy: squares of the common core in its singular vectors, summed over the tensors, ``(K1, ..., KN)``, Kn <= In
+        shape: ``(I1, ..., IN)``.
+        total: the squared norm of all the tensors, the error where the layer is left out.
+    """
+    kept = energy.double()
+    grids = []
+    for mode, size in enumerate(shape):
+        grid = sorted({*_grid(size, energy.shape[mode]), size})
+        ends = torch.tensor([min(rank, energy.shape[mode]) - 1 for rank in grid])
+        kept = kept.cumsum(mode).index_select(mode, ends)
+        grids.append(grid)
+
+    # shape: (combinations, N), in the order of the flattened energies
+    ranks = torch.cartesian_prod(*[torch.tensor(grid) for grid in grids]).reshape(-1, len(shape))
+    sizes = torch.tensor(shape)
+    product = ranks.prod(1, keepdim=True)
+    is_whole = ranks == sizes
+    params = product[:, 0] + (ranks * sizes * ~is_whole).sum(1)
+    useful = ((ranks * ranks <= product) | is_whole).all(1)
+
+    found = zip(ranks[useful].tolist(), params[useful].tolist(), kept.flatten()[useful].tolist(), strict=True)
+    listed = [Choice(tuple(own), count, max(total - energy, 0.0)) for own, count, energy in found]
+    return _worth_choosing(listed, Choice((0,) * len(shape), 0, total))
+
+
+def _worth_choosing(found: Sequence[Choice], nothing: Choice) -> list[Choice]:
+    """From cheap to dear, each with less error than all that are cheaper; ``nothing`` is the first."""
+    best = [nothing]
     for choice in sorted(found, key=lambda choice: (choice.params, choice.error)):
         if choice.error < best[-1].error:
             best.append(choice)
@@ -98,11 +135,11 @@ def spend(options: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Cho
     """One choice per layer, at most ``budget`` parameters in all, for the least total squared error.
 
     Args:
-        options: layer -> its :func:`choices`.
+        options: layer -> its :func:`choices`; what the first of them costs is spent in any case.
         budget: parameters to spend.
     """
     chosen = {name: listed[0] for name, listed in options.items()}
-    left = budget
+    left = budget - sum(choice.params for choice in chosen.values())
     steps = [
         (_slope(before, after), name, after)
         for name, listed in options.items()

@@ -1,0 +1,89 @@
+"""Ranks where the gradient is: a budget goes to the weights and modes that keep most of the gradients' energy.
+
+Each weight's energy counts as one, so that no weight wins by the size of its gradient alone. A layer may be left out,
+and none gets more than a few times its share.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from flora.convert.extraction.allocation import Choice, choices_of_energy, spend
+from flora.gradient.collect import Place
+from flora.gradient.sketch import Directions
+from flora.tucker.form import count_params
+from flora.tuner.config import FloraConfig
+from flora.tuner.parameter import ParamWrapper
+from flora.tuner.targets import exact_pattern
+
+MOST = 4  # times what equal ranks would give a weight, at most
+
+
+class Allocation(NamedTuple):
+    """The ranks of every weight, by its name; zeros where it is left out."""
+
+    ranks: dict[str, tuple[int, ...]]
+
+    @property
+    def left_out(self) -> list[str]:
+        """The weights that get nothing."""
+        return [name for name, ranks in self.ranks.items() if not any(ranks)]
+
+
+def allocate(
+    places: Sequence[Place],
+    found: Mapping[str, Directions | None],
+    equal: Mapping[str, tuple[int, ...]],
+    budget: int,
+) -> Allocation:
+    """Ranks per mode that spend at most ``budget``.
+
+    Args:
+        places: the weights to spend on.
+        found: their gradients' directions; weights without any keep the equal ranks.
+        equal: the ranks that the budget would buy for all alike.
+        budget: parameters.
+    """
+    fixed = {place.name: equal[place.name] for place in places if found[place.name] is None}
+    free = [place for place in places if place.name not in fixed]
+    shapes = {place.name: place.shape for place in places}
+    left = budget - sum(count_params(shapes[name], ranks) for name, ranks in fixed.items())
+
+    options: dict[str, list[Choice]] = {}
+    for place in free:
+        directions = found[place.name]
+        assert directions is not None
+        listed = choices_of_energy(directions.energy / directions.total, place.shape, 1.0)
+        share = count_params(place.shape, equal[place.name])
+        must_stay = isinstance(place.layer, ParamWrapper) or len(place.layer.attributes) > 1
+        first = 1 if must_stay and len(listed) > 1 else 0
+        options[place.name] = [
+            choice for index, choice in enumerate(listed[first:]) if index == 0 or choice.params <= MOST * share
+        ]
+
+    chosen = {name: choice.ranks for name, choice in spend(options, left).items()}
+    return Allocation({place.name: {**fixed, **chosen}[place.name] for place in places})
+
+
+def write_ranks(config: FloraConfig, allocation: Allocation, modules: Sequence[str]) -> None:
+    """Puts the ranks into ``rank_pattern``, and leaves out of the targets what gets none.
+
+    Args:
+        config: of the adapter, changed in place.
+        allocation: of the weights whose ranks were open.
+        modules: every targeted module, those with ranks of the user's own too.
+    """
+    kept = {name: ranks for name, ranks in allocation.ranks.items() if any(ranks)}
+    config.rank_pattern = {
+        **config.rank_pattern,
+        **{exact_pattern(name): list(ranks) for name, ranks in kept.items()},
+    }
+    config.budget = None
+    out = {name.rpartition(".")[0] for name in allocation.left_out}
+    if out:
+        # A regular expression holds for whole names; those of a list would also hold for longer ones that end so.
+        stay = [name for name in modules if name not in out]
+        config.target_modules = "|".join(re.escape(name) for name in stay)
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None

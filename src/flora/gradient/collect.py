@@ -1,0 +1,261 @@
+"""The gradients of the dense weights, batch by batch: each is taken as it is computed and freed again at once."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from tqdm import tqdm
+
+from flora.gradient.sketch import Sketch, add_up, is_distributed
+from flora.tucker.delta import TuckerDelta
+from flora.tuner.layer import FloraLayer
+
+Loss = Callable[[nn.Module, Any], Tensor]
+JUDGING = 4  # one batch in so many is kept for judging the step
+
+
+class Place(NamedTuple):
+    """An adapted weight: where it is in the model."""
+
+    name: str  # of the weight, in the base model
+    layer: FloraLayer
+    weight: str
+    delta: TuckerDelta
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight as the adapter sees it."""
+        return self.delta.form.shape
+
+
+class Batches(NamedTuple):
+    """What the gradient comes from, and what the size of the step is judged on."""
+
+    gradient: list[Any]
+    judging: list[Any]
+
+
+def places_of(model: nn.Module, adapter: str) -> list[Place]:
+    """Every weight that this adapter changes, in the order of the model."""
+    found = []
+    for path, layer in model.named_modules():
+        if not isinstance(layer, FloraLayer) or adapter not in layer.settings:
+            continue
+        name = path.removeprefix("base_model.model.").replace(".base_layer", "")
+        found += [Place(f"{name}.{weight}", layer, weight, layer.delta(adapter, weight)) for weight in layer.attributes]
+    return found
+
+
+def first_batches(batches: Iterable[Any], count: int) -> Batches:
+    """The first of them, the last quarter of which is for judging.
+
+    Raises:
+        ValueError: there are fewer than two.
+    """
+    taken = list(islice(batches, count))
+    if len(taken) < 2:
+        raise ValueError(
+            f"the start from the gradient needs two batches or more, one of them for judging the step; got {len(taken)}"
+        )
+    held = max(1, len(taken) // JUDGING)
+    return Batches(taken[:-held], taken[-held:])
+
+
+def loss_of(model: nn.Module, batch: Any) -> Tensor:
+    """The loss that a model returns itself, as those of transformers do.
+
+    Raises:
+        ValueError: it returns none.
+    """
+    batch = to_device(batch, next(model.parameters()).device)
+    if isinstance(batch, Mapping):
+        output = model(**batch)
+    elif isinstance(batch, (tuple, list)):
+        output = model(*batch)
+    else:
+        output = model(batch)
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
+    if isinstance(loss, (tuple, list)) and loss:
+        loss = loss[0]
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        kind = type(output).__name__
+        raise ValueError(f"{type(model).__name__} returns {kind} without a loss; give loss=lambda model, batch: ...")
+    return loss
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Tensors in dicts, lists and tuples moved to a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(to_device(item, device) for item in value)
+    return value
+
+
+@contextmanager
+def at_rest(model: nn.Module) -> Iterator[None]:
+    """Training mode without dropout and with the norms' own statistics; afterwards everything is as it was.
+
+    Random numbers are the same at every entry, so that losses inside can be compared.
+    """
+    training = {module: module.training for module in model.modules()}
+    buffers = {buffer: buffer.detach().clone() for buffer in model.buffers()}
+    trained = {value: value.requires_grad for value in model.parameters()}
+    python = random.getstate()
+    devices = sorted({value.device.index for value in trained if value.is_cuda})
+    try:
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(0)
+            model.train()
+            for module in model.modules():
+                if isinstance(module, (_BatchNorm, _DropoutNd)):
+                    module.eval()
+            yield
+    finally:
+        random.setstate(python)
+        for module, mode in training.items():
+            module.training = mode
+        with torch.no_grad():
+            for buffer, value in buffers.items():
+                buffer.copy_(value)
+        for parameter, wanted in trained.items():
+            parameter.requires_grad_(wanted)
+
+
+@contextmanager
+def without_adapters(places: Sequence[Place]) -> Iterator[None]:
+    """The base layers alone."""
+    disabled = {place.layer: place.layer._disable_adapters for place in places}
+    try:
+        for layer in disabled:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, before in disabled.items():
+            layer._disable_adapters = before
+
+
+def collect(
+    model: nn.Module, places: Sequence[Place], sketches: Mapping[str, Sketch], batches: Sequence[Any], loss: Loss
+) -> None:
+    """Streams the gradients of the batches into the sketches; the model is left as it was.
+
+    Raises:
+        ValueError: no adapted weight has a gradient.
+    """
+    passes = [("add", list(places))]
+    wide = [place for place in places if sketches[place.name].needs_ranges]
+    if wide:
+        passes.insert(0, ("add_to_ranges", wide))
+    kept = {value: value.grad for value in model.parameters()}
+    bar = tqdm(total=len(passes) * len(batches), desc="start: gradients", unit="batch", disable=None, leave=False)
+
+    with bar, at_rest(model), without_adapters(places):
+        try:
+            for method, members in passes:
+                receivers = [(place, getattr(sketches[place.name], method)) for place in members]
+                for number, batch in enumerate(batches):
+                    _one_batch(model, receivers, number, batch, loss)
+                    bar.update()
+                for place in members:
+                    sketches[place.name].close_ranges()
+        finally:
+            for parameter, gradient in kept.items():
+                parameter.grad = gradient
+
+
+def _one_batch(model: nn.Module, receivers: Sequence[Any], number: int, batch: Any, loss: Loss) -> None:
+    """One backward pass whose gradients are handed over one by one."""
+    handles = []
+    for value in model.parameters():
+        value.requires_grad_(False)
+    try:
+        for place, receive in receivers:
+            handles.append(_watch(place, partial(receive, batch=number)))
+        found = loss(model, batch)
+        if not found.requires_grad:
+            raise ValueError(
+                "the loss does not depend on the adapted weights; is it computed under no_grad, or is every block "
+                "under reentrant gradient checkpointing? (then call model.enable_input_require_grads() first)"
+            )
+        found.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _watch(place: Place, receive: Callable[[Tensor], None]) -> Any:
+    """Hands every gradient of the weight to ``receive``, in float32 and as the adapter sees it."""
+
+    def take(gradient: Tensor) -> None:
+        gradient = gradient.to_dense() if gradient.is_sparse else gradient
+        receive(gradient.detach().float().reshape(place.shape))
+
+    stored = stored_weight(place)
+    if stored is None:
+        return place.layer.get_base_layer().register_forward_hook(partial(_watch_sides, take))
+
+    def taken(parameter: Tensor) -> None:
+        gradient, parameter.grad = cast("Tensor", parameter.grad), None
+        take(gradient)
+
+    stored.requires_grad_(True)
+    return stored.register_post_accumulate_grad_hook(taken)
+
+
+def stored_weight(place: Place) -> nn.Parameter | None:
+    """The parameter itself; None where a quantised linear layer holds it in another form.
+
+    Raises:
+        ValueError: its gradient cannot be had.
+    """
+    base = place.layer.get_base_layer()
+    owner = base.get_submodule(place.weight.rpartition(".")[0])
+    value = owner._parameters.get(place.weight.rpartition(".")[2])
+    if place.layer.quantization_backend is not None:
+        return None
+    if value is None or hasattr(value, "ds_shape") or hasattr(value, "device_mesh"):
+        kind = "computed from other tensors (a parametrization)" if value is None else "sharded"
+        raise ValueError(
+            f"the start from the gradient cannot read {place.name}: it is {kind}; start before the model is sharded, "
+            "or leave this module out (exclude_modules)"
+        )
+    return value
+
+
+def _watch_sides(take: Callable[[Tensor], None], module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+    """Of a quantised linear layer: the gradient of its dequantised weight, from the two sides of the product."""
+    if not torch.is_grad_enabled():
+        return None
+    x = inputs[0].detach()
+    if not output.requires_grad:
+        output = output.detach().requires_grad_(True)
+
+    def sides(gradient: Tensor) -> None:
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        take(rows.float().T @ x.reshape(-1, x.shape[-1]).float())
+
+    output.register_hook(sides)
+    return output
+
+
+def mean_loss(model: nn.Module, batches: Sequence[Any], loss: Loss) -> float:
+    """Over batches and processes."""
+    with at_rest(model), torch.no_grad():
+        values = [loss(model, batch).detach().double().reshape(()) for batch in batches]
+    total = torch.stack(values).mean()
+    if is_distributed():
+        add_up(total)
+        total = total / torch.distributed.get_world_size()
+    return float(total)

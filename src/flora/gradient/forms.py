@@ -1,0 +1,112 @@
+"""From the directions of a weight's gradients to the tensors of its adapter, so that it changes the weight along them.
+
+With the leading singular vectors A_n of the modes n >= 2 and the mean gradient g, ``C = g x2 A2' ... xN AN'`` and its
+first unfolding is ``P S Q'``. The core is ``Q'`` and the first factor ``-kappa P S``: the first change is minus kappa
+times the projected gradient. Where the first mode is whole, the core itself is ``-kappa C``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flora.gradient.sketch import Directions, complete
+from flora.tucker.delta import TuckerDelta
+from flora.tucker.form import Tucker, mode_product
+
+
+class Ray(NamedTuple):
+    """A change of one weight as far as its direction: ``moving`` times the size of the step goes into the adapter.
+
+    Attributes:
+        delta: of the weight.
+        still: the form without what moves: core and factors, of which the moving one is not read.
+        moving: the first factor, or the core if the first mode is whole, for a change of the norm 1.
+        norm: of the weight; a step of relative size t changes it by t times that.
+    """
+
+    delta: TuckerDelta
+    still: Tucker
+    moving: Tensor
+    norm: float
+
+
+def ray(delta: TuckerDelta, found: Directions, norm: float) -> Ray | None:
+    """The projected gradient as a direction in the space of the adapter, None where it is zero.
+
+    The lengths of the tensors that stay are those that the configured start gave them, so that the usual learning rates
+    fit.
+    """
+    form = delta.form
+    ranks, shape = form.ranks, form.shape
+    factors: list[Tensor | None] = [None] * len(shape)
+    core = found.mean
+
+    for mode in range(1, len(shape)):
+        if form.factors[mode] is None:
+            core = mode_product(core, found.vectors[mode], mode)
+            continue
+        factors[mode] = complete(found.vectors[mode], ranks[mode])
+        reached = core.narrow(mode, 0, min(ranks[mode], core.shape[mode]))
+        core = _padded(reached, mode, ranks[mode])
+
+    if form.factors[0] is None:
+        moving = -mode_product(core, found.vectors[0], 0)
+        still = core.new_zeros(ranks)
+        return _scaled(delta, still, factors, moving, norm)
+
+    left, values, right = torch.linalg.svd(core.flatten(1), full_matrices=False)
+    count = min(ranks[0], values.numel())
+    moving = found.vectors[0].new_zeros(shape[0], ranks[0])
+    moving[:, :count] = -(found.vectors[0] @ left[:, :count]) * values[:count]
+    rows = complete(right.T, max(ranks[0], right.shape[0])).T if right.shape[1] >= ranks[0] else right
+    still = core.new_zeros(ranks[0], right.shape[1])
+    still[: min(len(rows), ranks[0])] = rows[: ranks[0]]
+    return _scaled(delta, still.reshape(ranks), factors, moving, norm)
+
+
+def _padded(tensor: Tensor, mode: int, size: int) -> Tensor:
+    missing = list(tensor.shape)
+    missing[mode] = size - tensor.shape[mode]
+    return torch.cat([tensor, tensor.new_zeros(missing)], mode) if missing[mode] else tensor
+
+
+def _scaled(delta: TuckerDelta, core: Tensor, factors: list[Tensor | None], moving: Tensor, norm: float) -> Ray | None:
+    """The lengths of the start as configured; ``moving`` divided by them, by the scale and by its norm."""
+    size = float(moving.norm())
+    if not size or not math.isfinite(size):
+        return None
+    form, gain = delta.form, float(delta.scale)
+    for mode, factor in enumerate(factors):
+        given = form.factors[mode]
+        if factor is None or given is None:
+            continue
+        length = float(given.detach().double().norm()) / math.sqrt(factor.shape[1]) or 1.0
+        factors[mode], gain = factor * length, gain * length
+    if form.factors[0] is not None:
+        rows = min(core.shape[0], core[0].numel())
+        length = float(form.core.detach().double().norm()) / math.sqrt(rows) or 1.0
+        core, gain = core * length, gain * length
+    return Ray(delta, Tucker(core, tuple(factors)), moving / (size * gain), norm)
+
+
+@torch.no_grad()
+def place_directions(ray: Ray) -> None:
+    """Writes everything but what moves."""
+    form = ray.delta.form
+    if form.factors[0] is not None:
+        form.core.copy_(ray.still.core)
+    for own, new in zip(form.factors[1:], ray.still.factors[1:], strict=True):
+        if own is not None and new is not None:
+            own.copy_(new)
+
+
+@torch.no_grad()
+def place_step(ray: Ray, size: float) -> None:
+    """Writes what moves, for a change of ``size`` times the norm of the weight."""
+    form = ray.delta.form
+    target = form.core if form.factors[0] is None else form.factors[0]
+    target.copy_(ray.moving * (size * ray.norm))

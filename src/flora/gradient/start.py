@@ -1,0 +1,350 @@
+"""``start`` and ``adapt``: an adapter that begins with one step along the task's own gradient.
+
+The size of the step is found by trying a few on batches that the gradient does not come from: the smallest that gains
+at least 80 % of what the best one gains. Where none lowers the loss the adapter begins as its config says.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+import warnings
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from tqdm import tqdm
+
+from flora.gradient.allocate import Allocation, allocate, write_ranks
+from flora.gradient.collect import (
+    Batches,
+    Loss,
+    Place,
+    collect,
+    first_batches,
+    loss_of,
+    mean_loss,
+    places_of,
+    stored_weight,
+)
+from flora.gradient.forms import Ray, place_directions, place_step, ray
+from flora.gradient.sketch import Directions, Sketch, share
+from flora.tucker.ranks import solve_budget
+from flora.tuner import targets
+from flora.tuner.config import FloraConfig
+from flora.tuner.parameter import ParamWrapper
+
+BATCHES = 12
+STEPS = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3)  # relative sizes of the step that are tried
+ENOUGH = 0.8  # of the best gain; a smaller step that gets it is the safer one
+
+
+@dataclass(frozen=True)
+class Start:
+    """How an adapter began. ``print(start)`` says it.
+
+    Attributes:
+        step: the change of each weight relative to its norm; 0 means the start as configured.
+        losses: step -> mean loss on the batches for judging.
+        batches: how many gave the gradient, and how many judged.
+        seconds: the whole took.
+        weights: how many begin along the gradient.
+        left_out: weights that got no rank.
+    """
+
+    step: float
+    losses: dict[float, float]
+    batches: tuple[int, int]
+    seconds: float
+    weights: int
+    left_out: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        before = self.losses.get(0.0, math.nan)
+        if self.step:
+            told = (
+                f"start from the gradient: step {self.step:g} of each weight's norm, loss {before:.4f} -> "
+                f"{self.losses[self.step]:.4f} on {self.batches[1]} other batches"
+            )
+        else:
+            told = (
+                f"start from the gradient: no step lowers the loss of {before:.4f}, so the adapter begins as configured"
+            )
+        out = f"; {len(self.left_out)} weights get no rank" if self.left_out else ""
+        return f"{told} ({self.weights} weights, {self.seconds:.1f} s){out}"
+
+
+class Adapted(NamedTuple):
+    """An adapted model, and how its adapter began."""
+
+    model: PeftModel
+    start: Start
+
+
+def start(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    loss: Loss | None = None,
+    adapter_name: str | None = None,
+    count: int = BATCHES,
+) -> Start:
+    """Lets a fresh adapter begin with one step along the gradient of the frozen weights.
+
+    Args:
+        model: with a FLoRA adapter that has not been trained. Under several processes every one of them calls this,
+            before the model is wrapped, with batches of its own.
+        batches: a loader or a list; dicts are given as keyword arguments, tuples as positional ones. The last quarter
+            of those that are used judges the size of the step.
+        loss: ``(model, batch) -> loss``; by default the one that the model returns.
+        adapter_name: by default the active one.
+        count: how many batches are used at most.
+
+    Returns:
+        The step that was taken, and the losses of all that were tried.
+
+    Raises:
+        ValueError: the model has no such adapter, it is merged or trained already, there are fewer than two batches, or
+            a gradient cannot be had. The model is then as it was.
+
+    Example:
+        >>> layer = nn.Sequential(nn.Linear(8, 4))
+        >>> model = get_peft_model(layer, FloraConfig(r=2, target_modules=["0"]))
+        >>> data = [(torch.randn(16, 8), torch.randn(16, 4)) for _ in range(4)]
+        >>> begun = start(model, data, loss=lambda model, batch: (model(batch[0]) - batch[1]).square().mean())
+        >>> begun.batches
+        (3, 1)
+    """
+    began = time.perf_counter()
+    places = _fresh_places(model, adapter_name)
+    parts, loss = first_batches(batches, count), loss or loss_of
+    found = _measure(model, places, parts, loss, _reach(places))
+    return _begin(model, places, found, parts, loss, began)
+
+
+def adapt(
+    base: nn.Module,
+    config: FloraConfig,
+    batches: Iterable[Any],
+    *,
+    loss: Loss | None = None,
+    adapter_name: str = "default",
+    count: int = BATCHES,
+) -> PeftModel:
+    """``get_peft_model`` that knows the task: ranks go where the gradient is, and the adapter begins along it.
+
+    With ``config.budget`` the ranks are chosen per mode from the gradients, and a layer may be left out. Without it
+    they are those of the config, and only the start is the gradient's. What is saved is an ordinary adapter.
+
+    Args:
+        base: the base model.
+        config: of the adapter; it is not changed.
+        batches: a loader or a list, as of :func:`start`.
+        loss: ``(model, batch) -> loss``; by default the one that the model returns.
+        adapter_name: as in PEFT.
+        count: how many batches are used at most.
+
+    Returns:
+        The adapted model.
+
+    Raises:
+        ValueError: as :func:`start`; or the budget is too small.
+
+    Example:
+        >>> layer = nn.Sequential(nn.Linear(8, 4))
+        >>> data = [(torch.randn(16, 8), torch.randn(16, 4)) for _ in range(4)]
+        >>> squares = lambda model, batch: (model(batch[0]) - batch[1]).square().mean()
+        >>> model = adapt(layer, FloraConfig(budget=24, target_modules=["0"]), data, loss=squares)
+        >>> sum(value.numel() for value in model.parameters() if value.requires_grad) <= 24
+        True
+    """
+    return adapt_and_tell(base, config, batches, loss=loss, adapter_name=adapter_name, count=count).model
+
+
+def adapt_and_tell(
+    base: nn.Module,
+    config: FloraConfig,
+    batches: Iterable[Any],
+    *,
+    loss: Loss | None = None,
+    adapter_name: str = "default",
+    count: int = BATCHES,
+) -> Adapted:
+    """:func:`adapt`, with how the adapter began."""
+    began = time.perf_counter()
+    config, loss = copy.deepcopy(config), loss or loss_of
+    trained = {value for value in base.parameters() if value.requires_grad}
+    parts = first_batches(batches, count)
+    allocation, found = None, None
+    if config.budget is not None:
+        with torch.random.fork_rng([]):
+            probe = _attach_probe(base, config)
+        try:
+            places = places_of(probe, "probe")
+            allocation, found = _choose_ranks(probe, places, config, parts, loss)
+        finally:
+            _take_off(probe, trained)
+        if allocation is not None:
+            write_ranks(config, allocation, [place.name.removesuffix(f".{place.weight}") for place in places])
+
+    model = cast("PeftModel", get_peft_model(cast("Any", base), config, adapter_name=adapter_name))
+    try:
+        places = _fresh_places(model, adapter_name)
+        found = _measure(model, places, parts, loss, _reach(places)) if found is None else found
+        begun = _begin(model, places, found, parts, loss, began)
+    except BaseException:
+        _take_off(model, trained)
+        raise
+    left_out = () if allocation is None else tuple(allocation.left_out)
+    return Adapted(model, replace(begun, left_out=left_out, seconds=time.perf_counter() - began))
+
+
+def _take_off(model: PeftModel, trained: set[nn.Parameter]) -> None:
+    """The base model as it was before an adapter was attached."""
+    base = cast("Any", model.base_model).unload()
+    for value in base.parameters():
+        value.requires_grad_(value in trained)
+
+
+def _attach_probe(base: nn.Module, config: FloraConfig) -> PeftModel:
+    """The same targets at rank 1, only to find them and to hear their gradients."""
+    probe = copy.deepcopy(config)
+    probe.r, probe.rank_pattern, probe.kernel_r, probe.budget = 1, {}, 1, None
+    probe.scale, probe.alpha, probe.scale_pattern = 1.0, None, {}
+    probe.modules_to_save, probe.trainable_token_indices, probe.bias = None, None, "none"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # whatever is to be said is said when the adapter itself is attached
+        return cast("PeftModel", get_peft_model(cast("Any", base), probe, adapter_name="probe"))
+
+
+def _choose_ranks(
+    probe: PeftModel, places: Sequence[Place], config: FloraConfig, parts: Batches, loss: Loss
+) -> tuple[Allocation | None, dict[str, Directions | None]]:
+    """What the gradients are, and the ranks that the budget buys where they are."""
+    sites = [_site(place) for place in places]
+    once = {(site.name, *site.row.weights(site.module)): site for site in sites}
+    free = targets.weights_to_spend_on(config, list(once.values()), probe)
+    solved = solve_budget(free.weights, free.budget, config.kernel_r) if free.weights else {}
+    equal = {
+        place.name: solved[pattern] for place in places if (pattern := targets.exact_pattern(place.name)) in solved
+    }
+    reach = {}
+    for place, site in zip(places, sites, strict=True):
+        own = targets.targets_of(config, site)[place.weight].ranks
+        ranks = equal.get(place.name, own)
+        reach[place.name] = max(8, 2 * max(_below(ranks, place.shape)))
+
+    found = _measure(probe, places, parts, loss, reach)
+    if not any(found.values()) or not equal:
+        return None, found
+    return allocate([place for place in places if place.name in equal], found, equal, free.budget), found
+
+
+def _site(place: Place) -> targets.Site:
+    base, module = place.layer.get_base_layer(), place.name.removesuffix(f".{place.weight}")
+    if isinstance(place.layer, ParamWrapper):
+        return targets.raw_parameter(module, base, place.weight)
+    return targets.Site(module, base, place.layer.row)
+
+
+def _fresh_places(model: nn.Module, adapter_name: str | None) -> list[Place]:
+    name = adapter_name or getattr(model, "active_adapter", "default")
+    places = places_of(model, cast("str", name))
+    if not places:
+        raise ValueError(f"the model has no FLoRA adapter {name!r}; attach one with get_peft_model first")
+    for place in places:
+        if place.layer.merged:
+            raise ValueError("the adapter is merged into the weights; call unmerge_adapter() first")
+        if place.delta.dense().count_nonzero():
+            raise ValueError(
+                f"{place.name} is changed already: the start is for an adapter that has not been trained; "
+                "attach a fresh one"
+            )
+    return places
+
+
+def _measure(
+    model: nn.Module, places: Sequence[Place], parts: Batches, loss: Loss, reach: dict[str, int]
+) -> dict[str, Directions | None]:
+    """The directions of every weight's gradients."""
+    for place in places:
+        stored_weight(place)
+    sketches = {
+        place.name: Sketch(place.shape, reach[place.name], len(parts.gradient), zlib.crc32(place.name.encode()))
+        for place in places
+    }
+    collect(model, places, sketches, parts.gradient, loss)
+    return {name: sketch.directions() for name, sketch in sketches.items()}
+
+
+def _begin(
+    model: nn.Module,
+    places: Sequence[Place],
+    found: dict[str, Directions | None],
+    parts: Batches,
+    loss: Loss,
+    began: float,
+) -> Start:
+    """Takes the step that the other batches are for."""
+    before = [(value, value.detach().clone()) for place in places for value in place.delta.parameters()]
+    rays = [ray for place in places if (ray := _ray_of(place, found[place.name])) is not None]
+    best, losses = 0.0, {}
+    try:
+        if rays:
+            losses = _try_steps(model, rays, parts, loss)
+            best = smallest_good_step(losses)
+    finally:
+        if not best:
+            with torch.no_grad():
+                for value, old in before:
+                    value.copy_(old)
+    if best:
+        for one in rays:
+            place_step(one, best)
+        for value, _ in before:
+            share(value.data)
+    counts = (len(parts.gradient), len(parts.judging))
+    return Start(best, losses, counts, time.perf_counter() - began, len(rays))
+
+
+def _ray_of(place: Place, found: Directions | None) -> Ray | None:
+    if found is None:
+        return None
+    return ray(place.delta, found, float(place.layer._weight(place.weight).double().norm()))
+
+
+def _try_steps(model: nn.Module, rays: Sequence[Ray], parts: Batches, loss: Loss) -> dict[float, float]:
+    """The loss for each size of the step."""
+    for one in rays:
+        place_directions(one)
+    losses = {}
+    for size in tqdm(STEPS, desc="start: size of the step", unit="size", disable=None, leave=False):
+        for one in rays:
+            place_step(one, size)
+        losses[size] = mean_loss(model, parts.judging, loss)
+    return losses
+
+
+def smallest_good_step(losses: dict[float, float]) -> float:
+    """The smallest step that gains ``ENOUGH`` of the best gain; 0 where none lowers the loss."""
+    gains = {size: losses[0.0] - value for size, value in losses.items()}
+    finite = {size: gain for size, gain in gains.items() if math.isfinite(gain)}
+    best = max(finite.values(), default=0.0)
+    if best <= 0:
+        return 0.0
+    return min(size for size, gain in finite.items() if gain >= ENOUGH * best)
+
+
+def _reach(places: Sequence[Place]) -> dict[str, int]:
+    """The largest rank of each weight's modes that have a factor."""
+    return {place.name: max(_below(place.delta.form.ranks, place.shape)) for place in places}
+
+
+def _below(ranks: Sequence[int], shape: Sequence[int]) -> list[int]:
+    """The ranks of the modes that are not whole; [1] where all are."""
+    return [rank for rank, size in zip(ranks, shape, strict=True) if rank < size] or [1]

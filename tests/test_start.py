@@ -1,0 +1,324 @@
+"""The start from the gradient: the first change, the ranks it asks for, and that nothing else is touched."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+import flora
+from flora.convert.extraction.allocation import choices_of_energy
+from flora.gradient import sketch as sketches
+from flora.gradient.start import adapt_and_tell, smallest_good_step
+from flora.tuner.layer import FloraLayer
+
+
+class Several(nn.Module):
+    """Layers of many kinds, each on an input of its own; the output is one number per sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(5, 7, 3, padding=1)
+        self.wide = nn.Linear(7, 11)
+        self.up = nn.ConvTranspose1d(11, 13, 2, stride=2)
+        self.grouped = nn.Conv1d(13, 26, 3, groups=13)
+        self.norm = nn.BatchNorm1d(26)
+        self.drop = nn.Dropout(0.5)
+        self.rnn = nn.GRU(26, 6, batch_first=True)
+        self.table = nn.Embedding(17, 6)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.stack = nn.Parameter(torch.randn(3, 6, 4) / 3)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        x = self.conv(x).relu().mean(2)
+        x = self.wide(x.transpose(1, 2)).relu().transpose(1, 2)
+        x = self.drop(self.norm(self.grouped(self.up(x))))
+        x, _ = self.rnn(x.transpose(1, 2))
+        x = x + self.table(ids)[:, None]
+        x, _ = self.attention(x, x, x, need_weights=False)
+        x = torch.einsum("bti,eio->beto", x, self.stack).mean((1, 2))
+        return self.head(x)
+
+
+class Stack(nn.Module):
+    """A raw parameter of three dimensions in a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Holder()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+class Holder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(3, 6, 5) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bi,eio->bo", x, self.experts)
+
+
+def several_batches(count: int = 6) -> list[Any]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.randn(4, 5, 3, 4, generator=generator),
+            torch.randint(17, (4,), generator=generator),
+            torch.randint(2, (4,), generator=generator),
+        )
+        for _ in range(count)
+    ]
+
+
+def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
+    return nn.functional.cross_entropy(model(*batch[:2]), batch[2])
+
+
+def squares(model: nn.Module, batch: Any) -> Tensor:
+    x, y = batch
+    return (model(x) - y).square().mean()
+
+
+def pairs(layer: nn.Module, *size: int, count: int = 5) -> list[tuple[Tensor, Tensor]]:
+    """Targets that another weight would give, so that a step along the gradient helps."""
+    generator = torch.Generator().manual_seed(2)
+    other = copy.deepcopy(layer)
+    with torch.no_grad():
+        for value in other.parameters():
+            value.add_(torch.randn(value.shape, generator=generator) * value.std())
+    inputs = [torch.randn(*size, generator=generator) for _ in range(count)]
+    return [(x, other(x).detach()) for x in inputs]
+
+
+def projected_gradient(layer: nn.Module, weight: Tensor, batches: Any, ranks: tuple[int, ...]) -> Tensor:
+    """By full SVDs of unfoldings: the mean gradient on the leading vectors of each mode, the first mode last."""
+    gradients = []
+    for batch in batches:
+        (gradient,) = torch.autograd.grad(squares(layer, batch), weight)
+        gradients.append(gradient.double())
+    stack = torch.stack(gradients)
+    found = stack.mean(0)
+    for mode in range(1, weight.ndim):
+        vectors = torch.linalg.svd(stack.movedim(mode + 1, 0).flatten(1))[0][:, : ranks[mode]]
+        found = torch.tensordot(found, vectors @ vectors.T, ([mode], [0])).movedim(-1, mode)
+    left = torch.linalg.svd(found.flatten(1))[0][:, : ranks[0]]
+    return torch.tensordot(left @ left.T, found, ([1], [0]))
+
+
+LAYERS: list[tuple[str, Callable[[], nn.Module], tuple[int, ...], list[int]]] = [
+    ("linear", lambda: nn.Linear(7, 11, bias=False), (13, 7), [3, 2]),
+    ("whole first mode", lambda: nn.Linear(7, 11, bias=False), (13, 7), [11, 2]),
+    ("whole second mode", lambda: nn.Linear(7, 11, bias=False), (13, 7), [2, 7]),
+    ("conv", lambda: nn.Conv2d(5, 7, 3, bias=False), (3, 5, 6, 7), [3, 2, 2, 3]),
+    ("grouped", lambda: nn.Conv2d(6, 10, 3, groups=2, bias=False), (3, 6, 5, 7), [4, 2, 2, 1]),
+    ("transposed", lambda: nn.ConvTranspose2d(5, 7, 2, bias=False), (3, 5, 4, 3), [2, 3, 2, 1]),
+    ("conv3d", lambda: nn.Conv3d(3, 5, 2, bias=False), (2, 3, 4, 5, 3), [3, 2, 1, 2, 2]),
+]
+
+
+@pytest.mark.parametrize(("layer", "size", "ranks"), [row[1:] for row in LAYERS], ids=[row[0] for row in LAYERS])
+def test_the_first_change_is_the_projected_gradient(
+    layer: Callable[[], nn.Module], size: tuple[int, ...], ranks: list[int]
+) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(layer())
+    weight = base[0].weight.detach().clone()
+    batches = pairs(base, *size)
+    expected = projected_gradient(base, base[0].weight, batches[:-1], tuple(ranks))
+    model = get_peft_model(base, flora.FloraConfig(r=ranks, scale=1.7, target_modules=["0"]))
+    begun = flora.start(model, batches, loss=squares)
+    assert begun.step > 0
+    assert begun.losses[begun.step] < begun.losses[0.0]
+    change = model.base_model.model[0].get_delta_weight("default").double()
+    size_of_step = begun.step * float(weight.norm())
+    assert torch.allclose(change, -size_of_step * expected / expected.norm(), rtol=1e-3, atol=1e-4 * size_of_step)
+    assert torch.equal(model.base_model.model[0].base_layer.weight, weight)
+
+
+def test_a_wide_mode_is_found_in_two_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(41, 37, bias=False))
+    batches = pairs(base, 3, 41)
+    expected = projected_gradient(base, base[0].weight, batches[:-1], (2, 2))
+    monkeypatch.setattr(sketches, "NARROW", 32)  # gradients of rank 3 in 4 batches: a range of 16 holds all of them
+    model = get_peft_model(base, flora.FloraConfig(r=[2, 2], target_modules=["0"]))
+    assert flora.start(model, batches, loss=squares).step > 0
+    change = model.base_model.model[0].get_delta_weight("default").detach().double()
+    size = float(change.norm())
+    assert torch.allclose(change, -size * expected / expected.norm(), rtol=1e-2, atol=1e-3 * size)
+
+
+def test_all_kinds_of_layers_and_nothing_else_changes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = Several().eval()
+    base.wide.weight.requires_grad_(False)
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    twin = copy.deepcopy(base)
+    config = flora.FloraConfig(target_modules="all", exclude_modules=["head"], budget=600, modules_to_save=["head"])
+    adapted = adapt_and_tell(base, config, several_batches(), loss=cross_entropy)
+    model = adapted.model
+    assert adapted.start.batches == (5, 1)
+    assert adapted.start.step > 0
+    assert config.budget == 600
+
+    trained = sum(value.numel() for name, value in model.named_parameters() if "tucker_" in name)
+    assert 0.9 * 600 < trained <= 600
+    merged = copy.deepcopy(model).merge_and_unload()
+    changed = {name for name, value in merged.state_dict().items() if not torch.equal(value, before[name])}
+    layers = {name for name, module in model.named_modules() if isinstance(module, FloraLayer)}
+    assert changed
+    assert all(any(name.startswith(layer.removeprefix("base_model.model.")) for layer in layers) for name in changed)
+    assert not any("running" in name or "norm" in name for name in changed)
+    assert all(value.grad is None for value in model.parameters())
+
+    again = flora.adapt(copy.deepcopy(twin), config, several_batches(), loss=cross_entropy)
+    for (name, one), (other, two) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        assert name == other
+        assert one.shape == two.shape
+
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(twin), tmp_path).eval()
+    x, ids, _ = several_batches(1)[0]
+    assert torch.allclose(model.eval()(x, ids), loaded(x, ids), atol=1e-6)
+
+
+def test_a_repeat_gives_the_same_tensors() -> None:
+    torch.manual_seed(0)
+    base, states = Several(), []
+    for _ in range(2):
+        torch.manual_seed(3)
+        config = flora.FloraConfig(target_modules="all-conv", budget=300)
+        model = flora.adapt(copy.deepcopy(base), config, several_batches(), loss=cross_entropy)
+        states.append({name: value for name, value in model.state_dict().items() if "tucker_" in name})
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_raw_parameters_of_three_dimensions() -> None:
+    torch.manual_seed(0)
+    base = Stack()
+    batches = pairs(base, 7, 6)
+    expected = projected_gradient(base, base.inner.experts, batches[:-1], (2, 3, 2))
+    config = flora.FloraConfig(target_parameters=["inner.experts"], r=[2, 3, 2])
+    model = flora.adapt(base, config, batches, loss=squares)
+    change = model.base_model.model.inner.get_delta_weight("default", "experts").detach().double()
+    assert change.norm() > 0
+    assert torch.allclose(change / change.norm(), -expected / expected.norm(), atol=1e-4)
+
+
+class Uphill(nn.Module):
+    """A loss whose gradient points the wrong way: no step lowers it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(11, 13, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        return (2 * y.detach() - y).square().mean()
+
+
+@pytest.mark.parametrize("kind", ["uphill", "nan", "flat"])
+def test_where_nothing_helps_it_begins_as_configured(kind: str) -> None:
+    torch.manual_seed(0)
+    base = Uphill()
+    scale = {"uphill": 1.0, "nan": math.nan, "flat": 0.0}[kind]
+    data = [torch.randn(7, 11) for _ in range(4)]
+    config = flora.FloraConfig(r=2, target_modules=["layer"])
+    torch.manual_seed(1)
+    usual = get_peft_model(copy.deepcopy(base), config)
+    torch.manual_seed(1)
+    adapted = adapt_and_tell(base, config, data, loss=lambda model, x: scale * model(x))
+    assert adapted.start.step == 0
+    assert "begins as configured" in str(adapted.start)
+    for one, two in zip(usual.parameters(), adapted.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_an_error_leaves_the_model_as_it_was() -> None:
+    torch.manual_seed(0)
+    base = Several()
+    base.table.requires_grad_(False)
+    before = {name: (value.clone(), value.requires_grad) for name, value in base.named_parameters()}
+    kinds = {name: type(module) for name, module in base.named_modules()}
+    calls = []
+
+    def fails(model: nn.Module, batch: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == 6:  # in the search for the step
+            raise RuntimeError("no")
+        return cross_entropy(model, batch)
+
+    for budget in (None, 500):
+        calls.clear()
+        config = flora.FloraConfig(r=2, target_modules="all-conv", budget=budget)
+        with pytest.raises(RuntimeError, match="no"):
+            flora.adapt(base, config, several_batches(), loss=fails)
+        assert len(calls) == 6
+        assert {name: type(module) for name, module in base.named_modules()} == kinds
+        for name, value in base.named_parameters():
+            assert torch.equal(value, before[name][0])
+            assert value.requires_grad == before[name][1]
+            assert value.grad is None
+    assert base.training
+
+
+def test_what_it_refuses() -> None:
+    layer = nn.Sequential(nn.Linear(11, 13))
+    data = pairs(layer, 7, 11)
+    with pytest.raises(ValueError, match="no FLoRA adapter"):
+        flora.start(copy.deepcopy(layer), data, loss=squares)
+    model = get_peft_model(layer, flora.FloraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ValueError, match="two batches"):
+        flora.start(model, data[:1], loss=squares)
+    with pytest.raises(ValueError, match="without a loss"):
+        flora.start(model, [x for x, _ in data])
+    with pytest.raises(ValueError, match="does not depend"):
+        flora.start(model, data, loss=lambda model, batch: squares(model, batch).detach())
+    flora.start(model, data, loss=squares)
+    with pytest.raises(ValueError, match="has not been trained"):
+        flora.start(model, data, loss=squares)
+
+
+def test_the_step_is_the_smallest_that_gains_most() -> None:
+    assert smallest_good_step({0.0: 1.0, 0.003: 0.9, 0.01: 0.55, 0.03: 0.5, 0.1: 2.0}) == 0.01
+    assert smallest_good_step({0.0: 1.0, 0.01: math.nan, 0.03: 0.9}) == 0.03
+    assert smallest_good_step({0.0: 1.0, 0.01: 1.0, 0.03: 1.1}) == 0
+    assert smallest_good_step({0.0: math.nan, 0.01: 0.5}) == 0
+    assert smallest_good_step({}) == 0
+
+
+def test_ranks_that_cannot_be_used_are_no_choice() -> None:
+    energy = torch.ones(5, 4, 3)
+    for choice in choices_of_energy(energy, (5, 4, 3), 60.0)[1:]:
+        product = math.prod(choice.ranks)
+        assert all(rank == size or rank * rank <= product for rank, size in zip(choice.ranks, (5, 4, 3), strict=True))
+    dearest = choices_of_energy(energy, (5, 4, 3), 60.0)[-1]
+    assert dearest.ranks == (5, 4, 3)
+    assert dearest.params == 60
+    assert dearest.error == 0
+
+
+def test_a_layer_without_gradient_gets_no_rank_and_is_left_out_by_its_whole_name() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"conv": nn.Linear(9, 9), "a": nn.ModuleDict({"conv": nn.Linear(9, 9)})})
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        inner = model.base_model.model if hasattr(model, "base_model") else model
+        x = inner["a"]["conv"](batch)
+        return (x + 1e-9 * inner["conv"](batch[:1] * 1e-9) - 3).square().mean()
+
+    data = [torch.randn(5, 9) for _ in range(4)]
+    adapted = flora.adapt(model, flora.FloraConfig(target_modules=["conv"], budget=60), data, loss=loss)
+    names = [name for name, module in adapted.named_modules() if isinstance(module, FloraLayer)]
+    assert "base_model.model.a.conv" in names
