@@ -288,3 +288,19 @@ def test_a_base_that_is_gone_is_made_again_by_the_recipe(folder: Path, monkeypat
 def test_settings_are_kept_with_the_run(trained: Path) -> None:
     settings = tiny(trained)
     assert replace(read(str(trained / "config.yaml")), output=trained) == settings
+
+
+def test_the_best_checkpoint_is_what_a_real_config_keeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    samples = ("task.data=sample:vision/shapes", "task.model=sample:vision/convnextv2", "training.disable_tqdm=true")
+    # A rate so high that the last epoch is not the best one.
+    quick = ("training.num_train_epochs=4", "training.learning_rate=0.3", "training.per_device_train_batch_size=16")
+    output = tmp_path / "run"
+    metrics = train(read("vision_classify", [f"output={output}", *samples, *quick]))
+    assert "note: this run has only" in capsys.readouterr().out
+
+    state = read_json(output / "trainer_state.json")
+    measured = [entry["eval_accuracy"] for entry in state["log_history"] if "eval_accuracy" in entry]
+    assert len(measured) == 4
+    assert metrics["validation"]["accuracy"] == pytest.approx(max(measured))
+    assert sum("loss" in entry for entry in state["log_history"]) == metrics["steps"]
+    assert evaluate(output)[1] is True

@@ -12,7 +12,7 @@ from typing import IO, Any, Literal
 from PIL import Image
 from torch.utils.data import Dataset
 
-from flora.data.records import Item
+from flora.data.records import Bad, Item, check_labels
 from flora.errors import UserError
 
 
@@ -43,6 +43,30 @@ class HubFile:
 
 
 Source = Path | HubFile
+
+
+@dataclass
+class ImageTask:
+    """Settings that every recipe on labelled images has.
+
+    Args:
+        data: A folder, or the id of a hub data set.
+        model: A folder or hub id of a model for the task, with its image processor.
+        image_column: The column of a hub data set that holds the images.
+        labels: The names of the classes, in the order of the model's outputs.
+        augment: Whether training images are changed at random.
+        bad_data: "error" stops at an image that cannot be used; "skip" leaves such images out and says how many.
+    """
+
+    data: str
+    model: str
+    image_column: str = "image"
+    labels: list[str] | None = None
+    augment: bool = True
+    bad_data: Bad = "error"
+
+    def __post_init__(self) -> None:
+        check_labels(self.labels)
 
 
 def hub_column(dataset: Any, name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import io
 import json
 import random
@@ -154,6 +155,8 @@ def class_folders(folder: Path, endings: Sequence[str] = IMAGES) -> tuple[list[I
     Raises:
         ValueError: there is no class folder, or one of them has no file with these endings.
     """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file; give a folder that has a sub-folder of files for each class")
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not classes:
         raise UserError(f"{folder} has no sub-folders; put the files of each class into a folder of its name")
@@ -188,7 +191,8 @@ def split_paths(root: Path, ending: str = "") -> dict[str, Path]:
     """
     if not root.exists():
         raise FileNotFoundError(
-            f"task.data is {str(root)!r}: no such file or folder here; a hub id is NAME or ORG/NAME"
+            f"task.data is {str(root)!r}: no such file or folder here{_near_path(str(root))}; "
+            "a hub id is NAME or ORG/NAME"
         )
     found = {}
     for split, names in SPLIT_NAMES.items():
@@ -233,7 +237,13 @@ def load_pretrained(kind: Any, where: str, **options: Any) -> Any:
             return kind.from_pretrained(where, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise FileNotFoundError(f"task.model is {where!r}: {kind.__name__} cannot load it ({reason})") from None
+        remedy = ""
+        if Path(where).is_dir() and any(word in kind.__name__ for word in ("Processor", "Extractor", "Tokenizer")):
+            remedy = (
+                f'; the folder needs the files that {kind.__name__}.from_pretrained("ORIGINAL MODEL")'
+                f'.save_pretrained("{where}") writes'
+            )
+        raise FileNotFoundError(f"task.model is {where!r}: {kind.__name__} cannot load it ({reason}){remedy}") from None
 
 
 def head_options(labels: Sequence[str]) -> dict[str, Any]:
@@ -264,17 +274,34 @@ def hub(where: str, name: str | None = None, revision: str | None = None) -> dic
         FileNotFoundError: it cannot be loaded; says why.
         ValueError: it has no training split.
     """
-    from datasets import load_dataset
-
+    try:
+        from datasets import load_dataset
+    except ModuleNotFoundError:
+        raise FileNotFoundError(
+            f"task.data is {where!r}: no such file or folder here{_near_path(where)}. To load a data set of the hub by "
+            'its id, install datasets: pip install "flora-peft[vision]"'
+        ) from None
     try:
         loaded = load_dataset(where, name, revision=revision)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise FileNotFoundError(f"the data set {where!r} is no local path and cannot be loaded ({reason})") from None
+        raise FileNotFoundError(
+            f"task.data is {where!r}: no such file or folder here{_near_path(where)}, "
+            f"and the hub has no such data set for us ({reason})"
+        ) from None
     found = {split: loaded[own] for split, names in SPLIT_NAMES.items() for own in names if own in loaded}
     if "train" not in found:
         raise UserError(f"the data set {where!r} has the splits {', '.join(loaded)}, but no train split")
     return found
+
+
+def _near_path(where: str) -> str:
+    """``"; did you mean 'photos'?"`` where something of nearly this name is beside it."""
+    path = Path(where)
+    if not path.parent.is_dir():
+        return ""
+    near = difflib.get_close_matches(path.name, [other.name for other in path.parent.iterdir()], n=1)
+    return f"; did you mean {str(path.parent / near[0])!r}?" if near else ""
 
 
 def row_file(rows: Any, row: int, column: str) -> Path | io.BytesIO:
@@ -302,7 +329,7 @@ def records(
     if not is_local(where):
         parts = {split: _undecoded(part) for split, part in hub(where, name).items()}
         return {key: [Item(f"{where}: {key}[{at}]", row) for at, row in enumerate(part)] for key, part in parts.items()}
-    files = split_files(Path(where).expanduser(), endings)
+    files = split_files(Path(where), endings)
     return {
         split: table_rows(path, columns) if path.suffix in (".csv", ".tsv") else json_entries(path)
         for split, path in files.items()

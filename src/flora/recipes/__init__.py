@@ -120,9 +120,11 @@ def load_recipe(name: str) -> Recipe:
 def _load_file(path: Path) -> Recipe:
     if not path.is_file():
         raise FileNotFoundError(f"the recipe {path} does not exist")
-    spec = cast("Any", importlib.util.spec_from_file_location(path.stem, path))
+    # A name that no module has: a recipe called random.py must not take the place of Python's own.
+    name = f"flora_recipe_{path.stem}"
+    spec = cast("Any", importlib.util.spec_from_file_location(name, path))
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses look their own module up there
+    sys.modules[name] = module  # dataclasses look their own module up there
     spec.loader.exec_module(module)
     if missing := [item for item in REQUIRED if not hasattr(module, item)]:
         raise UserError(f"the recipe {path} has no {', '.join(missing)}; see flora.recipes.Recipe for the contract")

@@ -109,7 +109,7 @@ def clips(task: Task) -> tuple[dict[str, list[Item[Clip]]], list[str]]:
         FileNotFoundError, ValueError: the data is not there, or not of a layout that is known.
     """
     where = locate(task.data)
-    return _of_folder(Path(where).expanduser()) if is_local(where) else _of_hub(where, task)
+    return _of_folder(Path(where)) if is_local(where) else _of_hub(where, task)
 
 
 def _of_folder(root: Path) -> tuple[dict[str, list[Item[Clip]]], list[str]]:

@@ -129,7 +129,7 @@ def pictures(task: Task) -> dict[str, list[Item[Source]]]:
     if not is_local(where):
         return {split: _rows(where, split, rows, task.image_column) for split, rows in hub(where).items()}
     parts = {}
-    for split, folder in split_paths(Path(where).expanduser()).items():
+    for split, folder in split_paths(Path(where)).items():
         files = sorted(path for path in folder.glob("*") if path.suffix.lower() in IMAGES)
         if not files:
             raise UserError(f"{folder} has no pictures ({', '.join(IMAGES)}); put those of the thing there")

@@ -40,7 +40,6 @@ METRIC = "accuracy"
 SPLIT_SEED = 0  # which image is in which set never changes
 SIZES = {"base": 900, "pool": 300, "validation": 250}  # test is the rest
 BASE_FIELDS = ("hidden_sizes", "depths", "base_epochs", "base_learning_rate")
-THREADS = 1  # tensors are too small to share
 
 
 @dataclass
@@ -133,7 +132,6 @@ def base_folder(task: Task) -> Path:
 
 def load_base(task: Task) -> ConvNextV2ForImageClassification:
     """The base model from the cache; trained first, with a progress bar, if it is not there."""
-    torch.set_num_threads(THREADS)
     folder = base_folder(task)
     if not (folder / "config.json").is_file():
         pretrain(task, folder)
@@ -144,6 +142,8 @@ def load_base(task: Task) -> ConvNextV2ForImageClassification:
 def pretrain(task: Task, folder: Path) -> None:
     """Trains the base model on the upright digits of the base set and writes it to ``folder``, whole or not at all."""
     print(f"training the base model on upright digits, once; it is kept in {folder}", flush=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are too small to share, and one thread gives the same bits everywhere
     set_seed(SPLIT_SEED)
     config = ConvNextV2Config(
         num_channels=1,
@@ -170,6 +170,9 @@ def pretrain(task: Task, folder: Path) -> None:
         )
         trainer = Trainer(model, arguments, train_dataset=Digits(splits()["base"]))
         show_loss(trainer)
-        trainer.train()
+        try:
+            trainer.train()
+        finally:
+            torch.set_num_threads(threads)
     with staged_folder(folder) as staged, hidden_bars():
         model.cpu().save_pretrained(staged)

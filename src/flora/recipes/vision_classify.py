@@ -17,11 +17,9 @@ from sklearn.metrics import accuracy_score
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification, EvalPrediction, PreTrainedModel
 
-from flora.data.images import Prepared, Source, crop_and_mirror, hub_column, hub_images, read_image
+from flora.data.images import ImageTask, Prepared, Source, crop_and_mirror, hub_column, hub_images, read_image
 from flora.data.records import (
-    Bad,
     Item,
-    check_labels,
     class_folders,
     head_options,
     hub,
@@ -40,29 +38,20 @@ CROP = 0.7  # the least part of each side that a random crop keeps
 
 
 @dataclass
-class Task:
+class Task(ImageTask):
     """Settings of the data and the base model.
 
     Args:
         data: a folder, or the id of a hub data set. The folder has a sub-folder of images for each class, or first
             train, validation and test with these in them; what is missing is held out of the training images.
         model: a folder or hub id of a model for image classification, with its image processor.
-        image_column, label_column: of a hub data set.
-        labels: the names of the classes in the order of the model's outputs; null: those of the training data.
-        augment: whether training images are cropped and flipped at random.
-        bad_data: an image that cannot be used is an "error", or is left out: "skip".
+        image_column, label_column: The columns of a hub data set.
+        labels: The names of the classes in the order of the model's outputs; null takes those of the training data.
+        augment: Whether training images are cropped and mirrored at random.
+        bad_data: "error" stops at an image that cannot be used; "skip" leaves such images out and says how many.
     """
 
-    data: str
-    model: str
-    image_column: str = "image"
     label_column: str = "label"
-    labels: list[str] | None = None
-    augment: bool = True
-    bad_data: Bad = "error"
-
-    def __post_init__(self) -> None:
-        check_labels(self.labels)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, EvalPrediction, PreTrainedModel, Trainer
 
 from flora.data.coco import Example, Part, examples, find_files, read_coco, read_rows
-from flora.data.images import Prepared, read_image
-from flora.data.records import Bad, check_labels, head_options, hub, is_local, load_pretrained, with_held_out
+from flora.data.images import ImageTask, Prepared, read_image
+from flora.data.records import head_options, hub, is_local, load_pretrained, with_held_out
 from flora.data.samples import locate
 from flora.recipes import Data
 
@@ -30,7 +30,7 @@ DETECTIONS = 100  # that COCO counts in an image
 
 
 @dataclass
-class Task:
+class Task(ImageTask):
     """Settings of the data and the base model.
 
     Args:
@@ -44,16 +44,7 @@ class Task:
         bad_data: an image or annotation that cannot be used is an "error", or is left out: "skip".
     """
 
-    data: str
-    model: str
-    image_column: str = "image"
     objects_column: str = "objects"
-    labels: list[str] | None = None
-    augment: bool = True
-    bad_data: Bad = "error"
-
-    def __post_init__(self) -> None:
-        check_labels(self.labels)
 
 
 def read_parts(task: Task) -> dict[str, Part]:

@@ -20,12 +20,10 @@ from transformers import (
     Trainer,
 )
 
-from flora.data.images import Prepared, Source, crop_and_mirror, hub_images, read_image
+from flora.data.images import ImageTask, Prepared, Source, crop_and_mirror, hub_images, read_image
 from flora.data.records import (
     IMAGES,
-    Bad,
     Item,
-    check_labels,
     head_options,
     hub,
     is_local,
@@ -44,7 +42,7 @@ CROP = 0.5  # the least part of each side that a random crop keeps
 
 
 @dataclass
-class Task:
+class Task(ImageTask):
     """Settings of the data and the base model.
 
     Args:
@@ -58,17 +56,8 @@ class Task:
         bad_data: an image that cannot be used is an "error", or is left out: "skip".
     """
 
-    data: str
-    model: str
-    image_column: str = "image"
     label_column: str = "label"
-    labels: list[str] | None = None
     reduce_labels: bool = False
-    augment: bool = True
-    bad_data: Bad = "error"
-
-    def __post_init__(self) -> None:
-        check_labels(self.labels)
 
 
 @dataclass(frozen=True)

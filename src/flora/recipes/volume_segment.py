@@ -136,7 +136,7 @@ def find_pairs(root: Path) -> dict[str, list[Item[Pair]]]:
 def data_folder(where: str) -> Path:
     """The folder of a data set; one of the hub is downloaded."""
     if is_local(where):
-        return Path(where).expanduser()
+        return Path(where)
     from huggingface_hub import snapshot_download
 
     try:

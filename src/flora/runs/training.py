@@ -21,6 +21,7 @@ from flora.report.card import model_card
 from flora.report.plots import loss_curve
 from flora.report.provenance import provenance
 from flora.runs.reloading import ADAPTER, ADAPTER_CONFIG, LABELS, load_adapter, load_base
+from flora.runs.schedule import check_schedule, fit_to_data
 from flora.runs.settings import FILE, Settings, read
 from flora.storage.atomic import last_checkpoint, read_json, replace_folder, staged_files, write_json, write_text
 from flora.storage.progress import show_loss
@@ -80,10 +81,18 @@ def training_arguments(settings: Settings, output: Path, **changes: Any) -> Trai
     """The Trainer's arguments: those of the config over a few defaults, ``changes`` over both."""
     defaults = {"dataloader_pin_memory": torch.cuda.is_available(), "label_names": ["labels"], "report_to": "none"}
     given = {**defaults, **settings.training, "seed": settings.seed, **changes}
+    if given.get("save_strategy") == "no":  # without checkpoints there is no best one to load, and none to look for
+        given = {**given, "eval_strategy": "no", "load_best_model_at_end": False}
     try:
-        return cast("TrainingArguments", optional(settings.load_recipe(), "ARGUMENTS")(str(output), **given))
-    except ValueError as error:  # such as bf16 where the machine has none
-        raise UserError(f"the settings under 'training' do not go together here: {error}") from None
+        arguments = cast("TrainingArguments", optional(settings.load_recipe(), "ARGUMENTS")(str(output), **given))
+    except ValueError as error:
+        if "bf16" in str(error):
+            remedy = "; this machine cannot train in bfloat16: set training.bf16=false"
+        else:
+            remedy = ""
+        raise UserError(f"the settings under 'training' do not go together here: {error}{remedy}") from None
+    check_schedule(arguments)
+    return arguments
 
 
 def measure(trainer: Trainer, dataset: Dataset[Any]) -> dict[str, float]:
@@ -133,6 +142,9 @@ def train(settings: Settings, *, resume: bool = False, overwrite: bool = False) 
         print(
             f"resuming from {checkpoint}" if checkpoint else f"no complete checkpoint in {folder}, starting at step 0"
         )
+    notes = fit_to_data(arguments, len(cast("Any", data.train)))
+    if arguments.process_index == 0:
+        print("".join(f"note: {note}\n" for note in notes), end="", flush=True)
     trainer = make_trainer(model, recipe, data, arguments)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -30,11 +30,19 @@ def sample_names() -> list[str]:
 
 
 def locate(where: str) -> str:
-    """A local folder, file or hub id as it is; for ``sample:file/name`` the folder with that sample.
+    """Where a data set or model is that a config names.
+
+    Args:
+        where: A path, in which ``~`` stands for the home folder; a hub id; or ``sample:file/name``.
+
+    Returns:
+        The path or hub id; for a sample, the folder that holds it.
 
     Raises:
-        ValueError: there is no such sample.
+        ValueError: There is no such sample.
     """
+    if where.startswith("~"):
+        return str(Path(where).expanduser())
     if not where.startswith(PREFIX):
         return where
     name = where.removeprefix(PREFIX)

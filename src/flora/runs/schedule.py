@@ -1,0 +1,90 @@
+"""Whether a run's settings can work: refused where they cannot, fitted to the data where they are too large."""
+
+from __future__ import annotations
+
+import math
+import os
+
+from transformers import TrainingArguments
+
+from flora.errors import UserError
+
+FEW_STEPS = 50  # a shorter run has hardly learnt anything, and its curve says nothing
+LARGEST_RATE = 1.0  # beyond this every optimiser of the Trainer diverges at once
+
+
+def check_schedule(arguments: TrainingArguments) -> None:
+    """Refuses settings with which a run takes no step or cannot learn; asks for no more workers than there are cores.
+
+    The Trainer accepts them all: it then ends without a step, divides by zero, or fills the adapter with NaN.
+
+    Raises:
+        ValueError: names the setting, what it is and what was expected.
+    """
+    rate = arguments.learning_rate
+    if not 0 < rate <= LARGEST_RATE:
+        raise UserError(
+            f"training.learning_rate is {rate:g}, expected above 0 and at most {LARGEST_RATE:g}; "
+            "adapters usually learn at 1e-4 to 1e-2"
+        )
+    if arguments.max_steps == 0 or arguments.max_steps < -1:
+        raise UserError(f"training.max_steps is {arguments.max_steps}, expected 1 or more; -1 counts epochs instead")
+    if arguments.max_steps == -1 and not arguments.num_train_epochs > 0:
+        raise UserError(f"training.num_train_epochs is {arguments.num_train_epochs:g}, expected above 0")
+
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"training.{name} is {getattr(arguments, name)}, expected 1 or more")
+
+    # torch warns at every start of its workers where there are more of them than cores.
+    arguments.dataloader_num_workers = min(arguments.dataloader_num_workers, cores())
+
+
+def fit_to_data(arguments: TrainingArguments, examples: int) -> list[str]:
+    """Makes the batch no larger than the data, and says what is likely to go wrong.
+
+    Args:
+        arguments: Of the run; the batch size is changed in place.
+        examples: How many there are to train on.
+
+    Returns:
+        What was changed or is likely to disappoint, a sentence each.
+    """
+    notes = []
+    if arguments.per_device_train_batch_size > examples:
+        notes.append(
+            f"training.per_device_train_batch_size lowered from {arguments.per_device_train_batch_size} to {examples}: "
+            "there are no more training examples"
+        )
+        arguments.per_device_train_batch_size = examples
+
+    steps = steps_of(arguments, examples)
+    if arguments.warmup_steps >= 1 and arguments.warmup_steps >= steps:
+        notes.append(
+            f"training.warmup_steps is {arguments.warmup_steps:g} in a run of {steps} steps, so the learning rate "
+            "never reaches its value; set a share of the run, such as training.warmup_steps=0.1"
+        )
+    if steps < FEW_STEPS:
+        notes.append(
+            f"this run has only {steps} steps; for a result to rely on, raise training.num_train_epochs "
+            f"(now {arguments.num_train_epochs:g}) or lower training.per_device_train_batch_size "
+            f"(now {arguments.per_device_train_batch_size})"
+        )
+    return notes
+
+
+def steps_of(arguments: TrainingArguments, examples: int) -> int:
+    """The optimiser steps of a run, as the Trainer counts them."""
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    batch = arguments.per_device_train_batch_size * max(1, arguments.n_gpu) * arguments.world_size
+    batches = math.ceil(examples / batch)
+    per_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
+    return math.ceil(arguments.num_train_epochs * per_epoch)
+
+
+def cores() -> int:
+    """The processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
