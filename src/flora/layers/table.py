@@ -8,7 +8,7 @@ To add a kind, add a row here and a case in ``tests/cases.py``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -46,7 +46,7 @@ class Layer:
             order of ``weight.shape``.
         apply: ``(module, weight, bias, *args, **kwargs) -> output``: what the layer computes with that weight, linear
             in ``weight``, with the arguments of its forward. None where there is no such form; the layer is then run
-            through ``torch.func.functional_call`` with W + dW.
+            as a shell with W + dW (``flora.layers.shell``).
         factored: ``(module, form, scale, *args, **kwargs) -> change of the output``, without forming the dense update.
         fused: ``(module, form, scale, *args, **kwargs) -> output`` of the layer and its change in one autograd
             function, or None for arguments that it does not take.
@@ -255,31 +255,11 @@ def weight_shape(module: nn.Module, name: str) -> tuple[int, ...]:
 def is_plain(module: nn.Module) -> bool:
     """Whether the module computes exactly what its row says: its forward is the listed type's own, nothing is renormed.
 
-    Where it is not (a scaled embedding, a weight-standardised conv, ``max_norm``), the layer is run through
-    ``torch.func.functional_call`` with W + dW, which is exact for whatever its forward does.
+    Where it is not (a scaled embedding, a weight-standardised conv, ``max_norm``), the layer is run as a
+    shell with W + dW, which is exact for whatever its forward does.
     """
     found = find_layer(module)
     if found is None or type(module).forward is not found[0].forward:
         return False
     own = vars(module)  # what an embedding is set to; cheaper to ask than the module itself
     return own.get("max_norm") is None and own.get("mode") != "max"
-
-
-def call_with(module: nn.Module, weights: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-    """Runs the module with these tensors in place of its parameters (functional_call).
-
-    FSDP1 puts a plain tensor of the same name in front of each parameter while a layer runs; functional_call does not
-    see it, and the stand-in would be ignored without a word. So what stands in front is replaced as well.
-    """
-    fronts = [(vars(module.get_submodule(name.rpartition(".")[0])), name.rpartition(".")[2], name) for name in weights]
-    shadowed = [(front, leaf, name, front[leaf]) for front, leaf, name in fronts if leaf in front]
-    try:
-        for front, leaf, name, _ in shadowed:
-            front[leaf] = weights[name]
-        out = torch.func.functional_call(module, dict(weights), args, kwargs)
-    finally:
-        for front, leaf, _, old in shadowed:
-            front[leaf] = old
-    if isinstance(module, nn.RNNBase):
-        module._update_flat_weights()  # it has cached the stand-ins; they would keep the graph alive
-    return out

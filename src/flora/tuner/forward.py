@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from flora.errors import UserError
 from flora.layers.planning import KINDS, plan
-from flora.layers.table import call_with, is_plain, parameter
+from flora.layers.shell import call_with
+from flora.layers.table import is_plain, parameter
 from flora.tuner.adapted import AdaptedLayer
 
 

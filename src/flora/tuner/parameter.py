@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from flora.errors import UserError
 from flora.layers.experts.stack import ExpertStack
-from flora.layers.table import Layer, call_with, parameter
+from flora.layers.shell import call_with
+from flora.layers.table import Layer, parameter
 from flora.tuner.adapted import Target
 from flora.tuner.layer import FloraLayer
 
@@ -40,23 +41,17 @@ class ParamWrapper(FloraLayer):
 
     def _adapted(self, active: list[str], *args: Any, **kwargs: Any) -> Any:
         """Stacks of experts run with an ``ExpertStack`` in place of the parameter, other parameters with W + dW."""
-        base, name = self.get_base_layer(), self.parameter_name
+        name = self.parameter_name
+        weight = parameter(self.get_base_layer(), name)
+        stand_in: Any
         if torch.compiler.is_compiling() or any(self.settings[adapter].path == "rebuild" for adapter in active):
-            nested = len([part for part in self.modules() if isinstance(part, ParamWrapper)]) - 1
-            weight = parameter(base, name)
             stand_in = (weight + self.dense(active, name)).to(weight.dtype)
-            return call_with(self.base_layer, {"base_layer." * nested + name: stand_in}, *args, **kwargs)
-        deltas = [self.delta(adapter, name) for adapter in active]
-        forms = [(delta.stored_form, delta.scale) for delta in deltas]
-        shadowed = base.__dict__.get(name)
-        base.__dict__[name] = ExpertStack.of(parameter(base, name), forms)
-        try:
-            return self.base_layer(*args, **kwargs)
-        finally:
-            if shadowed is None:
-                del base.__dict__[name]
-            else:
-                base.__dict__[name] = shadowed
+        else:
+            deltas = [self.delta(adapter, name) for adapter in active]
+            stand_in = ExpertStack.of(weight, [(delta.stored_form, delta.scale) for delta in deltas])
+
+        wrappers_inside = sum(isinstance(part, ParamWrapper) for part in self.modules()) - 1
+        return call_with(self.base_layer, {"base_layer." * wrappers_inside + name: stand_in}, *args, **kwargs)
 
     def _mixed(self, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if not any(name in self.settings for name in names):

@@ -1,0 +1,162 @@
+"""Running a module with other weights, while the module itself stays as it is.
+
+A forward with ``W + dW`` must never put that into the module: another thread that runs the same model would compute
+with it, or keep it for good. So the call runs on a *shell*, an object of the same class that shares everything with
+the module (buffers, hooks, submodules, plain attributes) except for the weights that change. Only along the path to a
+weight of a submodule are the submodules shells too.
+
+Three kinds of module cannot run as a shell: those under a compiler, which swaps nothing in the module that runs;
+scripted ones; and those whose ``forward`` was replaced on the instance by something that holds on to the module. They
+run through ``torch.func.functional_call``, one thread at a time.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager, nullcontext
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+REGISTRIES = ("_parameters", "_buffers", "_modules")
+_ONE_AT_A_TIME = threading.RLock()
+
+
+class Shell(NamedTuple):
+    """A module, its stand-in for one call, and the attributes that the stand-in started with."""
+
+    module: nn.Module
+    stand_in: nn.Module
+    start: dict[str, Any]
+
+
+def call_with(module: nn.Module, weights: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """The output of a module with these tensors in place of its parameters.
+
+    Args:
+        module: any module; accelerate's hooks on it run as they would.
+        weights: dotted name of a parameter -> the tensor that stands in for it.
+        *args: of its forward.
+        **kwargs: of its forward.
+    """
+    if torch.compiler.is_compiling() or not can_be_shell(module):
+        return _swapped(module, weights, *args, **kwargs)
+    hook = vars(module).get("_hf_hook")
+    if hook is None:
+        return run_as_shell(module, weights, lambda shell: shell(*args, **kwargs))
+
+    args, kwargs = hook.pre_forward(module, *args, **kwargs)
+    with torch.no_grad() if hook.no_grad else nullcontext():
+        out = run_as_shell(module, weights, lambda shell: shell(*args, **kwargs))
+    return hook.post_forward(module, out)
+
+
+def run_as_shell(module: nn.Module, weights: Mapping[str, Any], run: Callable[[nn.Module], Any]) -> Any:
+    """``run(shell)``, where the shell has these weights; attributes that it sets are set on the module as well."""
+    shells: list[Shell] = []
+    stand_in = shell_of(module, weights, shells)
+    out = run(stand_in)
+    for shell in shells:
+        _keep_what_was_set(shell)
+    return out
+
+
+def can_be_shell(module: nn.Module) -> bool:
+    """Whether a shallow copy of the module computes what the module does."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
+    own = vars(module)
+    replaced = own.get("_old_forward") if "_hf_hook" in own else own.get("forward")
+    return replaced is None or (isinstance(replaced, MethodType) and replaced.__self__ is module)
+
+
+def shell_of(module: nn.Module, weights: Mapping[str, Any], shells: list[Shell] | None = None) -> nn.Module:
+    """A shallow copy of the module with these weights; also appended to ``shells``, with those inside it."""
+    own = {name: value for name, value in weights.items() if "." not in name}
+    inner: dict[str, dict[str, Any]] = {}
+    for name, value in weights.items():
+        child, dot, rest = name.partition(".")
+        if dot:
+            inner.setdefault(child, {})[rest] = value
+
+    cls, start = type(module), dict(vars(module))
+    start["_parameters"] = {**module._parameters, **own}
+    if inner:
+        children = {name: shell_of(module._modules[name], group, shells) for name, group in inner.items()}
+        start["_modules"] = {**module._modules, **children}
+    if parametrize.is_parametrized(module):
+        cls = _without_parametrizations(module, start, own)
+    for name in own.keys() & start.keys():  # FSDP1 puts a plain tensor of the same name in front of each parameter
+        start[name] = own[name]
+    if "_hf_hook" in start:  # the caller runs accelerate's hook; here the module's own forward is wanted
+        start["forward"] = start.pop("_old_forward")
+        del start["_hf_hook"]
+
+    stand_in: nn.Module = object.__new__(cls)
+    for name, value in start.items():
+        if isinstance(value, MethodType) and value.__self__ is module:
+            start[name] = MethodType(value.__func__, stand_in)
+    object.__setattr__(stand_in, "__dict__", dict(start))
+    if isinstance(module, nn.RNNBase):
+        _list_weights(stand_in)
+    if shells is not None:
+        shells.append(Shell(module, stand_in, start))
+    return stand_in
+
+
+def _without_parametrizations(module: nn.Module, start: dict[str, Any], own: Mapping[str, Any]) -> type:
+    """Puts parametrized weights into ``start`` as plain ones; returns the class without their properties."""
+    lists: Any = module.parametrizations
+    values = {name: own[name] if name in own else getattr(module, name) for name in lists}
+    start["_parameters"] = {**start["_parameters"], **values}
+    start["_modules"] = {name: child for name, child in start["_modules"].items() if name != "parametrizations"}
+    return type(module).__bases__[0]
+
+
+def _list_weights(shell: Any) -> None:
+    """The list of weights that a recurrent layer runs with, and what it compares to see that none has changed."""
+    found = [getattr(shell, name, None) for name in shell._flat_weights_names]
+    vars(shell)["_flat_weights"] = found
+    vars(shell)["_flat_weight_refs"] = [None if weight is None else weakref.ref(weight) for weight in found]
+
+
+def _keep_what_was_set(shell: Shell) -> None:
+    """Sets on the module what its forward has set on the stand-in: a cache, a count, the last attention map."""
+    module, stand_in, start = shell
+    before, after = vars(module), vars(stand_in)
+    for name in after.keys() | start.keys():
+        value = after.get(name)
+        if name in REGISTRIES or name.startswith("_flat_weight") or value is start.get(name):
+            continue
+        if name in after:
+            before[name] = MethodType(value.__func__, module) if getattr(value, "__self__", None) is stand_in else value
+        else:
+            before.pop(name, None)
+
+
+def _swapped(module: nn.Module, weights: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """The same by ``torch.func.functional_call``, which puts the weights into the module for the time of the call."""
+    with nullcontext() if torch.compiler.is_compiling() else _ONE_AT_A_TIME, _in_front(module, weights):
+        out = torch.func.functional_call(module, dict(weights), args, kwargs)
+    if isinstance(module, nn.RNNBase):
+        module._update_flat_weights()  # it has cached the stand-ins; they would keep the graph alive
+    return out
+
+
+@contextmanager
+def _in_front(module: nn.Module, weights: Mapping[str, Any]) -> Any:
+    """Replaces the plain tensors that FSDP1 puts in front of parameters; ``functional_call`` does not see them."""
+    fronts = [(vars(module.get_submodule(name.rpartition(".")[0])), name.rpartition(".")[2], name) for name in weights]
+    shadowed = [(front, leaf, name, front[leaf]) for front, leaf, name in fronts if leaf in front]
+    try:
+        for front, leaf, name, _ in shadowed:
+            front[leaf] = weights[name]
+        yield
+    finally:
+        for front, leaf, _, old in shadowed:
+            front[leaf] = old
