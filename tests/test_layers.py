@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,35 @@ def test_two_adapters(name: str, path: str, dtype: torch.dtype) -> None:
     model.set_adapter("default")
     model.delete_adapter("second")
     assert torch.equal(model(*inputs_of(row, dtype), **row.kwargs), first)
+
+
+@torch.no_grad()
+@each_row
+def test_threads_compute_what_one_thread_does(name: str, path: str) -> None:
+    row = CASES[name]
+    model, inputs = adapted(row, path), inputs_of(row)
+    expected = model(*inputs, **row.kwargs)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    wrong: list[object] = []
+
+    def run() -> None:
+        with torch.no_grad():  # a thread has a switch of its own
+            for _ in range(4):
+                try:
+                    out = model(*inputs, **row.kwargs)
+                    wrong.extend([] if torch.equal(out, expected) else [(out - expected).abs().max()])
+                except Exception as error:
+                    wrong.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in after.items())
 
 
 @each_row

@@ -37,6 +37,7 @@ from flora.gradient.sketch import Directions, Sketch, share
 from flora.tucker.ranks import solve_budget
 from flora.tuner import targets
 from flora.tuner.config import FloraConfig
+from flora.tuner.merging import base_weight
 from flora.tuner.parameter import ParamWrapper
 
 BATCHES = 12
@@ -315,7 +316,7 @@ def _begin(
 def _ray_of(place: Place, found: Directions | None) -> Ray | None:
     if found is None:
         return None
-    return ray(place.delta, found, float(place.layer._weight(place.weight).double().norm()))
+    return ray(place.delta, found, float(base_weight(place.layer, place.weight).double().norm()))
 
 
 def _try_steps(model: nn.Module, rays: Sequence[Ray], parts: Batches, loss: Loss) -> dict[float, float]:

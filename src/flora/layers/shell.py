@@ -77,13 +77,7 @@ def can_be_shell(module: nn.Module) -> bool:
 
 def shell_of(module: nn.Module, weights: Mapping[str, Any], shells: list[Shell] | None = None) -> nn.Module:
     """A shallow copy of the module with these weights; also appended to ``shells``, with those inside it."""
-    own = {name: value for name, value in weights.items() if "." not in name}
-    inner: dict[str, dict[str, Any]] = {}
-    for name, value in weights.items():
-        child, dot, rest = name.partition(".")
-        if dot:
-            inner.setdefault(child, {})[rest] = value
-
+    own, inner = _by_owner(weights)
     cls, start = type(module), dict(vars(module))
     start["_parameters"] = {**module._parameters, **own}
     if inner:
@@ -107,6 +101,19 @@ def shell_of(module: nn.Module, weights: Mapping[str, Any], shells: list[Shell] 
     if shells is not None:
         shells.append(Shell(module, stand_in, start))
     return stand_in
+
+
+def _by_owner(weights: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The weights of the module itself, and those of its children by child, without the child's name."""
+    own: dict[str, Any] = {}
+    inner: dict[str, dict[str, Any]] = {}
+    for name, value in weights.items():
+        child, dot, rest = name.partition(".")
+        if dot:
+            inner.setdefault(child, {})[rest] = value
+        else:
+            own[name] = value
+    return own, inner
 
 
 def _without_parametrizations(module: nn.Module, start: dict[str, Any], own: Mapping[str, Any]) -> type:

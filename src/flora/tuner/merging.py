@@ -13,7 +13,7 @@ from flora.tuner.adapted import AdaptedLayer
 
 def merge(layer: AdaptedLayer, adapters: list[str], safe_merge: bool) -> None:
     """Adds the updates of adapters that the layer has to its base weights; see ``FloraLayer.merge``."""
-    before = {weight: _read(layer, weight) for weight in layer.attributes}
+    before = {weight: base_weight(layer, weight) for weight in layer.attributes}
     with torch.no_grad():
         merged = {weight: (old + layer.dense(adapters, weight)).to(old.dtype) for weight, old in before.items()}
 
@@ -37,14 +37,14 @@ def unmerge(layer: AdaptedLayer) -> None:
         for weight in layer.attributes:
             old = layer._backup.get(weight)
             if old is None:
-                value = _read(layer, weight)
+                value = base_weight(layer, weight)
                 old = (value - layer.dense(layer.merged_adapters, weight)).to(value.dtype)
             _write(layer, weight, old)
     layer._backup = {}
     layer.merged_adapters.clear()
 
 
-def _read(layer: AdaptedLayer, weight: str) -> Tensor:
+def base_weight(layer: AdaptedLayer, weight: str) -> Tensor:
     """A weight of the base layer; of a quantised one, what it stands for."""
     if layer.quantization_backend is not None:
         if layer.quantization_backend.backend_name == "bnb 4bit":
