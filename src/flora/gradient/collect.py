@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from tqdm import tqdm
 
+from flora.errors import UserError
 from flora.gradient.sketch import Sketch, add_up, is_distributed
 from flora.tucker.delta import TuckerDelta
 from flora.tuner.layer import FloraLayer
@@ -63,7 +64,7 @@ def first_batches(batches: Iterable[Any], count: int) -> Batches:
     """
     taken = list(islice(batches, count))
     if len(taken) < 2:
-        raise ValueError(
+        raise UserError(
             f"the start from the gradient needs two batches or more, one of them for judging the step; got {len(taken)}"
         )
     held = max(1, len(taken) // JUDGING)
@@ -88,7 +89,7 @@ def loss_of(model: nn.Module, batch: Any) -> Tensor:
         loss = loss[0]
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         kind = type(output).__name__
-        raise ValueError(f"{type(model).__name__} returns {kind} without a loss; give loss=lambda model, batch: ...")
+        raise UserError(f"{type(model).__name__} returns {kind} without a loss; give loss=lambda model, batch: ...")
     return loss
 
 
@@ -185,7 +186,7 @@ def _one_batch(model: nn.Module, receivers: Sequence[Any], number: int, batch: A
             handles.append(_watch(place, partial(receive, batch=number)))
         found = loss(model, batch)
         if not found.requires_grad:
-            raise ValueError(
+            raise UserError(
                 "the loss does not depend on the adapted weights; is it computed under no_grad, or is every block "
                 "under reentrant gradient checkpointing? (then call model.enable_input_require_grads() first)"
             )
@@ -227,7 +228,7 @@ def stored_weight(place: Place) -> nn.Parameter | None:
         return None
     if value is None or hasattr(value, "ds_shape") or hasattr(value, "device_mesh"):
         kind = "computed from other tensors (a parametrization)" if value is None else "sharded"
-        raise ValueError(
+        raise UserError(
             f"the start from the gradient cannot read {place.name}: it is {kind}; start before the model is sharded, "
             "or leave this module out (exclude_modules)"
         )

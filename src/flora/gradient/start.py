@@ -20,6 +20,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from tqdm import tqdm
 
+from flora.errors import UserError
 from flora.gradient.allocate import Allocation, allocate, write_ranks
 from flora.gradient.collect import (
     Batches,
@@ -257,12 +258,12 @@ def _fresh_places(model: nn.Module, adapter_name: str | None) -> list[Place]:
     name = adapter_name or getattr(model, "active_adapter", "default")
     places = places_of(model, cast("str", name))
     if not places:
-        raise ValueError(f"the model has no FLoRA adapter {name!r}; attach one with get_peft_model first")
+        raise UserError(f"the model has no FLoRA adapter {name!r}; attach one with get_peft_model first")
     for place in places:
         if place.layer.merged:
-            raise ValueError("the adapter is merged into the weights; call unmerge_adapter() first")
+            raise UserError("the adapter is merged into the weights; call unmerge_adapter() first")
         if place.delta.dense().count_nonzero():
-            raise ValueError(
+            raise UserError(
                 f"{place.name} is changed already: the start is for an adapter that has not been trained; "
                 "attach a fresh one"
             )

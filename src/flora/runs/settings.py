@@ -19,6 +19,7 @@ from flora.tuner.config import FloraConfig
 
 FILE = "config.yaml"
 FLAGS = ("resume", "overwrite")
+STARTS = ("init", "gradient")  # adapter.start: as adapter.init says, or one step along the task's gradient
 # Set by PEFT, by the Trainer or at the top of the config.
 HIDDEN = {
     "adapter": {
@@ -67,6 +68,7 @@ class Settings:
         adapter: keyword arguments of ``FloraConfig``.
         training: keyword arguments of ``TrainingArguments``, only those that were given.
         comparison: of ``flora compare``.
+        start: "init", as the adapter's config says, or "gradient", along the gradient of the first training batches.
     """
 
     recipe: str
@@ -76,6 +78,7 @@ class Settings:
     adapter: dict[str, Any]
     training: dict[str, Any]
     comparison: Comparison
+    start: str = "init"
 
     def load_recipe(self) -> Recipe:
         """The recipe's module."""
@@ -88,7 +91,7 @@ class Settings:
             "output": str(self.output),
             "seed": self.seed,
             "task": asdict(self.task),
-            "adapter": self.adapter,
+            "adapter": {**self.adapter, "start": self.start},
             "training": self.training,
             "compare": asdict(self.comparison),
         }
@@ -118,6 +121,7 @@ def read(config: str, overrides: Iterable[str] = ()) -> Settings:
     if not isinstance(name, str):
         raise UserError(f"{path} needs 'recipe: NAME'; `flora recipes` lists them")
     recipe = load_recipe(name)
+    start = _take_start(given, path)
     groups: dict[str, Any] = {
         "task": recipe.Task,
         "adapter": FloraConfig,
@@ -135,7 +139,16 @@ def read(config: str, overrides: Iterable[str] = ()) -> Settings:
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from None
     output = Path(checked.output or f"outputs/{path.stem}")
-    return Settings(name, output, checked.seed, task, _plain(adapter), _plain(training), comparison)
+    return Settings(name, output, checked.seed, task, _plain(adapter), _plain(training), comparison, start)
+
+
+def _take_start(given: dict[str, Any], path: Path) -> str:
+    """Takes ``adapter.start`` out, which is about the run and no field of the adapter that is saved."""
+    adapter = given.get("adapter")
+    start = adapter.pop("start", STARTS[0]) if isinstance(adapter, dict) else STARTS[0]
+    if start not in STARTS:
+        raise UserError(f"{path}: adapter.start is {start!r}, expected one of {', '.join(STARTS)}")
+    return str(start)
 
 
 def split_flags(overrides: Iterable[str]) -> tuple[dict[str, bool], list[str]]:
@@ -191,7 +204,7 @@ def _override(given: dict[str, Any], item: str) -> None:
 
 def known_keys(groups: dict[str, Any]) -> list[str]:
     """Every key that a config with these groups may have."""
-    keys = ["recipe", "output", "seed"]
+    keys = ["recipe", "output", "seed", "adapter.start"]
     for group, kind in groups.items():
         own = fields(kind) if is_dataclass(kind) else ()
         keys += [f"{group}.{item.name}" for item in own if item.name not in HIDDEN.get(group, ())]

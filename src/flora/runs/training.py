@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from flora.errors import UserError, user_errors
+from flora.gradient.start import Adapted, adapt_and_tell
 from flora.recipes import Data, Recipe, optional
 from flora.report.card import model_card
 from flora.report.plots import loss_curve
@@ -48,6 +49,37 @@ def make_trainer(model: nn.Module, recipe: Recipe, data: Data, arguments: Traini
     if hasattr(data.train, "set_epoch"):
         trainer.add_callback(TellEpoch(data.train))
     return cast("Trainer", trainer)
+
+
+def begin_along_gradient(
+    base: nn.Module, settings: Settings, recipe: Recipe, data: Data, arguments: TrainingArguments
+) -> Adapted:
+    """The adapter on its base model, begun along the gradient of the first training batches.
+
+    The loss is that of the recipe's own trainer. The random numbers are those of a run without this afterwards.
+    """
+    config = FloraConfig(**settings.adapter)
+    trainer = optional(recipe, "TRAINER")(
+        base, arguments, data_collator=data.collate, train_dataset=data.train, processing_class=data.processor
+    )
+    batches = trainer.get_train_dataloader()
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        with trainer.compute_loss_context_manager():
+            return cast("Tensor", trainer.compute_loss(model, trainer._prepare_inputs(batch)))
+
+    adapted = adapt_and_tell(base, config, batches, loss=loss)
+    set_seed(settings.seed)
+    return adapted
+
+
+def _config(settings: Settings, checkpoint: Path | None) -> FloraConfig:
+    """Of the adapter; that of a checkpoint has the ranks which the gradient gave."""
+    if settings.start == "gradient" and checkpoint is not None:
+        config = cast("FloraConfig", FloraConfig.from_pretrained(str(checkpoint)))
+        config.inference_mode = False
+        return config
+    return FloraConfig(**settings.adapter)
 
 
 class TellEpoch(TrainerCallback):
@@ -131,7 +163,13 @@ def train(settings: Settings, *, resume: bool = False, overwrite: bool = False) 
         base = recipe.load_base(settings.task)
     set_seed(settings.seed)
     with user_errors(ValueError):  # PEFT refuses names that the model does not have
-        model = get_peft_model(base, FloraConfig(**settings.adapter))
+        begun = None
+        if settings.start == "gradient" and checkpoint is None:
+            model, begun = begin_along_gradient(base, settings, recipe, data, arguments)
+        else:
+            model = get_peft_model(base, _config(settings, checkpoint))
+    if begun is not None and arguments.process_index == 0:
+        print(begun)
     if arguments.process_index == 0:
         if not resume and folder.exists():
             shutil.rmtree(folder)
@@ -160,6 +198,7 @@ def train(settings: Settings, *, resume: bool = False, overwrite: bool = False) 
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 2),
         "processes": arguments.world_size,
+        "start": None if begun is None else {"step": begun.step, "seconds": round(begun.seconds, 2)},
         "resumed_at": int(checkpoint.name.rpartition("-")[2]) if checkpoint else None,
         **provenance(),
     }

@@ -1,0 +1,46 @@
+"""``adapter.start: gradient`` in a config: what is printed and written, and a run that goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flora.runs.settings import FILE, read
+from flora.runs.training import evaluate, train
+from flora.storage.atomic import read_json
+
+QUICK = ("task.base_epochs=12", "training.num_train_epochs=2", "adapter.start=gradient", "adapter.budget=900")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> object:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def test_a_run_that_begins_along_the_gradient(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = read("digits-tiny", [f"output={tmp_path / 'run'}", *QUICK])
+    metrics = train(settings)
+    assert "start from the gradient: step" in capsys.readouterr().out
+    assert metrics["start"]["step"] > 0
+    assert read(str(settings.output / FILE)).start == "gradient"
+    adapter = read_json(settings.output / "adapter_config.json")
+    assert "start" not in adapter
+    assert len({tuple(ranks) for ranks in adapter["rank_pattern"].values()}) > 1
+    assert evaluate(settings.output)[1] is True
+
+
+def test_a_checkpoint_keeps_the_ranks_that_the_gradient_gave(tmp_path: Path) -> None:
+    settings = read("digits-tiny", [f"output={tmp_path / 'run'}", "training.save_steps=2", *QUICK])
+    whole = train(settings)
+    (settings.output / "metrics.json").unlink()
+    again = train(settings, resume=True)
+    assert again["resumed_at"] is not None
+    assert again["trainable_parameters"] == whole["trainable_parameters"]
+
+
+def test_a_start_that_does_not_exist() -> None:
+    with pytest.raises(ValueError, match=r"adapter.start is 'gradients', expected one of init, gradient"):
+        read("digits-tiny", ["adapter.start=gradients"])
