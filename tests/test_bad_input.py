@@ -180,8 +180,8 @@ def test_all_is_well_with_what_the_damage_is_done_to(place: Path, capsys: pytest
 
 ENDS = """
 import json, os, resource, signal, sys
-from flora.convert import files
-from flora.convert.checkpoint import Checkpoint
+from flora.storage import atomic
+from flora.storage.checkpoint import Checkpoint
 from flora_cli import main
 
 def dies(run, at, calls=[]):
@@ -196,12 +196,12 @@ def end(argv, how, at):
     pid = os.fork()
     if pid:
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        return code, sorted(name for name in os.listdir() if name.endswith(".part"))
+        return code, sorted(name for name in os.listdir() if name.endswith("-part"))
     if how == "full":  # the system refuses in the middle of a file, as it does without space
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (at, resource.RLIM_INFINITY))
     elif how == "rename":
-        files.replace_folder = dies(files.replace_folder, at)
+        atomic.put = dies(atomic.put, at)
     else:
         Checkpoint.get = dies(Checkpoint.get, at)
     os._exit(main(argv))
@@ -228,7 +228,8 @@ def test_a_full_disk_and_a_kill_leave_the_output_as_it_was(place: Path, capsys: 
         check=False,
     )
     ends = json.loads(done.stdout)
-    assert ends[:3] == [[2, []]] * 3, done.stderr
+    layers = [".out.flora-part"]  # an extraction goes on with those that are finished
+    assert ends[:3] == [[2, []], [2, layers], [2, []]], done.stderr
     assert [code for code, _ in ends[3:]] == [-9] * 5, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("flora: error: ")]
     assert len(lines) == 3
@@ -237,4 +238,5 @@ def test_a_full_disk_and_a_kill_leave_the_output_as_it_was(place: Path, capsys: 
     capsys.readouterr()
     assert main(VERBS["extract"]) == 0, "it goes on with the layers that were finished"
     assert len(load(place / "out").weights) == len(load(place / "old-extract").weights)
-    assert not (place / ".out.extract").exists()
+    assert not (place / ".out.flora-part").exists(), "the next run of an output removes what was left, and only that"
+    assert all((place / f".old-{verb}.flora-part").exists() for verb in VERBS)

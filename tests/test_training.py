@@ -18,10 +18,10 @@ import flora_cli
 from flora.runs import training
 from flora.runs.merging import merge, random_inputs
 from flora.runs.reloading import load_adapter, load_base
+from flora.runs.run_folder import last_checkpoint
 from flora.runs.settings import Settings, read
 from flora.runs.training import evaluate, train
-from flora.storage import atomic as folders
-from flora.storage.atomic import last_checkpoint, read_json, staged_folder, write_text
+from flora.storage.atomic import read_json, staged_folder, write_text
 
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "config.yaml", "loss.png", "metrics.json"}
 
@@ -193,9 +193,10 @@ def test_only_whole_checkpoints_count(folder: Path) -> None:
 
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_text(tmp_path / "a.txt", "old")
-    monkeypatch.setattr(folders.os, "fdopen", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        write_text(tmp_path / "a.txt", "new")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            write_text(tmp_path / "a.txt", "new")
 
     def half_a_folder() -> None:
         with staged_folder(tmp_path / "b") as staged:

@@ -20,7 +20,9 @@ from flora.convert.formats import dense, kohya, lora, native, official
 from flora.convert.report import Report, compare, size_of
 from flora.errors import UserError
 from flora.layers.layout import Layout
-from flora.storage.tensors import CONFIG, check_exists, read_json, staged
+from flora.storage.atomic import check_target, staged
+from flora.storage.replacing import ADAPTER, TENSORS, Kind
+from flora.storage.tensors import CONFIG, check_exists, read_json
 
 FORMATS: dict[str, ModuleType] = {"flora": native, "lora": lora, "kohya": kohya, "dense": dense, "official": official}
 Target = Literal["flora", "lora", "kohya", "dense"]
@@ -126,7 +128,7 @@ def save(
     if drop_extras:
         bare = {**adapter.config, "modules_to_save": None, "trainable_token_indices": None, "bias": "none"}
         adapter = Adapter(adapter.weights, {}, bare)
-    with staged(path, overwrite=overwrite) as work:
+    with staged(path, _kind(format), overwrite=overwrite) as work:
         if format == "kohya":
             remarks = kohya.write(adapter, work, prefix=prefix or "lycoris", mid=mid)
         else:
@@ -151,6 +153,11 @@ def _check_options(adapter: Adapter, path: Path, format: str, prefix: str | None
         raise UserError("the adapter changes no weight; there is nothing to write")
 
 
+def _kind(format: str) -> Kind:
+    """What an output of a format looks like, which alone is ever replaced."""
+    return ADAPTER if format in FOLDERS else TENSORS
+
+
 def convert(
     source: str | Path,
     target: str | Path,
@@ -168,6 +175,7 @@ def convert(
     Returns:
         The report, with both sizes.
     """
+    check_target(Path(target), _kind(to), overwrite=overwrite, sources=[source])
     adapter = load(source, base=base, scale=scale)
     report = save(adapter, target, format=to, prefix=prefix, mid=mid, drop_extras=drop_extras, overwrite=overwrite)
     return replace(report, source_bytes=size_of(Path(os.fspath(source))))

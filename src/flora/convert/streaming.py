@@ -17,8 +17,10 @@ from flora.convert.base_model import open_base
 from flora.convert.formats.filemap import FileMap
 from flora.errors import UserError
 from flora.layers.names import TOKEN_ROWS
+from flora.storage.atomic import check_target, staged
 from flora.storage.checkpoint import Checkpoint
-from flora.storage.tensors import DTYPES, check_target, read_json, staged, stream_tensors, write_json
+from flora.storage.replacing import MODEL
+from flora.storage.tensors import DTYPES, read_json, stream_tensors, write_json
 from flora.tucker.form import Tucker, mode_product
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
@@ -83,12 +85,13 @@ def merge(
     """
     base, out = Path(base), Path(out)
     pairs = [(adapters, 1.0)] if isinstance(adapters, Adapter) else list(adapters)
-    check_target(out, overwrite)
+    names = [path.name for path in base.iterdir()] if base.is_dir() else []  # what a merge copies from there
+    check_target(out, MODEL, overwrite=overwrite, sources=[base], also=names)
     if out.resolve() == base.resolve() or base.resolve() in out.resolve().parents:
         raise UserError(f"{out} is in the base model's own folder, which is never written to; give another output")
     source = Checkpoint(base)
     plan = _Plan(source, _file_map(source, base), pairs)
-    with staged(out, overwrite=overwrite) as work:
+    with staged(out, MODEL, overwrite=overwrite, sources=[base], also=names) as work:
         work.mkdir()
         _copy_companions(source, work)
         for path in companions:

@@ -24,10 +24,10 @@ from flora.convert.base_model import open_base
 from flora.errors import UserError
 from flora.runs.reloading import ADAPTER_CONFIG, load_adapter, load_base, model_class
 from flora.runs.settings import FILE
-from flora.storage.atomic import STAGING, read_json
+from flora.storage.atomic import check_target, claim, read_json
 from flora.storage.checkpoint import Checkpoint
 from flora.storage.progress import hidden_bars
-from flora.storage.tensors import check_exists, check_target
+from flora.storage.tensors import check_exists
 
 TOLERANCE = {
     torch.float64: 1e-9,
@@ -100,13 +100,11 @@ def merge(
     numbers = [1.0] * len(paths) if weights is None else list(weights)
     if len(numbers) != len(paths):
         raise UserError(f"--weights has {len(numbers)} numbers for {len(paths)} adapters; give one for each")
-    check_target(out, overwrite)
-    if out.exists() and (out.resolve() in [path.resolve() for path in paths] or not (out / "config.json").is_file()):
-        raise UserError(f"{out} exists and is not a merged model; give another --out")
+    check_target(out, overwrite=overwrite, sources=[*paths, *([base] if base else [])])
     for path in paths:
         check_exists(path, "adapter")
     found: dict[str, Any] = {}
-    with _local_base(paths[0], base, out) as folder:
+    with claim(out) as place, _local_base(paths[0], base, place.folder) as folder:
         model = _known(folder)
         pairs = [(load(path, base=model), number) for path, number in zip(paths, numbers, strict=True)]
         model_type = _own_class(paths[0]) if model is None else type(model)
@@ -129,7 +127,7 @@ def merge(
 
 
 @contextmanager
-def _local_base(path: Path, base: str | None, out: Path) -> Iterator[Path]:
+def _local_base(path: Path, base: str | None, scratch: Path) -> Iterator[Path]:
     """The base model as a folder of safetensors: the one that is named, or where that cannot be streamed, one saved.
 
     It is saved, from memory, where the adapter was trained on another class than the files are of (a model with a new
@@ -144,8 +142,7 @@ def _local_base(path: Path, base: str | None, out: Path) -> Iterator[Path]:
         yield folder
         return
     model = load_base(path, base)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f"{STAGING}{out.name}-base-", dir=out.parent) as saved, hidden_bars():
+    with TemporaryDirectory(dir=scratch) as saved, hidden_bars():
         model.save_pretrained(saved)
         yield Path(saved)
 

@@ -22,9 +22,10 @@ from flora.report.card import model_card
 from flora.report.plots import loss_curve
 from flora.report.provenance import provenance
 from flora.runs.reloading import ADAPTER, ADAPTER_CONFIG, LABELS, load_adapter, load_base
+from flora.runs.run_folder import last_checkpoint
 from flora.runs.schedule import check_schedule, fit_to_data
 from flora.runs.settings import FILE, Settings, read
-from flora.storage.atomic import last_checkpoint, read_json, replace_folder, staged_files, write_json, write_text
+from flora.storage.atomic import claim, put, read_json, staged_files, write_json, write_text
 from flora.storage.progress import show_loss
 from flora.tuner.config import FloraConfig
 
@@ -257,7 +258,9 @@ def _is_finished(folder: Path, settings: Settings) -> bool:
 
 def _finish(folder: Path, output: Path) -> dict[str, Any]:
     if folder != output:
-        replace_folder(folder, output)
+        with claim(output) as place:
+            put(folder, place)
+            shutil.rmtree(folder, ignore_errors=True)  # the run that was replaced
     return cast("dict[str, Any]", read_json(output / METRICS))
 
 

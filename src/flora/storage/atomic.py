@@ -1,21 +1,46 @@
-"""Files and folders that are either whole or absent: everything is staged beside its place and renamed into it."""
+"""Files and folders that are whole or absent: made in a locked folder beside their place, then put there at once.
+
+Every output ``NAME`` has one such folder, ``.NAME.flora-part``. It holds the lock against a second writer, what is
+being written, and for the moment of an exchange what was there before. A process that is killed leaves it behind; the
+next one that claims the same output puts things right and removes it. Nothing else is ever touched.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flora.errors import UserError
+from flora.storage.replacing import Kind, check_replaceable
+from flora.storage.system import Lock, exchange, sync
 
-STAGING = ".staging-"
-WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
-CHECKPOINT_FILES = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
+PART = ".flora-part"
+LOCK, NEW, OLD = "lock", "new", "old"
+LONGEST_NAME = 255  # bytes, on the usual file systems
+
+
+class Claim(NamedTuple):
+    """An output that this thread may write, and nobody else.
+
+    Attributes:
+        target: where it goes, with links resolved: a link that is the output stays a link.
+        folder: the locked folder beside it. It goes with everything in it when the claim ends.
+    """
+
+    target: Path
+    folder: Path
+
+
+_turns: dict[Path, threading.RLock] = {}  # by target: held by the thread that claims it
+_claimed: dict[Path, Claim] = {}
 
 
 def cache_folder() -> Path:
@@ -23,18 +48,197 @@ def cache_folder() -> Path:
     return Path(os.environ.get("FLORA_CACHE") or Path.home() / ".cache" / "flora").expanduser().resolve()
 
 
+def check_target(
+    target: Path,
+    kind: Kind | None = None,
+    *,
+    overwrite: bool = False,
+    sources: Sequence[str | Path] = (),
+    also: Collection[str] = (),
+) -> None:
+    """Checks, at the door of a verb, that an output may be written.
+
+    Args:
+        target: the output.
+        kind: what the verb writes; only such a file or folder is ever replaced. None for what is ours by its place.
+        overwrite: whether it may be there already.
+        sources: what the verb reads, and must not replace.
+        also: names of files that may be in a folder besides those of its kind.
+
+    Raises:
+        FileExistsError: it exists and ``overwrite`` is not set.
+        UserError: it is one of the sources or holds one, or it holds something that flora did not write.
+    """
+    place = _real(target)
+
+    if not os.path.lexists(place):
+        return
+    if not overwrite:
+        raise FileExistsError(f"{target} exists; choose another output or ask to overwrite it (--overwrite)")
+    for source in sources:
+        real = _real(Path(source))
+        if place == real or place in real.parents:
+            raise UserError(f"{target} is, or holds, the input {source}, which is only read; give another output")
+
+    if kind is not None:
+        check_replaceable(place, target, kind, also)
+
+
+@contextmanager
+def claim(target: Path, *, wait: bool = False, keep: Collection[str] = ()) -> Iterator[Claim]:
+    """Claims an output for this thread, and first puts right what a killed process has left of it.
+
+    Claims of one thread nest: :func:`staged` inside uses the claim that is there.
+
+    Args:
+        target: the output; its parent folders are made.
+        wait: waits for another process that writes it, instead of raising.
+        keep: names in the folder of the claim that a failure, or a kill, leaves for the next run to go on with.
+
+    Raises:
+        UserError: another process, or another thread, is writing it.
+        OSError: the folder beside it cannot be made.
+    """
+    place = _real(target)
+    turn = _turns.setdefault(place, threading.RLock())  # a record lock holds off other processes, but not threads
+    if not turn.acquire(blocking=wait):
+        raise _busy(target)
+
+    try:
+        if place in _claimed:
+            yield _claimed[place]
+        else:
+            with _claim_folder(place, target, wait, keep) as found:
+                yield found
+    finally:
+        turn.release()
+
+
+@contextmanager
+def _claim_folder(place: Path, target: Path, wait: bool, keep: Collection[str]) -> Iterator[Claim]:
+    made = _make_parents(place.parent, target)
+    folder = place.with_name(_part_name(place.name))
+    lock = _lock(folder, target, wait)
+    kept = keep
+
+    try:
+        _clear(folder, {*keep, OLD})
+        _put_right(folder, place)
+        _claimed[place] = Claim(place, folder)
+        yield _claimed[place]
+        kept = ()
+    finally:
+        _claimed.pop(place, None)
+        with suppress(OSError):  # what cannot be removed now is removed by the next claim
+            _clear(folder, kept)
+        _leave(folder, lock)
+        for parent in made:  # only those that are empty go
+            with suppress(OSError):
+                parent.rmdir()
+
+
+@contextmanager
+def staged(
+    target: Path,
+    kind: Kind | None = None,
+    *,
+    overwrite: bool = False,
+    sources: Sequence[str | Path] = (),
+    also: Collection[str] = (),
+    wait: bool = False,
+) -> Iterator[Path]:
+    """A path to write a file or a folder to, which is put in the place of ``target`` when the block ends well.
+
+    Whatever happens before, ``target`` is not there or is what it was. Files are on the disk before they get their
+    name, and have the modes that the umask gives.
+
+    Args:
+        target: the output.
+        kind: of output; only such a file or folder is ever replaced. None for what is ours by its place.
+        overwrite: whether it may be there already.
+        sources: what is read, and must not be replaced.
+        also: names that a folder may hold besides those of its kind.
+        wait: waits for another process that writes the output, instead of raising.
+
+    Raises:
+        FileExistsError, UserError: as in :func:`check_target` and :func:`claim`.
+        OSError: it cannot be written; nothing is left behind.
+    """
+    check_target(target, kind, overwrite=overwrite, sources=sources, also=also)
+    try:
+        with claim(target, wait=wait) as place:
+            check_target(target, kind, overwrite=overwrite, sources=sources, also=also)  # nobody can change it now
+            new = place.folder / NEW
+            _remove(new)
+            new.mkdir()
+
+            yield new / target.name
+
+            sync(new, mode=new.stat().st_mode)
+            put(new / target.name, place)
+            _remove(new)
+    except OSError as error:
+        raise _named(error, target) from None
+
+
+@contextmanager
+def staged_folder(target: Path) -> Iterator[Path]:
+    """:func:`staged` for a folder that is ours by its place: a fresh folder that replaces what is there."""
+    with staged(target, overwrite=True, wait=True) as new:
+        new.mkdir()
+        yield new
+
+
+@contextmanager
+def staged_files(folder: Path, last: str) -> Iterator[Path]:
+    """A fresh folder inside ``folder``, whose files replace those of ``folder`` one by one when the block ends well.
+
+    The file ``last`` is the mark that all the others are in place: the old one goes first, the new one comes last.
+    """
+    new = folder / PART
+    _remove(new)
+    new.mkdir()
+    try:
+        yield new
+        sync(new, mode=new.stat().st_mode)
+        (folder / last).unlink(missing_ok=True)
+        for path in sorted(new.iterdir(), key=lambda path: path.name == last):
+            path.replace(folder / path.name)
+        sync(folder, deep=False)
+    finally:
+        _remove(new)
+
+
+def put(source: Path, place: Claim) -> None:
+    """Puts a finished file or folder in the place of a claimed target, at once where the system can do that.
+
+    What was there is then where ``source`` was, or gone. Without an exchange a kill may leave the target absent for the
+    moment between two renames; the next claim puts the old state back.
+    """
+    target = place.target
+
+    if not os.path.lexists(target):
+        source.rename(target)
+    elif source.is_dir() != target.is_dir():
+        code = errno.EISDIR if target.is_dir() else errno.ENOTDIR
+        raise OSError(code, os.strerror(code), str(target))
+    elif source.is_file() and target.is_file():
+        source.replace(target)
+    elif not exchange(source, target):
+        target.rename(place.folder / OLD)
+        try:
+            source.rename(target)
+        except BaseException:
+            (place.folder / OLD).rename(target)
+            raise
+
+    sync(target.parent, deep=False)
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a file so that a reader, or a killed writer, sees the old text or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, staged = tempfile.mkstemp(prefix=STAGING, dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        Path(staged).chmod(0o644)
-        Path(staged).replace(path)
-    except BaseException:
-        Path(staged).unlink(missing_ok=True)
-        raise
+    with staged(path, overwrite=True, wait=True) as new:
+        new.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -47,78 +251,99 @@ def read_json(path: Path) -> Any:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not JSON; names the file.
+        UserError: it is not JSON; names the file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, and brackets, are refused too
         raise UserError(f"{path} is not valid JSON ({error}); it was cut short or edited") from None
 
 
-@contextmanager
-def staged_folder(target: Path) -> Iterator[Path]:
-    """A fresh folder beside ``target`` to write into; on success it takes the place of ``target``, else it goes."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=f"{STAGING}{target.name}-", dir=target.parent))
+def clear_parts(folder: Path) -> None:
+    """Removes what a killed process has left inside a folder of ours that this thread has claimed."""
+    for path in [*folder.glob(PART), *folder.glob(f".*{PART}")]:
+        _remove(path)
+
+
+def _real(path: Path) -> Path:
+    """The path without links, whether or not it exists."""
+    return Path(os.path.realpath(path))
+
+
+def _part_name(name: str) -> str:
+    part = f".{name}{PART}"
+    if len(os.fsencode(part)) <= LONGEST_NAME:
+        return part
+    return f".{name[:40]}-{sha256(os.fsencode(name)).hexdigest()[:16]}{PART}"
+
+
+def _make_parents(parent: Path, target: Path) -> list[Path]:
+    """Makes the folders above an output; those that were not there, the innermost first."""
+    missing = [path for path in (parent, *parent.parents) if not path.exists()]
     try:
-        staged.chmod(0o755)
-        yield staged
-        replace_folder(staged, target)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _named(error, target) from None
+    return missing
 
 
-@contextmanager
-def staged_files(folder: Path, last: str) -> Iterator[Path]:
-    """A fresh folder inside ``folder``; on success its files replace those of ``folder`` one by one, ``last`` last.
-
-    The file ``last`` is the mark that all the others are in place.
-    """
-    staged = Path(tempfile.mkdtemp(prefix=STAGING, dir=folder))
-    try:
-        yield staged
-        for path in sorted(staged.iterdir(), key=lambda path: path.name == last):
-            path.replace(folder / path.name)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-
-
-def replace_folder(source: Path, target: Path) -> None:
-    """Renames ``source`` to ``target``; a folder that is there already goes once the new one is in its place."""
-    if not target.exists():
-        source.rename(target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f"{STAGING}{target.name}-old-", dir=target.parent))
-    target.rename(old / target.name)
-    try:
-        source.rename(target)
-    except BaseException:
-        (old / target.name).rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+def _lock(folder: Path, target: Path, wait: bool) -> Lock:
+    """The lock on the folder of a claim, which is made where it is not there."""
+    while True:
+        try:
+            if not folder.is_symlink():
+                folder.mkdir(exist_ok=True)
+            lock = Lock.take(folder / LOCK, wait=wait)
+        except FileNotFoundError:  # another process has just removed the folder
+            continue
+        except OSError as error:
+            raise _named(error, target) from None
+        if lock is None:
+            raise _busy(target)
+        if lock.is_of(folder / LOCK):
+            return lock
+        lock.release()
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete ``checkpoint-*`` of a run, or None.
-
-    The Trainer writes ``trainer_state.json`` last, so a checkpoint without a readable one was cut short; one whose
-    removal was cut short lacks other files. Both are passed over.
-    """
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    for path in sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
-        if _is_complete(path):
-            return path
-    return None
+def _busy(target: Path) -> UserError:
+    return UserError(f"another flora process is writing {target}; wait until it has ended, or give another output")
 
 
-def _is_complete(checkpoint: Path) -> bool:
-    if not all((checkpoint / name).is_file() for name in CHECKPOINT_FILES):
-        return False
-    if not any((checkpoint / name).is_file() for name in WEIGHTS) or not any(checkpoint.glob("rng_state*.pth")):
-        return False
-    try:
-        return "global_step" in read_json(checkpoint / "trainer_state.json")
-    except ValueError:
-        return False
+def _put_right(folder: Path, place: Path) -> None:
+    """Brings back what a process had moved aside when it was killed between two renames, or removes it."""
+    old = folder / OLD
+    if os.path.lexists(old) and not os.path.lexists(place):
+        old.rename(place)
+    _remove(old)
+
+
+def _clear(folder: Path, keep: Collection[str]) -> None:
+    for path in folder.iterdir():
+        if path.name not in keep and path.name != LOCK:
+            _remove(path)
+
+
+def _leave(folder: Path, lock: Lock) -> None:
+    """Gives the lock back, and removes the folder unless something is kept in it."""
+    with suppress(OSError):  # another process may come in at any moment
+        if [path.name for path in folder.iterdir()] == [LOCK]:
+            (folder / LOCK).unlink()
+            folder.rmdir()
+    lock.release()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _named(error: OSError, target: Path) -> OSError:
+    """The system's error about a file that is being written, with the name of the output; any other as it is."""
+    about = [name for name in (error.filename, error.filename2) if name is not None]
+    if error.errno is None or (about and not any(PART in str(name) or str(name) in str(target) for name in about)):
+        return error
+    return OSError(f"cannot write {target}: {error.strerror}; nothing was left behind")

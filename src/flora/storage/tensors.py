@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +14,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flora.errors import UserError
-from flora.storage.atomic import replace_folder
 
 CONFIG = "adapter_config.json"
 NOTE = "flora"  # the key of a file's metadata under which the layouts are recorded; readers ignore it
@@ -183,45 +180,3 @@ def stream_tensors(
             if tuple(tensor.shape) != shape or tensor.element_size() * 8 != _BITS[dtype]:
                 raise UserError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}")
             stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
-def check_target(target: Path, overwrite: bool) -> None:
-    """Raises a FileExistsError if the output is there and may not be replaced."""
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists; choose another output or ask to overwrite it (--overwrite)")
-
-
-@contextmanager
-def staged(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A path beside ``target`` to write to, renamed to ``target`` when the block ends without an error.
-
-    Whatever happens before, ``target`` is not there or is what it was. The block makes a file or a folder of the path.
-
-    Raises:
-        FileExistsError: ``target`` exists and ``overwrite`` is not set.
-    """
-    check_target(target, overwrite)
-    work = _fresh_folder(target)
-    try:
-        yield work / target.name
-        replace_folder(work / target.name, target)
-    except OSError as error:
-        raise _named(error, target) from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _fresh_folder(target: Path) -> Path:
-    """An empty folder on the same disk as ``target``."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
-    except OSError as error:
-        raise _named(error, target) from None
-
-
-def _named(error: OSError, target: Path) -> OSError:
-    """The system's error with the name of the target; one of ours says all it has to."""
-    if error.errno is None:
-        return error
-    return OSError(f"cannot write {target}: {error.strerror}; nothing was left behind")

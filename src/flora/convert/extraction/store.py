@@ -10,7 +10,8 @@ import torch
 
 from flora.convert.extraction.allocation import Choice
 from flora.errors import UserError
-from flora.storage.tensors import read_json, read_tensors, staged, write_json, write_tensors
+from flora.storage.atomic import staged
+from flora.storage.tensors import read_json, read_tensors, write_json, write_tensors
 from flora.tucker.form import Tucker
 
 
