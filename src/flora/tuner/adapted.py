@@ -12,6 +12,7 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from flora.errors import UserError
+from flora.layers.offloading import hooked, in_memory
 from flora.layers.table import LAYERS, Layer, find_layer, parameter, refusal, weight_shape
 from flora.tucker.delta import TuckerDelta
 from flora.tucker.fold import Fold
@@ -57,8 +58,7 @@ def row_for(module: nn.Module, **quantization: Any) -> Layer | None:
 class AdaptedLayer(nn.Module, BaseTunerLayer):
     """What ``FloraLayer`` holds: the base layer, a Tucker form for each adapter and weight, and their scales.
 
-    The parameters of adapter ``name`` are ``tucker_<weight>.<name>.core`` and ``.factor_0 ..``. Attributes that it does
-    not have are looked up on the base layer.
+    The parameters of adapter ``name`` are ``tucker_<weight>.<name>.core`` and ``.factor_0 ..``.
 
     Args:
         base_layer: the layer to adapt, listed in ``flora.LAYERS``.
@@ -90,7 +90,9 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
         self.settings: dict[str, Settings] = {}
         self.merged_adapters: list[str] = []
-        self.called = False
+        self.place = ""  # its name in the model, once it is put there
+        self.reached = False  # called or read by a forward
+        self.told_of_dropout = False
         self._backup: dict[str, Tensor] = {}  # the weights as they were, when merged safely
         self._disable_adapters = False
         self.cast_input_dtype_enabled = True
@@ -107,14 +109,6 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         if base is None:
             raise AttributeError(f"{type(self).__name__} has no base layer yet")
         return base
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer" or name.startswith("__"):  # copy and pickle look for these on the instance
-                raise
-            return getattr(self.base_layer, name)
 
     # ---- the Tucker forms ------------------------------------------------------------------------------------------
 
@@ -133,6 +127,26 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         for adapter in adapters[1:]:
             total = total + self.delta(adapter, weight).dense()
         return total
+
+    def in_force(self) -> list[str]:
+        """The active adapters that this layer has; none while they are disabled or merged."""
+        if self.disable_adapters or self.merged:
+            return []
+        return [adapter for adapter in self.active_adapters if adapter in self.settings]
+
+    def stored(self, weight: str) -> Tensor:
+        """A weight of the base layer as it is stored; one that accelerate has offloaded is brought back."""
+        base = self.get_base_layer()
+        owner = base.get_submodule(weight.rpartition(".")[0])
+        if not hooked([owner]):
+            return parameter(base, weight)
+        with in_memory([owner]):
+            return parameter(base, weight)
+
+    def summed(self, adapters: list[str], weight: str) -> Tensor:
+        """``W + s dW`` of these adapters, in the dtype of W."""
+        stored = self.stored(weight)
+        return (stored + self.dense(adapters, weight)).to(stored.dtype)
 
     def get_delta_weight(self, adapter_name: str, weight: str | None = None) -> Tensor:
         """The dense update ``s * dW`` of one adapter, in the shape of the weight and the dtype of the adapter."""

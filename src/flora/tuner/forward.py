@@ -52,10 +52,8 @@ def adapted_output(layer: AdaptedLayer, active: list[str], *args: Any, **kwargs:
 
 def _called(layer: AdaptedLayer, active: list[str], *args: Any, **kwargs: Any) -> Any:
     """The base module as it is, with W + dW as its weights."""
-    base = layer.base_layer
-    stored = {weight: parameter(base, weight) for weight in layer.attributes}
-    changed = {weight: (old + layer.dense(active, weight)).to(old.dtype) for weight, old in stored.items()}
-    return call_with(base, changed, *args, **kwargs)
+    changed = {weight: layer.summed(active, weight) for weight in layer.attributes}
+    return call_with(layer.base_layer, changed, *args, **kwargs)
 
 
 def _summed(layer: AdaptedLayer, active: list[str], *args: Any, **kwargs: Any) -> Any:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor
 
 from flora.errors import UserError
+from flora.layers.offloading import hooked, in_memory
 from flora.tucker.delta import TuckerDelta
-from flora.tuner import forward, merging
+from flora.tuner import forward, merging, reading
 from flora.tuner.adapted import AdaptedLayer, Settings, Target
 from flora.tuner.config import FloraConfig
 
@@ -22,7 +23,8 @@ class FloraLayer(AdaptedLayer):
     """A layer with FLoRA adapters, in the place of the layer itself.
 
     ``AdaptedLayer`` says what it is made from. How a forward runs stands in ``flora.tuner.forward``, what merging
-    does in ``flora.tuner.merging``.
+    does in ``flora.tuner.merging``. Attributes that it does not have are those of the base layer, and a weight that is
+    read is ``W + s dW`` (``flora.tuner.reading``).
     """
 
     def update_layer(self, name: str, config: FloraConfig, targets: Mapping[str, Target]) -> None:
@@ -46,6 +48,30 @@ class FloraLayer(AdaptedLayer):
     def _choose_path(self, name: str, path: str, targets: Mapping[str, Target]) -> str:
         return forward.choose_path(self, name, path)
 
+    # ---- what others read ------------------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer" or name.startswith("__"):  # copy and pickle look for these on the instance
+                raise
+            built = "settings" in vars(self)
+            return reading.attribute(self, name) if built else getattr(self.base_layer, name)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight with the adapters in force, ``W + s dW``; that of ``get_base_layer()`` is W itself.
+
+        A dropout of the adapter has no effect here, because it drops inputs.
+        """
+        return cast(Tensor, reading.attribute(self, "weight"))
+
+    @property
+    def bias(self) -> Any:
+        """That of the base layer; with the adapters in force where it is a raw parameter that they adapt."""
+        return reading.attribute(self, "bias")
+
     # ---- forward ---------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
@@ -56,21 +82,25 @@ class FloraLayer(AdaptedLayer):
             adapter_names: an adapter for each sample of the batch, set by PEFT in inference; else the active ones.
             **kwargs: of the base layer.
         """
-        if not self.called and not torch.compiler.is_compiling():
-            self.called = True
+        if not self.reached and not torch.compiler.is_compiling():
+            self.reached = True
         if self.disable_adapters and self.merged:
             self.unmerge()
         if adapter_names is not None and not self.disable_adapters:
             return self._mixed(adapter_names, *args, **kwargs)
 
-        active = [name for name in self.active_adapters if name in self.settings]
-        if self.disable_adapters or self.merged or not active:
+        active = self.in_force()
+        if not active:
             return self.base_layer(*args, **kwargs)
         if "_fsdp_wrapped_module" in self.base_layer._modules:
             raise UserError(
                 "the base layer of an adapted layer is wrapped by FSDP on its own, apart from its adapter: "
                 f"{self.base_layer}; wrap whole blocks (auto_wrap_policy by the class of the transformer block)"
             )
+        offloaded = hooked(change.delta for change in self._changes(active))
+        if offloaded:
+            with in_memory(offloaded):
+                return self._adapted(active, *args, **kwargs)
         return self._adapted(active, *args, **kwargs)
 
     def _adapted(self, active: list[str], *args: Any, **kwargs: Any) -> Any:

@@ -21,6 +21,7 @@ from flora.tuner import targets as find
 from flora.tuner.config import FloraConfig
 from flora.tuner.layer import BASE, FloraLayer
 from flora.tuner.parameter import ParamWrapper
+from flora.tuner.reading import ADAPTER_PER_SAMPLE
 
 
 class FloraModel(BaseTuner):
@@ -75,6 +76,7 @@ class FloraModel(BaseTuner):
             layer = target if isinstance(target, FloraLayer) else FloraLayer(target, quantization=quantization)
             site = find.Site(current_key, base, layer.row)
         cast(FloraLayer, layer).update_layer(adapter_name, peft_config, find.targets_of(peft_config, site))
+        cast(FloraLayer, layer).place = current_key
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
@@ -97,7 +99,7 @@ class FloraModel(BaseTuner):
             outer = inner
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """PEFT's injection; then the first training step is watched for layers that are never called."""
+        """PEFT's injection; then the first step with gradients is watched for layers that it does not reach."""
         if not any(isinstance(module, FloraLayer) for module in model.modules()):
             self._trained = {name for name, value in model.named_parameters() if value.requires_grad}
         with (
@@ -146,9 +148,11 @@ class FloraModel(BaseTuner):
             for module in self.modules()
             if isinstance(module, (FloraLayer, AuxiliaryTrainingWrapper))
         ]
+        token = ADAPTER_PER_SAMPLE.set(True)
         try:
             yield
         finally:
+            ADAPTER_PER_SAMPLE.reset(token)
             for handle in handles:
                 handle.remove()
 
@@ -285,17 +289,17 @@ def stop_watching(model: nn.Module) -> None:
 
 
 def warn_if_uncalled(model: nn.Module, args: Any, output: Any) -> None:
-    """A forward hook on the base model: after its first training forward, names adapted layers that were not called."""
-    if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
+    """A forward hook on the base model: after its first forward with gradients, names layers that it did not reach."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
     stop_watching(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, FloraLayer)}
-    silent = [name for name, layer in layers.items() if not layer.called]
+    silent = [name for name, layer in layers.items() if not layer.reached]
     if silent:
         shown = ", ".join(silent[:5]) + (f" and {len(silent) - 5} more" if len(silent) > 5 else "")
         warnings.warn(
-            f"{len(silent)} of {len(layers)} adapted layers were not called in the first training step and so do not "
-            f"train: "
-            f"{shown}. Their parent may read the weight without calling the layer, or this input did not reach them",
+            f"{len(silent)} of {len(layers)} adapted layers were neither called nor read in the first step with "
+            f"gradients, so they do not train: {shown}. This input did not reach them, or their parent goes round "
+            "them: a weight that is quantised or sharded is read without its adapter",
             stacklevel=2,
         )

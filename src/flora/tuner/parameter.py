@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flora.errors import UserError
 from flora.layers.experts.stack import ExpertStack
 from flora.layers.shell import call_with
-from flora.layers.table import Layer, parameter
+from flora.layers.table import Layer
 from flora.tuner.adapted import Target
 from flora.tuner.layer import FloraLayer
 
@@ -42,13 +42,12 @@ class ParamWrapper(FloraLayer):
     def _adapted(self, active: list[str], *args: Any, **kwargs: Any) -> Any:
         """Stacks of experts run with an ``ExpertStack`` in place of the parameter, other parameters with W + dW."""
         name = self.parameter_name
-        weight = parameter(self.get_base_layer(), name)
         stand_in: Any
         if torch.compiler.is_compiling() or any(self.settings[adapter].path == "rebuild" for adapter in active):
-            stand_in = (weight + self.dense(active, name)).to(weight.dtype)
+            stand_in = self.summed(active, name)
         else:
             deltas = [self.delta(adapter, name) for adapter in active]
-            stand_in = ExpertStack.of(weight, [(delta.stored_form, delta.scale) for delta in deltas])
+            stand_in = ExpertStack.of(self.stored(name), [(delta.stored_form, delta.scale) for delta in deltas])
 
         wrappers_inside = sum(isinstance(part, ParamWrapper) for part in self.modules()) - 1
         return call_with(self.base_layer, {"base_layer." * wrappers_inside + name: stand_in}, *args, **kwargs)

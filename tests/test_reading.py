@@ -1,0 +1,304 @@
+"""A weight of an adapted layer that is read, not called: it is W + s dW, with gradients, and costs nothing unread."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import flora
+from cases import CASES
+from conformance import adapted, close, flora_layers
+from flora.layers.table import parameter
+from flora.tuner.layer import FloraLayer
+from flora.tuner.reading import Reading
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LSTM with projections"),
+    pytest.mark.filterwarnings("ignore:the adapter has more parameters than the weight"),
+]
+
+
+def get(layer: nn.Module, name: str) -> Any:
+    for part in name.split("."):
+        layer = getattr(layer, part)
+    return layer
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_weight_read_equals_the_weight_called(name: str) -> None:
+    model = adapted(CASES[name], "rebuild")
+    outer = model.base_model.model.layer
+    count = 0
+    for layer in flora_layers(model):
+        for weight in layer.attributes:
+            delta = layer.deltas(weight)["default"]
+            stored = parameter(layer.get_base_layer(), weight)
+            expected = stored + delta.dense()
+            found = get(outer, weight)
+            assert isinstance(found, Reading)
+            assert (found.shape, found.dtype, found.device) == (stored.shape, stored.dtype, stored.device)
+            assert torch.equal(found.detach().clone(), expected)
+
+            (found.square() * 0.5).sum().backward()
+            grads = {key: value.grad for key, value in delta.named_parameters()}
+            delta.zero_grad()
+            (expected.square() * 0.5).sum().backward()
+            for key, value in delta.named_parameters():
+                assert close(grads[key], value.grad), key
+            delta.zero_grad()
+            count += 1
+    assert count >= 1
+
+
+class Mixer(nn.Module):
+    """Reads in all the ways that models of transformers, diffusers and timm do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(6, 6, 3, groups=6, padding=2)
+        self.qkv = nn.Linear(6, 18, bias=False)
+        self.places = nn.Embedding(7, 6)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.out = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:  # shape: (batch, 5, 6)
+        cached = self.conv.weight.squeeze(1) * x[:, -3:].mT  # one step of a convolution from its cache
+        x = x + cached.sum(-1, keepdim=True).mT + self.conv(x.mT)[..., :5].mT
+        resized = F.interpolate(self.places.weight.T[None], size=5, mode="linear")[0].T
+        q, k, v = F.linear(x + resized, self.qkv.weight).chunk(3, -1)
+        x = x + F.scaled_dot_product_attention(q, k, v)
+        weights = (self.attention.in_proj_weight, self.attention.out_proj.weight)
+        x = x + x @ weights[0][:6] @ weights[1]
+        x = x + self.attention(x, x, x)[0]
+        return self.out(x.to(self.out.weight.dtype))  # type: ignore[no-any-return]
+
+
+def mixer(**fields: Any) -> PeftModel:
+    torch.manual_seed(0)
+    return get_peft_model(Mixer(), flora.FloraConfig(r=2, target_modules="all", init_weights=False, **fields))
+
+
+def inputs() -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(3, 5, 6)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_unmerged_equals_merged_and_everything_trains(training: bool) -> None:
+    model = mixer().train(training)
+    out = model(inputs())
+    out.square().sum().backward()
+    untrained = [key for key, value in model.named_parameters() if value.requires_grad and value.grad is None]
+    assert not untrained
+    merged = copy.deepcopy(model).merge_and_unload()
+    assert torch.allclose(merged(inputs()), out, atol=1e-5)
+    with torch.no_grad():
+        assert torch.allclose(model(inputs()), out, atol=1e-5)
+
+
+def test_gradients_equal_those_of_the_dense_weights() -> None:
+    model = mixer().double()
+    model(inputs().double()).square().sum().backward()
+    dense = copy.deepcopy(model).merge_and_unload()
+    for value in dense.parameters():
+        value.requires_grad_()
+    dense(inputs().double()).square().sum().backward()
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, FloraLayer)}
+    for name, layer in layers.items():
+        plain = dense.get_submodule(name.removeprefix("base_model.model."))
+        for weight in layer.attributes:
+            delta = layer.deltas(weight)["default"]
+            found = [value.grad.clone() for value in delta.parameters()]
+            delta.zero_grad()
+            delta.dense().backward(parameter(plain, weight).grad)
+            for value, ours in zip(delta.parameters(), found, strict=True):
+                assert torch.allclose(value.grad, ours, atol=1e-9), (name, weight)
+    assert len(layers) == 5
+
+
+def test_after_a_step_and_another_scale_a_reading_is_new() -> None:
+    layer = mixer().base_model.model.qkv
+    first = layer.weight.detach().clone()
+    with torch.no_grad():
+        layer.delta("default").core.mul_(2)
+    second = layer.weight.detach().clone()
+    layer.set_scale("default", 3.0)
+    third = layer.weight.detach().clone()
+    base = layer.get_base_layer().weight
+    assert torch.allclose(second - base, 2 * (first - base), atol=1e-6)
+    assert torch.allclose(third - base, 6 * (first - base), atol=1e-6)
+
+
+def test_disabled_merged_and_without_an_active_adapter_it_is_the_parameter_itself() -> None:
+    model = mixer()
+    layer = model.base_model.model.qkv
+    stored = layer.get_base_layer().weight
+    with model.disable_adapter():
+        assert layer.weight is stored
+    model.merge_adapter()
+    assert layer.weight is stored
+    model.unmerge_adapter()
+    assert isinstance(layer.weight, Reading)
+    assert layer.bias is layer.get_base_layer().bias
+
+
+def test_questions_about_it_form_nothing() -> None:
+    layer = mixer().base_model.model.qkv
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    assert (weight.dtype, weight.device.type, weight.shape, weight.ndim, len(weight)) == (
+        torch.float32, "cpu", (18, 6), 2, 18,
+    )  # fmt: skip
+    assert weight.requires_grad
+    assert weight.is_floating_point()
+    assert not layer.reached
+    weight.sum()
+    assert layer.reached
+
+
+WRITES: dict[str, Callable[[Any], object]] = {
+    "in place": lambda layer: layer.weight.mul_(2),
+    "data": lambda layer: layer.weight.data.copy_(torch.zeros(18, 6)),
+    "an entry": lambda layer: layer.weight.__setitem__((0, 0), 1.0),
+    "init": lambda layer: nn.init.zeros_(layer.weight),
+    "out": lambda layer: torch.add(torch.ones(18, 6), 1, out=layer.weight),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+@torch.no_grad()
+def test_writing_through_it_is_refused(write: Callable[[Any], object]) -> None:
+    layer = mixer().base_model.model.qkv
+    before = layer.get_base_layer().weight.clone()
+    with pytest.raises(RuntimeError, match="write to the base layer's"):
+        write(layer)
+    assert torch.equal(layer.get_base_layer().weight, before)
+
+
+def test_saving_copies_and_moves_see_the_base_weight() -> None:
+    model = mixer()
+    layer = model.base_model.model.qkv
+    assert torch.equal(model.state_dict()["base_model.model.qkv.base_layer.weight"], layer.get_base_layer().weight)
+    assert torch.equal(copy.deepcopy(layer).weight.detach().clone(), layer.weight.detach().clone())
+    assert torch.equal(copy.deepcopy(layer.weight), layer.weight.detach().clone())
+    assert layer.weight.tolist() == layer.weight.detach().clone().tolist()
+    assert (layer.weight.detach().numpy() == layer.weight.detach().clone().numpy()).all()
+    assert model.double().base_model.model.qkv.weight.dtype == torch.float64
+
+
+def test_gradient_of_a_gradient() -> None:
+    layer = mixer().double().base_model.model.qkv
+    core = layer.delta("default").core
+    second = []
+    for weight in (layer.weight, layer.summed(["default"], "weight")):
+        (first,) = torch.autograd.grad(weight.pow(3).sum(), [core], create_graph=True)
+        second.append(torch.autograd.grad(first.square().sum(), [core])[0])
+    assert torch.allclose(*second)
+
+
+def test_a_function_of_autograd_gets_it_with_its_gradient() -> None:
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+            ctx.save_for_backward(x, weight)
+            return x @ weight.T
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            x, weight = ctx.saved_tensors
+            return grads[0] @ weight, grads[0].T @ x
+
+    layer = mixer().base_model.model.qkv
+    x, core = torch.randn(4, 6), layer.delta("default").core
+    weights = (layer.weight, layer.summed(["default"], "weight"))
+    grads = [torch.autograd.grad(Product.apply(x, weight).square().sum(), [core])[0] for weight in weights]
+    assert torch.allclose(*grads, rtol=1e-5)
+
+
+def test_half_precision_and_autocast_read_the_merged_weight() -> None:
+    model = mixer().to(torch.bfloat16)
+    layer = model.base_model.model.qkv
+    expected = (layer.get_base_layer().weight + layer.delta("default").dense()).to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.weight.detach().clone(), expected)
+
+
+def test_methods_and_properties_that_read_a_weight() -> None:
+    class Table(nn.Linear):
+        def step(self, x: Tensor) -> Tensor:
+            self.steps = getattr(self, "steps", 0) + 1
+            return x @ self.weight.T
+
+        @property
+        def doubled(self) -> Tensor:
+            return 2 * self.weight
+
+    torch.manual_seed(0)
+    config = flora.FloraConfig(r=2, target_modules=["0"], init_weights=False)
+    layer: Any = get_peft_model(nn.Sequential(Table(5, 7)), config).base_model.model[0]
+    x = torch.randn(3, 5)
+    expected = layer.get_base_layer().weight + layer.delta("default").dense()
+    assert torch.allclose(layer.step(x), x @ expected.T, atol=1e-6)
+    assert torch.allclose(layer.doubled, 2 * expected)
+    assert layer.get_base_layer().steps == 1
+    assert layer.in_features == 5
+
+
+def test_raw_parameters_of_one_module_read_through_all_their_wrappers() -> None:
+    model = adapted(CASES["experts"], "auto")
+    outer = model.base_model.model.layer
+    for layer in flora_layers(model):
+        name = layer.parameter_name
+        assert torch.allclose(getattr(outer, name).detach().clone(), layer.summed(["default"], name))
+
+
+def test_an_adapter_per_sample_cannot_be_read() -> None:
+    model = mixer().eval()
+    model.add_adapter("second", flora.FloraConfig(r=2, target_modules=["qkv"], init_weights=False))
+    with pytest.raises(ValueError, match="not possible with conv: its weight is read"):
+        model(inputs(), adapter_names=["default", "second", "default"])
+    model(inputs())
+
+
+def test_dropout_that_cannot_apply_is_said_once() -> None:
+    model = mixer(dropout=0.25, exclude_modules=["conv", "places", "attention", "out"]).train()
+    with pytest.warns(UserWarning, match=r"qkv: its weight is read .* dropout of 0\.25 has no effect"):
+        model(inputs())
+    model(inputs())  # warnings are errors here
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_that_nothing_reaches_is_named(training: bool) -> None:
+    class Unused(Mixer):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(x) @ self.qkv.base_layer.weight[:6]
+
+    model = get_peft_model(Unused(), flora.FloraConfig(r=2, target_modules=["qkv", "out"])).train(training)
+    with torch.no_grad():
+        model(inputs())
+    with pytest.warns(UserWarning, match="1 of 2 adapted layers were neither called nor read .*: qkv"):
+        model(inputs())
+    model(inputs())
+
+
+def test_compiled() -> None:
+    class Qkv(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(6, 18)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.qkv.weight, self.qkv.bias)
+
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    model = get_peft_model(Qkv(), flora.FloraConfig(r=2, target_modules=["qkv"], init_weights=False))
+    out = torch.compile(model, backend="aot_eager", fullgraph=True)(inputs())
+    assert torch.allclose(out, model(inputs()), atol=1e-6)
