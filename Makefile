@@ -38,7 +38,7 @@ $(DEV): $(RUN)
 
 run: $(RUN)
 	$(BIN)/flora compare $(CONFIG) --methods frozen,flora,lora,full --seeds 0,1,2
-	$(BIN)/flora train $(CONFIG) overwrite=true
+	$(BIN)/flora train $(CONFIG) --overwrite
 	$(BIN)/flora eval $(OUTPUT)
 	$(BIN)/flora merge $(OUTPUT) --out $(OUTPUT)-merged --overwrite
 

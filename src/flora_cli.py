@@ -25,13 +25,13 @@ def train(args: argparse.Namespace) -> int:
     """Fine-tune with FLoRA and write an output folder.
 
     CONFIG is a YAML file or the name of a packaged config (`flora recipes`); key=value items replace what it says.
-    The folder gets the adapter, a model card, metrics.json, loss.png and the checkpoints. resume=true goes on from the
-    last complete checkpoint; overwrite=true replaces a run that is there.
+    The folder gets the adapter, a model card, metrics.json, loss.png and the checkpoints. --resume goes on from the
+    last complete checkpoint; --overwrite replaces a run that is there.
 
     Examples:
       flora train digits
       flora train digits adapter.r=4 training.learning_rate=1e-3 output=outputs/small
-      flora train my.yaml resume=true
+      flora train my.yaml --resume
       accelerate launch --num_processes 4 -m flora_cli train my.yaml
     """
     from flora.runs.settings import read, split_flags
@@ -39,7 +39,8 @@ def train(args: argparse.Namespace) -> int:
 
     flags, overrides = split_flags(args.overrides)
     settings = read(args.config, overrides)
-    metrics = train(settings, **flags)
+    resume, overwrite = args.resume or flags.get("resume", False), args.overwrite or flags.get("overwrite", False)
+    metrics = train(settings, resume=resume, overwrite=overwrite)
     if not metrics:  # one of several processes, and not the first
         return 0
     for split in ("validation", "test"):
@@ -264,7 +265,12 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "recipes": recipes,
 }
 ARGUMENTS: dict[str, list[Argument]] = {
-    "train": [CONFIG, OVERRIDES],
+    "train": [
+        CONFIG,
+        OVERRIDES,
+        argument("--resume", action="store_true", help="go on from the last complete checkpoint"),
+        argument("--overwrite", action="store_true", help="replace the run that is in the output folder"),
+    ],
     "eval": [FOLDER, OVERRIDES, argument("--split", default="test", help="train, validation or test (the default)")],
     "compare": [
         CONFIG,
@@ -384,7 +390,8 @@ def main(argv: list[str] | None = None) -> int:
     except MemoryError:
         return _fail("out of memory")
     except Exception as error:
-        return _fail(str(error)) if _is_users(error) else _report_bug()
+        code = _users_code(error)
+        return _report_bug() if code is None else _fail(str(error), code)
 
 
 def _fail(message: str, code: int = 2) -> int:
@@ -392,11 +399,11 @@ def _fail(message: str, code: int = 2) -> int:
     return code
 
 
-def _is_users(error: Exception) -> bool:
-    """Whether the error is about something that the user gave."""
+def _users_code(error: Exception) -> int | None:
+    """The exit code of an error about something that the user gave; None for one of ours."""
     from flora.errors import UserError
 
-    return isinstance(error, UserError)
+    return error.exit_code if isinstance(error, UserError) else None
 
 
 def _report_bug() -> int:

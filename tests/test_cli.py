@@ -66,10 +66,10 @@ def test_the_module_runs_as_a_program() -> None:
 ERRORS = {
     "unknown key": (["train", "digits", "adapter.kernl_r=3"], "did you mean 'adapter.kernel_r'?"),
     "key of another group": (["train", "digits", "learning_rate=1"], "did you mean 'training.learning_rate'?"),
-    "unknown top key": (["train", "digits", "sed=1"], "unknown key 'sed' in "),
+    "unknown top key": (["train", "digits", "sed=1"], "unknown key 'sed' in the command line; did you mean 'seed'?"),
     "wrong type": (
         ["train", "digits", "task.labels_per_class=few"],
-        "\"task.labels_per_class\": Expected a <class 'int'>",
+        "task.labels_per_class=few: task.labels_per_class is 'few', expected int",
     ),
     "out of range": (["train", "digits", "task.labels_per_class=500"], "expected 1 to"),
     "scale with alpha": (["train", "digits", "adapter.alpha=4"], "are both given"),
@@ -77,8 +77,16 @@ ERRORS = {
     "unknown trainer argument": (["train", "digits", "training.lerning_rate=1"], "'training.learning_rate'?"),
     "not an override": (["train", "digits", "adapter.r"], "write key=value"),
     "group as value": (["train", "digits", "seed.x=1"], "seed is a value, not a group"),
+    "what people say": (["train", "digits", "training.lr=1"], "did you mean 'training.learning_rate'?"),
+    "two types": (["train", "digits", "adapter.r=x"], "adapter.r=x: adapter.r is 'x', expected int or list[int]"),
+    "no seed": (["train", "digits", "seed=-1"], "seed is -1, expected 0 to 4294967295"),
+    "large seed": (["train", "digits", "seed=1099511627776"], "expected 0 to 4294967295"),
+    "no output": (["train", "digits", "output="], "output is '', expected the path of a folder"),
+    "long number": (["train", "digits", f"seed={'9' * 5000}"], "the value of 'seed=999"),
+    "deep value": (["train", "digits", f"task.rotation={'[' * 5000}"], "the value of 'task.rotation=[[["),
+    "long name": (["train", "n" * 300], "File name too long"),
     "value as group": (["train", "digits", "adapter=3"], "unknown key 'adapter"),
-    "flag": (["train", "digits", "resume=perhaps"], "expected resume=true or resume=false"),
+    "flag": (["train", "digits", "resume=perhaps"], "resume is a flag now; write --resume"),
     "unknown recipe": (["train", "digits", "recipe=digit"], "did you mean 'digits'?"),
     "no config": (["train", "digit"], "no config 'digit'"),
     "settings that clash": (
@@ -275,3 +283,44 @@ def test_plan_of_a_model_of_70b_parameters_is_a_short_table(capsys: pytest.Captu
 def test_plan_of_no_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, _, err = run(capsys, "plan", str(tmp_path))
     assert (code, err.count("\n"), "no config of a transformers model" in err) == (2, 1, True), err
+
+
+TYPED = ["run #2", "~", "null", "2024-01-01", "1e3", "[x]", "true", "a: b", "0x10", "'quoted'", " spaces ", "*"]
+
+
+@pytest.mark.parametrize("text", TYPED)
+def test_a_path_is_taken_as_it_was_typed(text: str) -> None:
+    from flora.runs.settings import read
+
+    assert read("digits", [f"output={text}"]).output == Path(text)
+    settings = read("vision_classify", [f"task.data={text}", f"task.model={text}"])
+    assert (settings.task.data, settings.task.model) == (text, text)
+
+
+def test_home_is_known_in_an_output() -> None:
+    from flora.runs.settings import read
+
+    assert read("digits", ["output=~/runs"]).output == Path.home() / "runs"
+
+
+def test_a_config_that_repeats_itself_into_billions_is_refused(tmp_path: Path) -> None:
+    from flora.runs.settings import read
+
+    lines = ["a0: &a0 [1, 1]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 40))]
+    (tmp_path / "c.yaml").write_text("\n".join(lines))
+    with pytest.raises(UserError, match="has more than 100,000 values; its parts refer to each other"):
+        read(str(tmp_path / "c.yaml"))
+    (tmp_path / "c.yaml").write_text("recipe: digits\ntraining:\n")
+    assert read(str(tmp_path / "c.yaml"), ["training.max_steps=3"]).training == {"max_steps": 3}
+
+
+def test_the_flags_of_train_and_how_they_were_once_written(capsys: pytest.CaptureFixture[str]) -> None:
+    from flora.runs.settings import split_flags
+
+    args = flora_cli.parse(["train", "digits", "--resume", "seed=1", "--overwrite"])
+    assert (args.resume, args.overwrite, args.overrides) == (True, True, ["seed=1"])
+    assert split_flags(["resume=true", "seed=1", "overwrite=false"]) == (
+        {"resume": True, "overwrite": False},
+        ["seed=1"],
+    )
+    assert "resume=true is a flag now: --resume" in capsys.readouterr().err

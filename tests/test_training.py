@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,14 @@ from safetensors.torch import load_file, save_file
 from transformers import ConvNextV2ForImageClassification, TrainerCallback
 
 import flora_cli
+from flora.errors import UserError
 from flora.runs import training
 from flora.runs.merging import merge, random_inputs
 from flora.runs.reloading import load_adapter, load_base
-from flora.runs.run_folder import last_checkpoint
+from flora.runs.run_folder import RunFolder
 from flora.runs.settings import Settings, read
 from flora.runs.training import evaluate, train
-from flora.storage.atomic import read_json, staged_folder, write_text
+from flora.storage.atomic import claim, read_json, staged_folder, write_text
 
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "config.yaml", "loss.png", "metrics.json"}
 
@@ -50,6 +53,11 @@ def trained(cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def digest(folder: Path) -> dict[str, str]:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 class Kill(TrainerCallback):
@@ -129,7 +137,7 @@ def test_killed_and_resumed_ends_with_the_same_weights(trained: Path, tmp_path: 
     with pytest.raises(KeyboardInterrupt):
         train(settings)
     assert not (tmp_path / "run" / "metrics.json").exists()
-    with pytest.raises(ValueError, match="a run that was cut short; resume=true goes on with it"):
+    with pytest.raises(ValueError, match="a run that was cut short; --resume goes on with it"):
         train(settings)
     killed_at(None)
     assert train(settings, resume=True)["resumed_at"] == 8
@@ -138,7 +146,7 @@ def test_killed_and_resumed_ends_with_the_same_weights(trained: Path, tmp_path: 
 
 def test_a_finished_run_is_not_replaced_unasked(folder: Path) -> None:
     before = weights(folder)
-    with pytest.raises(ValueError, match="holds a finished run; overwrite=true replaces it"):
+    with pytest.raises(ValueError, match="holds a finished run; --overwrite replaces it"):
         train(tiny(folder))
     assert same(before, weights(folder))
 
@@ -171,8 +179,95 @@ def test_a_finished_run_can_be_trained_for_longer(folder: Path) -> None:
 
 
 def test_resuming_with_another_task_is_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match="resume=true with another 'task'"):
+    with pytest.raises(UserError, match=r"another task.labels_per_class: .* begun with 4, and now it is 5"):
         train(tiny(folder, "task.labels_per_class=5", "training.num_train_epochs=12"), resume=True)
+
+
+OTHER = {
+    "seed=1": "--resume with another seed: .* was begun with 0, and now it is 1",
+    "adapter.r=3": "--resume with another adapter.r: ",
+    "training.learning_rate=0.01": "--resume with another training.learning_rate: ",
+    "training.num_train_epochs=2": "is a finished run of 10 epochs, and 2 epochs are asked for",
+}
+
+
+@pytest.mark.parametrize("item", OTHER)
+def test_a_finished_run_goes_on_only_with_its_own_settings(folder: Path, item: str) -> None:
+    before = digest(folder)
+    with pytest.raises(UserError, match=OTHER[item]):
+        train(tiny(folder, item), resume=True)
+    assert digest(folder) == before
+
+
+def test_a_start_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any) -> None:
+        raise UserError("the logger is not installed")
+
+    monkeypatch.setattr(training, "make_trainer", fails)
+    with pytest.raises(UserError, match="the logger"):
+        train(tiny(tmp_path / "run"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_start_that_was_killed_before_its_first_checkpoint_does_not_block_the_next(tmp_path: Path) -> None:
+    settings = tiny(tmp_path / "run", "training.max_steps=1")
+    RunFolder(settings.output).begin(settings.text(), None, fresh=True)
+    assert train(settings)["steps"] == 1
+
+
+def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == 10:
+                for value in model.parameters():
+                    value.data.fill_(float("inf"))
+
+    make = training.make_trainer
+
+    def poisoned(*args: Any) -> Any:
+        trainer = make(*args)
+        trainer.add_callback(Poison())
+        return trainer
+
+    monkeypatch.setattr(training, "make_trainer", poisoned)
+    quick = ["training.disable_tqdm=true", "task.base_epochs=2"]
+    assert flora_cli.main(["train", "digits-tiny", f"output={tmp_path / 'run'}", *quick]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("flora: error: training diverged at step 11: the loss is nan, at the learning rate 0.015; ")
+    assert error.endswith(f"the last good checkpoint is {tmp_path / 'run' / 'checkpoint-8'}\n")
+    assert error.count("\n") == 1
+    monkeypatch.setattr(training, "make_trainer", make)
+    assert train(tiny(tmp_path / "run"), resume=True)["resumed_at"] == 8
+
+
+def test_two_runs_into_one_folder(folder: Path) -> None:
+    before = digest(folder)
+    refused: list[str] = []
+
+    def second() -> None:
+        try:
+            train(tiny(folder, "seed=1"), overwrite=True)
+        except UserError as error:
+            refused.append(str(error))
+
+    with claim(folder):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+    assert refused == [f"another flora process is writing {folder}; wait until it has ended, or give another output"]
+    assert digest(folder) == before
+
+
+def test_a_linked_output_stays_a_link(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "disk" / "run")
+    (tmp_path / "run").symlink_to(tmp_path / "disk" / "run")
+    train(tiny(tmp_path / "run", "seed=1", "training.max_steps=1"), overwrite=True)
+    assert (tmp_path / "run").is_symlink()
+    assert read_json(tmp_path / "disk" / "run" / "metrics.json")["seed"] == 1
+    assert {path.name for path in (tmp_path / "disk").iterdir()} == {"run"}
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "disk"}
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
@@ -183,12 +278,12 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_only_whole_checkpoints_count(folder: Path) -> None:
-    assert last_checkpoint(folder) == folder / "checkpoint-20"
+    assert RunFolder(folder).last_checkpoint() == folder / "checkpoint-20"
     state = folder / "checkpoint-20" / "trainer_state.json"
     state.write_text(state.read_text()[:50])
-    assert last_checkpoint(folder) == folder / "checkpoint-16"
+    assert RunFolder(folder).last_checkpoint() == folder / "checkpoint-16"
     (folder / "checkpoint-16" / "optimizer.pt").unlink()
-    assert last_checkpoint(folder) is None
+    assert RunFolder(folder).last_checkpoint() is None
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

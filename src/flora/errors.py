@@ -11,7 +11,18 @@ class UserError(ValueError):
 
     The message says what it is, what was expected and what to do. The command prints it as one line and ends with exit
     code 2, as it does for what the system refuses (any ``OSError``). Every other exception is a bug of ours.
+
+    Attributes:
+        exit_code: of the command.
     """
+
+    exit_code = 2
+
+
+class DivergedError(UserError):
+    """Training went wrong in its numbers: nothing to repair in what was given, but a setting to change."""
+
+    exit_code = 1
 
 
 class WrongTypeError(UserError, TypeError):

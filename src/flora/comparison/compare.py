@@ -25,16 +25,16 @@ from transformers import Trainer, set_seed
 from flora.comparison.memory import watch_growth
 from flora.comparison.methods import METHODS
 from flora.comparison.rivals import RefusedError, Request, default_budget
-from flora.errors import UserError
+from flora.errors import DivergedError, UserError
 from flora.recipes import Data, Recipe, nearest
 from flora.report.card import model_card
 from flora.report.comparison import comparison_page
 from flora.report.plots import quality_against_parameters
 from flora.report.provenance import provenance, versions
 from flora.runs.merging import verified_merge
-from flora.runs.reloading import ADAPTER, ADAPTER_CONFIG, LABELS
+from flora.runs.run_folder import ADAPTER, ADAPTER_CONFIG, LABELS, METRICS
 from flora.runs.settings import Settings
-from flora.runs.training import METRICS, make_trainer, measure, trainable, training_arguments
+from flora.runs.training import make_trainer, measure, trainable, training_arguments
 from flora.storage.atomic import read_json, staged_folder, write_json, write_text
 
 KEPT = "flora"  # the method whose first adapter is kept, ready to load
@@ -109,7 +109,8 @@ class Bench:
             try:
                 trained = {**_train(trainer, run.seed), "validation": measure(trainer, data.validation)}
             except ValueError as error:  # losses of detectors refuse boxes that are NaN
-                if all(torch.isfinite(value).all() for value in model.parameters()):
+                diverged = isinstance(error, DivergedError)
+                if not diverged and all(torch.isfinite(value).all() for value in model.parameters()):
                     raise
                 raise RefusedError(f"training diverged at the learning rate {run.learning_rate:g}") from error
             result: dict[str, Any] = {

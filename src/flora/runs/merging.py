@@ -22,8 +22,9 @@ from flora.convert import streaming as streamed
 from flora.convert.arithmetic import add
 from flora.convert.base_model import open_base
 from flora.errors import UserError
-from flora.runs.reloading import ADAPTER_CONFIG, load_adapter, load_base, model_class
-from flora.runs.settings import FILE
+from flora.runs.reloading import load_adapter, load_base, model_class
+from flora.runs.run_folder import ADAPTER_CONFIG
+from flora.runs.run_folder import CONFIG as FILE
 from flora.storage.atomic import check_target, claim, read_json
 from flora.storage.checkpoint import Checkpoint
 from flora.storage.progress import hidden_bars

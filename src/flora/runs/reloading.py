@@ -16,13 +16,12 @@ from transformers import PreTrainedModel
 
 from flora.data.records import head_options
 from flora.errors import UserError, user_errors
-from flora.runs.settings import FILE, read
+from flora.runs.run_folder import ADAPTER, ADAPTER_CONFIG, LABELS
+from flora.runs.run_folder import CONFIG as FILE
+from flora.runs.settings import read
 from flora.storage.atomic import read_json
 from flora.storage.progress import hidden_bars
 
-ADAPTER = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
-LABELS = "labels.json"  # the names of the classes, where the base model's head was made anew for them
 AUTO_CLASSES = {  # task_type of an adapter config -> the class of transformers that PEFT pairs it with
     "CAUSAL_LM": "AutoModelForCausalLM",
     "FEATURE_EXTRACTION": "AutoModel",

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
-import difflib
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
-from flora.errors import UserError
+from flora.errors import UserError, user_errors
 from flora.recipes import Recipe, config_path, load_recipe, optional
+from flora.runs.config_file import UNUSABLE, Config
+from flora.runs.run_folder import CONFIG as FILE
 from flora.storage.atomic import write_text
 from flora.tuner.config import FloraConfig
 
-FILE = "config.yaml"
 FLAGS = ("resume", "overwrite")
 STARTS = ("init", "gradient")  # adapter.start: as adapter.init says, or one step along the task's gradient
-# Set by PEFT, by the Trainer or at the top of the config.
-HIDDEN = {
-    "adapter": {
-        "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision",
-        "task_type",
-    },
-    "training": {"output_dir", "resume_from_checkpoint", "seed"},
-}  # fmt: skip
+LARGEST_SEED = 2**32 - 1  # that NumPy takes
 
 
 @dataclass
@@ -96,10 +89,13 @@ class Settings:
             "compare": asdict(self.comparison),
         }
 
+    def text(self) -> str:
+        """The ``config.yaml`` from which :func:`read` gives the same settings back."""
+        return f"# flora train {FILE}\n" + yaml.safe_dump(self.as_dict(), sort_keys=False)
+
     def save(self, folder: Path) -> None:
-        """Writes ``config.yaml``, from which :func:`read` gives the same settings back."""
-        text = f"# flora train {FILE}\n" + yaml.safe_dump(self.as_dict(), sort_keys=False)
-        write_text(folder / FILE, text)
+        """Writes ``config.yaml`` into a folder."""
+        write_text(folder / FILE, self.text())
 
 
 def read(config: str, overrides: Iterable[str] = ()) -> Settings:
@@ -114,32 +110,46 @@ def read(config: str, overrides: Iterable[str] = ()) -> Settings:
         ValueError: a key is unknown, or a value has the wrong type or is out of range; the message names key and file.
     """
     path = config_path(config)
-    given = _load(path)
-    for item in overrides:
-        _override(given, item)
-    name = given.get("recipe")
+    given = Config(path, overrides)
+    name = given.text("recipe")
     if not isinstance(name, str):
         raise UserError(f"{path} needs 'recipe: NAME'; `flora recipes` lists them")
     recipe = load_recipe(name)
-    start = _take_start(given, path)
+
     groups: dict[str, Any] = {
         "task": recipe.Task,
         "adapter": FloraConfig,
         "training": optional(recipe, "ARGUMENTS"),
         "compare": Comparison,
     }
-    _check_keys(given, groups, path)
-    checked = _check_types(given, groups, path)
-    adapter = {key: value for key, value in vars(checked.adapter).items() if key in given.get("adapter", {})}
-    training = {key: value for key, value in vars(checked.training).items() if key in given.get("training", {})}
-    try:
+    given.apply(groups)
+    start = _take_start(given.values, path)
+    given.check_keys(groups)
+    checked = given.check_types(groups)
+    adapter = _given_only(checked.adapter, given.values.get("adapter"))
+    training = _given_only(checked.training, given.values.get("training"))
+
+    with user_errors(*UNUSABLE):
         FloraConfig(**adapter)
         task = recipe.Task(**vars(checked.task))
         comparison = Comparison(**vars(checked.compare))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from None
-    output = Path(checked.output or f"outputs/{path.stem}")
-    return Settings(name, output, checked.seed, task, _plain(adapter), _plain(training), comparison, start)
+    if not 0 <= checked.seed <= LARGEST_SEED:
+        raise UserError(f"seed is {checked.seed}, expected 0 to {LARGEST_SEED}")
+    return Settings(name, _output(given, path), checked.seed, task, adapter, training, comparison, start)
+
+
+def _given_only(checked: Namespace, given: dict[str, Any] | None) -> dict[str, Any]:
+    """Those settings of a group that were given, without its defaults."""
+    return {key: _plain(value) for key, value in vars(checked).items() if key in (given or {})}
+
+
+def _output(given: Config, path: Path) -> Path:
+    text = given.text("output")
+    if text is None:
+        return Path("outputs") / path.stem
+    if not isinstance(text, str) or text == "" or "\0" in text:
+        raise UserError(f"output is {text!r}, expected the path of a folder")
+    return Path(text).expanduser() if text.startswith("~/") else Path(text)
 
 
 def _take_start(given: dict[str, Any], path: Path) -> str:
@@ -152,10 +162,10 @@ def _take_start(given: dict[str, Any], path: Path) -> str:
 
 
 def split_flags(overrides: Iterable[str]) -> tuple[dict[str, bool], list[str]]:
-    """Takes ``resume=`` and ``overwrite=``, which are about this start of the run, out of the overrides.
+    """Takes ``resume=true`` and ``overwrite=true``, as the flags were once written, out of the overrides.
 
     Raises:
-        ValueError: the value is neither true nor false.
+        UserError: the value is neither true nor false.
     """
     flags, rest = {}, []
     for item in overrides:
@@ -164,8 +174,9 @@ def split_flags(overrides: Iterable[str]) -> tuple[dict[str, bool], list[str]]:
             rest.append(item)
         elif text.lower() in ("true", "false"):
             flags[key] = text.lower() == "true"
+            print(f"flora: {item} is a flag now: --{key}", file=sys.stderr)
         else:
-            raise UserError(f"{item!r}: expected {key}=true or {key}=false")
+            raise UserError(f"{item!r}: {key} is a flag now; write --{key}")
     return flags, rest
 
 
@@ -174,76 +185,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Namespace):
         return value.as_dict()
     return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(given, dict):
-        raise UserError(f"{path} must be a mapping of settings, got {type(given).__name__}")
-    return given
-
-
-def _override(given: dict[str, Any], item: str) -> None:
-    key, equals, text = item.partition("=")
-    if not equals or not key:
-        raise UserError(f"{item!r} is not an override; write key=value, such as adapter.r=4")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"the value of {key}={text} is not valid YAML") from None
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        given = given.setdefault(parent, {})
-        if not isinstance(given, dict):
-            raise UserError(f"{key} cannot be set: {parent} is a value, not a group of settings")
-    given[leaf] = value
-
-
-def known_keys(groups: dict[str, Any]) -> list[str]:
-    """Every key that a config with these groups may have."""
-    keys = ["recipe", "output", "seed", "adapter.start"]
-    for group, kind in groups.items():
-        own = fields(kind) if is_dataclass(kind) else ()
-        keys += [f"{group}.{item.name}" for item in own if item.name not in HIDDEN.get(group, ())]
-    return keys
-
-
-def _check_keys(given: dict[str, Any], groups: dict[str, Any], path: Path) -> None:
-    known = known_keys(groups)
-    for key in _flatten(given, groups):
-        if key not in known:
-            raise UserError(f"unknown key {key!r} in {path}{_nearest_key(key, known, groups)}")
-
-
-def _flatten(given: dict[str, Any], groups: dict[str, Any]) -> Iterator[str]:
-    for key, value in given.items():
-        if key in groups and isinstance(value, dict):
-            yield from (f"{key}.{name}" for name in value)
-        elif key not in groups or value is not None:
-            yield str(key) if key not in groups else f"{key} (expected a group of settings)"
-
-
-def _nearest_key(key: str, known: list[str], groups: dict[str, Any]) -> str:
-    """Prefers the same name in another group, then the nearest spelling in the same group, then anywhere."""
-    group, _, leaf = key.rpartition(".")
-    same = [name for name in known if name.rpartition(".")[2] == leaf]
-    inside = [name for name in known if name.startswith(f"{group}.")] if group in groups else known
-    near = same or difflib.get_close_matches(key, inside, n=1) or difflib.get_close_matches(key, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _check_types(given: dict[str, Any], groups: dict[str, Any], path: Path) -> Namespace:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--recipe", type=str)
-    parser.add_argument("--output", type=str)
-    parser.add_argument("--seed", type=int, default=0)
-    for group, kind in groups.items():
-        parser.add_class_arguments(kind, group, skip=HIDDEN.get(group, set()), instantiate=False)
-    try:
-        checked = parser.parse_object({key: value for key, value in given.items() if value is not None})
-    except argparse.ArgumentError as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
-    return cast("Namespace", checked)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,22 +21,35 @@ from flora.recipes import Data, Recipe, optional
 from flora.report.card import model_card
 from flora.report.plots import loss_curve
 from flora.report.provenance import provenance
-from flora.runs.reloading import ADAPTER, ADAPTER_CONFIG, LABELS, load_adapter, load_base
-from flora.runs.run_folder import last_checkpoint
+from flora.runs.divergence import check_weights, stopping_where_it_diverges
+from flora.runs.reloading import load_adapter, load_base
+from flora.runs.resuming import check_same, is_done
+from flora.runs.run_folder import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    CARD,
+    CURVE,
+    METRICS,
+    STATE,
+    RunFolder,
+    choose_folder,
+    claim_run,
+    take_place,
+)
 from flora.runs.schedule import check_schedule, fit_to_data
-from flora.runs.settings import FILE, Settings, read
-from flora.storage.atomic import claim, put, read_json, staged_files, write_json, write_text
+from flora.runs.settings import Settings, read
+from flora.storage.atomic import Claim, read_json, write_json, write_text
 from flora.storage.progress import show_loss
+from flora.storage.system import sync
 from flora.tuner.config import FloraConfig
 
-METRICS = "metrics.json"
 SAME = 1e-6  # an evaluation of the same model on the same data may differ by this much
 
 
 def make_trainer(model: nn.Module, recipe: Recipe, data: Data, arguments: TrainingArguments) -> Trainer:
     """A Trainer for this model and recipe; quiet but for a progress bar with the loss."""
     keep_statistics(model)
-    trainer = optional(recipe, "TRAINER")(
+    trainer = stopping_where_it_diverges(optional(recipe, "TRAINER"))(
         model,
         arguments,
         data_collator=data.collate,
@@ -47,6 +60,7 @@ def make_trainer(model: nn.Module, recipe: Recipe, data: Data, arguments: Traini
         preprocess_logits_for_metrics=optional(recipe, "preprocess_logits"),
     )
     show_loss(trainer)
+    trainer.add_callback(KeepCheckpoints())
     if hasattr(data.train, "set_epoch"):
         trainer.add_callback(TellEpoch(data.train))
     return cast("Trainer", trainer)
@@ -94,6 +108,17 @@ class TellEpoch(TrainerCallback):
     ) -> None:
         """Also where a run goes on in the middle of an epoch."""
         self.dataset.set_epoch(int((state.epoch or 0) + 1e-6))
+
+
+class KeepCheckpoints(TrainerCallback):
+    """Waits until a checkpoint is on the disk, so that a power cut leaves at least that."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """After the Trainer has written one."""
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            sync(folder)
+            sync(folder.parent, deep=False)
 
 
 def keep_statistics(model: nn.Module) -> None:
@@ -150,44 +175,58 @@ def train(settings: Settings, *, resume: bool = False, overwrite: bool = False) 
         What is in ``metrics.json``; of several processes only the first one writes it, the others return nothing.
 
     Raises:
-        ValueError: the output folder is occupied, or the run to resume has other settings.
+        UserError: the output folder is occupied, or the run to resume has other settings.
+        DivergedError: the loss, or a weight, is not finite any more; checkpoints from before are kept.
     """
-    folder = _place(settings, resume=resume, overwrite=overwrite)
-    checkpoint = last_checkpoint(folder) if resume else None
-    if resume and _is_finished(folder, settings):
-        return _finish(folder, settings.output)
-    arguments = training_arguments(settings, folder)
-    set_seed(settings.seed)
+    output = settings.output.resolve() if settings.output.is_symlink() else settings.output
+    with claim_run(output) as place:
+        run = choose_folder(output, resume=resume, overwrite=overwrite)
+        if resume and run.is_begun:
+            check_same(run, settings)
+            if is_done(run, settings):
+                return _result(run, place)
+
+        # What is not given cannot be wrong: the settings are looked at before anything is loaded.
+        arguments = training_arguments(settings, run.path)
+        checkpoint = run.last_checkpoint() if resume else None
+        try:
+            metrics = _train(settings, run, arguments, checkpoint, fresh=not resume)
+        except BaseException:
+            if place is not None:
+                run.discard_start()
+            raise
+        if not metrics:
+            return {}
+        return _result(run, place)
+
+
+def _train(
+    settings: Settings, run: RunFolder, arguments: TrainingArguments, checkpoint: Path | None, *, fresh: bool
+) -> dict[str, Any]:
+    """Trains, measures and writes; what was measured, or nothing in all but the first of several processes."""
     recipe = settings.load_recipe()
+    set_seed(settings.seed)
     with arguments.main_process_first(local=False, desc="data and base model"):  # what is cached is made once
         data = recipe.load_data(settings.task, settings.seed)
         base = recipe.load_base(settings.task)
     set_seed(settings.seed)
-    with user_errors(ValueError):  # PEFT refuses names that the model does not have
-        begun = None
-        if settings.start == "gradient" and checkpoint is None:
-            model, begun = begin_along_gradient(base, settings, recipe, data, arguments)
-        else:
-            model = get_peft_model(base, _config(settings, checkpoint))
-    if begun is not None and arguments.process_index == 0:
-        print(begun)
-    if arguments.process_index == 0:
-        if not resume and folder.exists():
-            shutil.rmtree(folder)
-        settings.save(folder)
-        if data.labels is not None:
-            write_json(folder / LABELS, data.labels)
-    if resume and arguments.process_index == 0:
-        print(
-            f"resuming from {checkpoint}" if checkpoint else f"no complete checkpoint in {folder}, starting at step 0"
-        )
+    model, begun = _adapt(base, settings, recipe, data, arguments, checkpoint)
     notes = fit_to_data(arguments, len(cast("Any", data.train)))
+
     if arguments.process_index == 0:
+        run.begin(settings.text(), data.labels, fresh=fresh)
+        if checkpoint is not None:
+            print(f"resuming from {checkpoint}")
+        elif not fresh:
+            print(f"no complete checkpoint in {run.path}, starting at step 0")
         print("".join(f"note: {note}\n" for note in notes), end="", flush=True)
+
     trainer = make_trainer(model, recipe, data, arguments)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - started
+    check_weights(trainer)
+
     metrics = {
         "recipe": settings.recipe,
         "metric": recipe.METRIC,
@@ -203,81 +242,58 @@ def train(settings: Settings, *, resume: bool = False, overwrite: bool = False) 
         "resumed_at": int(checkpoint.name.rpartition("-")[2]) if checkpoint else None,
         **provenance(),
     }
-    state = trainer.accelerator.get_state_dict(
-        trainer.model_wrapped
-    )  # where it is sharded, every process gives its part
+    # Where the model is sharded, every process gives its part.
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if not trainer.is_world_process_zero():
         return {}
-    _write(trainer, state, metrics, folder, settings)
-    return _finish(folder, settings.output)
+    _write(trainer, state, metrics, run, settings)
+    return metrics
 
 
-def _place(settings: Settings, *, resume: bool, overwrite: bool) -> Path:
-    """The folder to work in.
+def _adapt(
+    base: nn.Module,
+    settings: Settings,
+    recipe: Recipe,
+    data: Data,
+    arguments: TrainingArguments,
+    checkpoint: Path | None,
+) -> tuple[nn.Module, Any]:
+    """The base model with its adapter, and how that was begun along the gradient, where it was."""
+    with user_errors(ValueError, re.error):  # PEFT refuses names that the model does not have
+        if settings.start != "gradient" or checkpoint is not None:
+            return get_peft_model(cast("Any", base), _config(settings, checkpoint)), None
+        model, begun = begin_along_gradient(base, settings, recipe, data, arguments)
 
-    Raises:
-        ValueError: the output folder must not be written to, or the run to resume has other settings.
-    """
-    output = settings.output
-    partial = output.with_name(f"{output.name}.partial")
-    if output.is_dir() and any(output.iterdir()) and not (output / FILE).is_file():
-        raise UserError(
-            f"{output} is not an output folder of flora (it has no {FILE}); set output=FOLDER to another one"
-        )
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{output} is a file; set output=FOLDER to another place")
-    if resume:
-        folder = partial if (partial / FILE).is_file() else output
-        _check_same(folder, settings)
-        return folder
-    occupied = [folder for folder in (output, partial) if (folder / FILE).is_file()]
-    if not occupied:
-        return output
-    if not overwrite:
-        state = "a finished run" if (occupied[-1] / METRICS).is_file() else "a run that was cut short"
-        again = "" if state == "a finished run" else "resume=true goes on with it, "
-        raise UserError(f"{occupied[-1]} holds {state}; {again}overwrite=true replaces it, output=FOLDER keeps it")
-    return partial if output.exists() else output
+    if arguments.process_index == 0:
+        print(begun)
+    return model, begun
 
 
-def _check_same(folder: Path, settings: Settings) -> None:
-    """Raises where the run in the folder differs in more than the Trainer's arguments."""
-    if not (folder / FILE).is_file():
-        return
-    before, now = read(str(folder / FILE)).as_dict(), settings.as_dict()
-    for key in ("recipe", "seed", "task", "adapter"):
-        if before[key] != now[key]:
-            raise UserError(f"resume=true with another {key!r}: {folder} has {before[key]}, the config has {now[key]}")
-
-
-def _is_finished(folder: Path, settings: Settings) -> bool:
-    if not (folder / METRICS).is_file():
-        return False
-    return read(str(folder / FILE)).training == settings.training
-
-
-def _finish(folder: Path, output: Path) -> dict[str, Any]:
-    if folder != output:
-        with claim(output) as place:
-            put(folder, place)
-            shutil.rmtree(folder, ignore_errors=True)  # the run that was replaced
-    return cast("dict[str, Any]", read_json(output / METRICS))
+def _result(run: RunFolder, place: Claim | None) -> dict[str, Any]:
+    """What a finished run has measured; its folder takes the place of the output where it worked elsewhere."""
+    metrics = run.metrics()
+    if place is None:
+        return {}
+    take_place(run, place)
+    return metrics
 
 
 def _write(
-    trainer: Trainer, state: dict[str, Tensor], metrics: dict[str, Any], folder: Path, settings: Settings
+    trainer: Trainer, state: dict[str, Tensor], metrics: dict[str, Any], run: RunFolder, settings: Settings
 ) -> None:
-    """The files that a finished run has besides its checkpoints; ``metrics.json`` last."""
-    with staged_files(folder, METRICS) as staged:
+    """The files that a finished run has besides its checkpoints."""
+    with run.finish() as staged:
         cast("Any", trainer.model).save_pretrained(staged, state_dict=state)
         if trainer.processing_class is not None:
             cast("Any", trainer.processing_class).save_pretrained(staged)
         metrics["adapter_bytes"] = (staged / ADAPTER).stat().st_size
-        trainer.state.save_to_json(str(staged / "trainer_state.json"))
-        loss_curve(staged / "loss.png", trainer.state.log_history, f"{settings.recipe}: loss")
-        classes = len(read_json(folder / LABELS)) if (folder / LABELS).is_file() else None
+        trainer.state.save_to_json(str(staged / STATE))
+        loss_curve(staged / CURVE, trainer.state.log_history, f"{settings.recipe}: loss")
+
+        labels = run.labels()
+        classes = None if labels is None else len(labels)
         card = model_card(metrics, read_json(staged / ADAPTER_CONFIG), str(settings.output), classes)
-        write_text(staged / "README.md", card)
+        write_text(staged / CARD, card)
         write_json(staged / METRICS, metrics)
 
 
@@ -299,13 +315,14 @@ def evaluate(folder: Path, overrides: Iterable[str] = (), split: str = "test") -
     overrides = list(overrides)
     if other := [item for item in overrides if not item.startswith("task.")]:
         raise UserError(f"{other[0]!r}: only the settings of the data can change here, as task.key=value")
-    if not (folder / FILE).is_file():
-        raise FileNotFoundError(f"{folder / FILE} does not exist; give a folder that `flora train` wrote")
-    settings = read(str(folder / FILE), overrides)
+    run = RunFolder(folder)
+    if not run.is_begun:
+        raise FileNotFoundError(f"{run.config} does not exist; give a folder that `flora train` wrote")
+    settings = read(str(run.config), overrides)
     recipe = settings.load_recipe()
     data = recipe.load_data(settings.task, settings.seed)
     dataset = data.split(split)
-    trained_for = read_json(folder / LABELS) if (folder / LABELS).is_file() else None
+    trained_for = run.labels()
     if trained_for is not None and data.labels != trained_for:
         raise UserError(
             f"the data has the classes {data.labels}, but {folder} was trained for {trained_for}; "
@@ -315,7 +332,7 @@ def evaluate(folder: Path, overrides: Iterable[str] = (), split: str = "test") -
     model = load_adapter(base, folder)
     arguments = training_arguments(settings, folder, save_strategy="no")
     metrics = measure(make_trainer(model, recipe, data, arguments), dataset)
-    stored = read_json(folder / METRICS) if (folder / METRICS).is_file() and not overrides else {}
+    stored = {} if overrides else run.metrics()
     before = dict(stored.get(split, {}))
     if stored.get("processes", 1) > 1:  # several processes weigh the loss of a short last batch like that of a full one
         before.pop("loss", None)

@@ -1,0 +1,260 @@
+"""A config as plain values: what the YAML file says, and the ``key=value`` items of the command line over it."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from flora.errors import UserError, user_errors
+
+# Set by PEFT, by the Trainer or at the top of the config.
+HIDDEN = {
+    "adapter": {
+        "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision",
+        "task_type",
+    },
+    "training": {"output_dir", "resume_from_checkpoint", "seed"},
+}  # fmt: skip
+SPOKEN = {  # what people call a setting -> its name
+    "batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "lr": "learning_rate",
+    "rank": "r",
+    "steps": "max_steps",
+}
+MOST_VALUES = 100_000  # a config of a few hundred characters can repeat its parts into billions
+# What the parsers below raise for values that they cannot use: numbers of thousands of digits, brackets in brackets.
+UNUSABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+
+
+class Item(NamedTuple):
+    """A ``key=value`` item of the command line."""
+
+    key: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.key}={self.text}"
+
+
+class Config:
+    """The values of a config, and where each one comes from.
+
+    Args:
+        path: of the YAML file.
+        overrides: ``key=value`` items.
+
+    Attributes:
+        values: by group and key.
+
+    Raises:
+        UserError: the file is not a YAML mapping, or an item has no key or no equals sign.
+    """
+
+    def __init__(self, path: Path, overrides: Iterable[str] = ()) -> None:
+        self.path = path
+        self.items = [_item(text) for text in overrides]
+        self.values = _load(path)
+
+    def text(self, key: str) -> Any:
+        """The value of a key at the top that is text: as it was typed where it comes from the command line."""
+        given = [item.text for item in self.items if item.key == key]
+        return given[-1] if given else self.values.get(key)
+
+    def apply(self, groups: Mapping[str, Any]) -> None:
+        """Puts the items of the command line over the values of the file.
+
+        A setting that is text, such as a path, is taken as it was typed; any other value is read as YAML.
+
+        Args:
+            groups: the class of the settings in each group.
+        """
+        for item in self.items:
+            *parents, leaf = item.key.split(".")
+            place = self.values
+            for parent in parents:
+                if place.get(parent) is None:
+                    place[parent] = {}
+                place = place[parent]
+                if not isinstance(place, dict):
+                    raise UserError(f"{item.key} cannot be set: {parent} is a value, not a group of settings")
+            place[leaf] = _value(item, _type_of(item.key, groups))
+
+    def place_of(self, key: str) -> str:
+        """Where a key was given, for messages."""
+        given = [str(item) for item in self.items if item.key == key or item.key.startswith(f"{key}.")]
+        return given[-1] if given else str(self.path)
+
+    def check_keys(self, groups: Mapping[str, Any]) -> None:
+        """Raises a UserError for the first key that no setting has; names the nearest one."""
+        known = known_keys(groups)
+        for key in _flatten(self.values, groups):
+            if key not in known:
+                where = "the command line" if key in [item.key for item in self.items] else self.path
+                raise UserError(f"unknown key {key!r} in {where}{_nearest_key(key, known, groups)}")
+
+    def check_types(self, groups: Mapping[str, Any]) -> Namespace:
+        """The settings of each group, with their defaults.
+
+        Raises:
+            UserError: a value has another type than its setting.
+        """
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_argument("--recipe", type=str)
+        parser.add_argument("--output", type=str)
+        parser.add_argument("--seed", type=int, default=0)
+        for group, kind in groups.items():
+            parser.add_class_arguments(kind, group, skip=HIDDEN.get(group, set()), instantiate=False)
+
+        given = {key: value for key, value in self.values.items() if value is not None}
+        try:
+            with user_errors(*UNUSABLE, about=str(self.path)):
+                return parser.parse_object(given)
+        except Exception as error:  # argparse.ArgumentError, which is no UserError
+            key = _key_in(str(error))
+            if isinstance(error, UserError) or key is None:
+                raise UserError(f"{self.path}: {' '.join(str(error).split())}") from None
+            value = _lookup(self.values, key)
+            raise UserError(
+                f"{self.place_of(key)}: {key} is {_short(value)}, expected {_type_name(key, groups)}"
+            ) from None
+
+
+def known_keys(groups: Mapping[str, Any]) -> list[str]:
+    """Every key that a config with these groups may have."""
+    keys = ["recipe", "output", "seed"]
+    for group, kind in groups.items():
+        own = fields(kind) if is_dataclass(kind) else ()
+        keys += [f"{group}.{item.name}" for item in own if item.name not in HIDDEN.get(group, ())]
+    return keys
+
+
+def _item(text: str) -> Item:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"{text!r} is not an override; write key=value, such as adapter.r=4")
+    return Item(key, value)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        with user_errors(*UNUSABLE, about=f"{path} is not valid YAML"):
+            given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+
+    if not isinstance(given, dict):
+        raise UserError(f"{path} must be a mapping of settings, got {type(given).__name__}")
+    if not all(isinstance(key, str) for key in given):
+        raise UserError(f"{path} has keys that are not words: {_short(list(given))}")
+    if _count(given, MOST_VALUES) > MOST_VALUES:
+        raise UserError(f"{path} has more than {MOST_VALUES:,} values; its parts refer to each other")
+    return given
+
+
+def _count(value: Any, most: int) -> int:
+    """How many values there are inside, counted up to ``most``; what is referred to twice counts twice."""
+    waiting, found = [value], 0
+    while waiting and found <= most:
+        item = waiting.pop()
+        found += 1
+        if isinstance(item, dict):
+            waiting += [*item, *item.values()]
+        elif isinstance(item, list):
+            waiting += item
+    return found
+
+
+def _type_of(key: str, groups: Mapping[str, Any]) -> Any:
+    """The type of a setting, or None where it is not known."""
+    group, _, name = key.rpartition(".")
+    if not group:
+        return {"recipe": str, "output": str, "seed": int}.get(name)
+    if group not in groups:
+        return None
+    try:
+        return get_type_hints(groups[group]).get(name)
+    except (NameError, TypeError):  # hints that only their own file can read
+        return next((item.type for item in fields(groups[group]) if item.name == name), None)
+
+
+def _value(item: Item, kind: Any) -> Any:
+    choices = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    if set(choices) == {str}:
+        return item.text
+    if set(choices) == {str, type(None)}:
+        return None if item.text == "null" else item.text
+
+    try:
+        with user_errors(*UNUSABLE, about=f"the value of {_short(str(item))}"):
+            return yaml.safe_load(item.text)
+    except yaml.YAMLError:
+        raise UserError(f"the value of {item} is not valid YAML") from None
+
+
+def _flatten(given: Mapping[str, Any], groups: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in given.items():
+        if key in groups and isinstance(value, dict):
+            yield from (f"{key}.{name}" for name in value)
+        elif key not in groups:
+            yield key
+        elif value is not None:
+            yield f"{key} (expected a group of settings)"
+
+
+def _nearest_key(key: str, known: list[str], groups: Mapping[str, Any]) -> str:
+    """What people call it, then the same name in another group, the nearest spelling in this group, or anywhere."""
+    group, _, leaf = key.rpartition(".")
+    spoken = [name for name in known if name.rpartition(".")[2] == SPOKEN.get(leaf)]
+    same = [name for name in known if name.rpartition(".")[2] == leaf]
+    inside = known
+    if group in groups:
+        inside = [name for name in known if name.startswith(f"{group}.")]
+
+    near = spoken or same or difflib.get_close_matches(key, inside, n=1) or difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _key_in(message: str) -> str | None:
+    """The key that jsonargparse complains about."""
+    found = re.search(r'key "([\w.]+)"', message)
+    return found[1] if found else None
+
+
+def _lookup(values: Mapping[str, Any], key: str) -> Any:
+    value: Any = values
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def _type_name(key: str, groups: Mapping[str, Any]) -> str:
+    """``Optional[Union[list[str], str]]`` as "list[str] or str or null"."""
+    kind = _type_of(key, groups)
+    if get_origin(kind) in (Union, UnionType):
+        choices = get_args(kind)
+    else:
+        choices = (kind,)
+    names = ["null" if choice is type(None) else _plain_name(choice) for choice in choices]
+    return " or ".join(dict.fromkeys(names))
+
+
+def _plain_name(kind: Any) -> str:
+    if kind is None:
+        return "another type"
+    if isinstance(kind, type) and get_origin(kind) is None:
+        return kind.__name__
+    return str(kind).replace("typing.", "")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
