@@ -64,7 +64,7 @@ def evaluate(args: argparse.Namespace) -> int:
     """
     from flora.runs.training import evaluate
 
-    metrics, same = evaluate(Path(args.folder), args.overrides, args.split)
+    metrics, same = evaluate(Path(args.folder), args.overrides, args.split, run_recipe_file=args.run_recipe_file)
     print(f"{args.split:<11}", _line(metrics))
     if same is None:
         return 0
@@ -155,8 +155,16 @@ def merge(args: argparse.Namespace) -> int:
     from flora.runs.merging import merge
 
     shown = sys.stderr.isatty()
-    options = {"weights": args.weights, "base": args.base, "overwrite": args.overwrite, "progress": shown}
-    print(merge([Path(folder) for folder in args.folder], Path(args.out), **options))
+    report = merge(
+        [Path(folder) for folder in args.folder],
+        Path(args.out),
+        weights=args.weights,
+        base=args.base,
+        overwrite=args.overwrite,
+        progress=shown,
+        run_recipe_file=args.run_recipe_file,
+    )
+    print(report)
     return 0
 
 
@@ -251,6 +259,9 @@ def words(text: str) -> list[str]:
 
 CONFIG = argument("config", metavar="CONFIG", help="a YAML file or the name of a packaged config")
 FOLDER = argument("folder", metavar="FOLDER", help="the folder of an adapter")
+RUN_RECIPE_FILE = argument(
+    "--run-recipe-file", action="store_true", help="run the Python file that FOLDER names as its recipe; only your own"
+)
 OVERRIDES = argument("overrides", nargs="*", metavar="key=value", help="replaces what the config says")
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
@@ -271,7 +282,12 @@ ARGUMENTS: dict[str, list[Argument]] = {
         argument("--resume", action="store_true", help="go on from the last complete checkpoint"),
         argument("--overwrite", action="store_true", help="replace the run that is in the output folder"),
     ],
-    "eval": [FOLDER, OVERRIDES, argument("--split", default="test", help="train, validation or test (the default)")],
+    "eval": [
+        FOLDER,
+        OVERRIDES,
+        argument("--split", default="test", help="train, validation or test (the default)"),
+        RUN_RECIPE_FILE,
+    ],
     "compare": [
         CONFIG,
         OVERRIDES,
@@ -297,6 +313,7 @@ ARGUMENTS: dict[str, list[Argument]] = {
         argument("--base", help="a local folder or hub id instead of the base model that the adapter names"),
         argument("--overwrite", action="store_true", help="replace DIR"),
         argument("--weights", type=float, nargs="+", metavar="W", help="one number for each adapter"),
+        RUN_RECIPE_FILE,
     ],
     "convert": [
         argument("source", metavar="SRC", help="the folder or file of an adapter"),

@@ -1,4 +1,4 @@
-"""Merging into the base folder, streamed; sums of adapters and their recompression."""
+"""Merging into the base folder, streamed; sums of adapters."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from convert_cases import conv_adapter, difference, random_adapter, random_form
 from flora.convert import Adapter, Entry, Layout, load, save
 from flora.convert import streaming as module
-from flora.convert.arithmetic import add, recompress, scale
-from flora.convert.streaming import merge
+from flora.convert.arithmetic import add, scale
+from flora.convert.streaming import stream_merged
 from foreign_models import build, logits
 from test_extract import save_model
 
@@ -61,7 +61,7 @@ def test_merged_is_base_plus_the_weighted_sum(name: str, tmp_path: Path) -> None
     (base / "tokenizer.json").write_text("{}")
     before = digest(base)
     pairs = [(random_adapter(build(name), picked, 0.02), 0.7), (random_adapter(build(name), picked, 0.03), -1.3)]
-    result = merge(base, pairs, tmp_path / "out")
+    result = stream_merged(base, pairs, tmp_path / "out")
     expected = merged_in_memory(name, pairs)
     assert torch.allclose(logits(reload(name, tmp_path / "out"), name), logits(expected, name), atol=1e-5)
     assert not torch.allclose(logits(expected, name), logits(build(name), name), atol=1e-3)
@@ -80,7 +80,7 @@ def test_an_adapter_of_any_format_merges_alike(form: str, tmp_path: Path) -> Non
     adapter = random_adapter(build("gpt2"), picked, 0.02)
     target = tmp_path / ("a" if form in ("flora", "lora") else "a.safetensors")
     save(adapter, target, format=form)
-    merge(tmp_path / "base", load(target), tmp_path / "out")
+    stream_merged(tmp_path / "base", load(target), tmp_path / "out")
     expected = merged_in_memory("gpt2", [(adapter, 1.0)])
     assert torch.allclose(logits(reload("gpt2", tmp_path / "out"), "gpt2"), logits(expected, "gpt2"), atol=1e-5)
 
@@ -91,7 +91,7 @@ def test_the_dtype_of_the_base_is_kept(dtype: torch.dtype, tmp_path: Path) -> No
     weight = torch.randn(7, 5, 3, 2).to(dtype)
     save_file({"net.conv.weight": weight, "steps": torch.tensor(3)}, tmp_path / "base/model.safetensors", {"a": "b"})
     adapter = conv_adapter((7, 5, 3, 2), (3, 2, 2, 2), scale=0.1)
-    merge(tmp_path / "base", adapter, tmp_path / "out")
+    stream_merged(tmp_path / "base", adapter, tmp_path / "out")
     written = load_file(tmp_path / "out/model.safetensors")
     expected = (weight.double() + adapter.weights["net.conv.weight"].dense().double()).to(dtype)
     assert written["net.conv.weight"].dtype == dtype
@@ -105,15 +105,15 @@ def test_whole_tensors_replace_and_new_ones_are_added(tmp_path: Path) -> None:
     save_model(build("gpt2"), tmp_path / "base")
     adapter = random_adapter(build("gpt2"), lambda name, value: name.endswith("c_fc.weight"))
     adapter.extras = {"lm_head.weight": torch.randn(41, 12), "score.weight": torch.randn(3, 12)}
-    merge(tmp_path / "base", adapter, tmp_path / "out")
+    stream_merged(tmp_path / "base", adapter, tmp_path / "out")
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())["weight_map"]
     for name, value in adapter.extras.items():
         assert torch.equal(load_file(tmp_path / "out" / index[name])[name], value)
     with pytest.raises(ValueError, match="whole tensor.*from one adapter only, with weight 1"):
-        merge(tmp_path / "base", [(adapter, 0.5)], tmp_path / "half")
+        stream_merged(tmp_path / "base", [(adapter, 0.5)], tmp_path / "half")
     adapter.extras = {"lm_head.weight": torch.randn(5, 12)}
     with pytest.raises(ValueError, match=r"lm_head.weight has shape \(41, 12\) in .* and \(5, 12\) in the adapter"):
-        merge(tmp_path / "base", adapter, tmp_path / "other-head")
+        stream_merged(tmp_path / "base", adapter, tmp_path / "other-head")
 
 
 def test_bad_input_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,13 +139,13 @@ def test_bad_input_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     ]
     for source, adapter, error, message in cases:
         with pytest.raises(error, match=message):
-            merge(source, adapter, out)
+            stream_merged(source, adapter, out)
         assert [path.name for path in tmp_path.iterdir()] == ["base"]
     with pytest.raises(ValueError, match="in the base model's own folder"):
-        merge(base, good, base / "merged")
+        stream_merged(base, good, base / "merged")
     out.mkdir()
     with pytest.raises(FileExistsError, match="exists; choose another output"):
-        merge(base, good, out)
+        stream_merged(base, good, out)
     out.rmdir()
 
     def full(*args: object) -> None:
@@ -153,7 +153,7 @@ def test_bad_input_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(module, "stream_tensors", full)
     with pytest.raises(OSError, match="No space left"):
-        merge(base, good, out)
+        stream_merged(base, good, out)
     monkeypatch.undo()
 
     def refuse(folder: Path) -> None:
@@ -161,10 +161,11 @@ def test_bad_input_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
         raise ValueError("the caller's own check")
 
     with pytest.raises(ValueError, match="own check"):
-        merge(base, good, out, check=refuse)
-    monkeypatch.setattr(module, "_add", lambda old, change: old + 1.001 * change)
+        stream_merged(base, good, out, check=refuse)
+    add_up = module._add
+    monkeypatch.setattr(module, "_add", lambda weight, changes: 1.001 * add_up(weight, changes) - 0.001 * weight)
     with pytest.raises(ValueError, match="the merged layer differs from the unmerged"):
-        merge(base, good, out)
+        stream_merged(base, good, out)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
@@ -173,11 +174,11 @@ def test_tied_and_quantised_weights_are_refused(tmp_path: Path) -> None:
     tied.save_pretrained(tmp_path / "tied")
     head = Entry(random_form((41, 12), (2, 2)), 1.0, Layout("linear", ("out", "in")))
     with pytest.raises(ValueError, match="'lm_head.weight'; it is tied to another weight"):
-        merge(tmp_path / "tied", Adapter({"lm_head.weight": head}), tmp_path / "out")
+        stream_merged(tmp_path / "tied", Adapter({"lm_head.weight": head}), tmp_path / "out")
     (tmp_path / "base").mkdir()
     save_file({"net.conv.weight": torch.ones(7, 5, 3, 2, dtype=torch.int8)}, tmp_path / "base/model.safetensors")
     with pytest.raises(ValueError, match="is stored as I8; merge into the unquantised model"):
-        merge(tmp_path / "base", conv_adapter((7, 5, 3, 2), (3, 2, 2, 2)), tmp_path / "out")
+        stream_merged(tmp_path / "base", conv_adapter((7, 5, 3, 2), (3, 2, 2, 2)), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -195,27 +196,10 @@ def test_sums_are_exact(first: tuple[int, ...], second: tuple[int, ...]) -> None
     assert difference(scale(a, -0.25), add([(a, -0.25)])) == 0
 
 
-def test_a_difference_with_itself_is_zero_and_recompresses_to_nothing() -> None:
+def test_a_difference_with_itself_is_zero() -> None:
     a = conv_adapter((7, 5, 3, 2), (2, 2, 2, 2))
     nothing = add([(a, 1.0), (a, -1.0)])
     assert float(nothing.weights["net.conv.weight"].dense().abs().max()) < 1e-6
-
-
-def test_recompression_gives_its_error() -> None:
-    a, b = conv_adapter((11, 7, 3, 5), (3, 2, 2, 2)), conv_adapter((11, 7, 3, 5), (3, 2, 1, 2))
-    total = add([(a, 1.0), (b, 0.05)])
-    back = recompress(add([(a, 1.0), (a, 1.0)]), rank=(3, 2, 2, 2))
-    assert back.error < 1e-6, "the sum with itself has the ranks of one"
-    assert difference(scale(a, 2.0), back) < 1e-5
-    small = recompress(total, rank=(3, 2, 2, 2))
-    exact = total.weights["net.conv.weight"].dense()
-    measured = (small.weights["net.conv.weight"].dense() - exact).norm() / exact.norm()
-    assert small.error == pytest.approx(float(measured), rel=1e-4)
-    assert 0 < small.error < 0.3
-    assert recompress(total, energy=0.9).error <= 0.1**0.5
-    assert recompress(total, budget=120).num_params <= 120
-    with pytest.raises(ValueError, match="exactly one of"):
-        recompress(total)
 
 
 def test_sums_that_make_no_sense_are_refused() -> None:

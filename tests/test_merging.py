@@ -225,9 +225,9 @@ def test_token_rows_that_do_not_fit(tmp_path: Path) -> None:
 
 
 def flora_merge(adapter: object, tmp_path: Path) -> None:
-    from flora.convert.streaming import merge as stream
+    from flora.convert.streaming import stream_merged
 
-    stream(tmp_path / "base", adapter, tmp_path / "out")
+    stream_merged(tmp_path / "base", adapter, tmp_path / "out")
 
 
 def test_models_that_cannot_be_compared_as_a_whole_say_why(
@@ -251,7 +251,7 @@ def test_a_whole_model_that_computes_something_else_is_not_written(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapted(base, tmp_path / "adapter", flora.FloraConfig(**FLORA))
-    monkeypatch.setattr(merging, "load_adapter", lambda model, folder: model)
+    monkeypatch.setattr(merging, "attach", lambda model, folder: model)
     with pytest.raises(ValueError, match="the merged model differs from the unmerged one by"):
         merge(tmp_path / "adapter", tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}

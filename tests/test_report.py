@@ -14,7 +14,8 @@ from torch import nn
 import flora
 import flora_cli
 from flora.convert import load
-from flora.report.anatomy import anatomy, anatomy_page, core_in_orthonormal_basis, mode_energy, top_half
+from flora.convert.arithmetic import core_in_orthonormal_basis
+from flora.report.anatomy import anatomy, anatomy_page, mode_energy, top_half
 from flora.report.comparison import comparison_notes, comparison_page, comparison_table, size
 from flora.report.plots import loss_curve, quality_against_parameters
 from flora.report.provenance import provenance

@@ -42,7 +42,13 @@ FOREIGN: dict[str, set[str]] = {
     "storage": {"safetensors", "tqdm", "transformers"},
     "layers": {"transformers"},
     "tuner": {"peft", "safetensors", "transformers"},
-    "convert": {"diffusers", "safetensors", "tqdm", "transformers"},  # never peft: a format is key names and shapes
+    "convert": {
+        "diffusers",
+        "safetensors",
+        "tqdm",
+        "transformers",
+        "yaml",
+    },  # never peft: a format is key names and shapes
     "gradient": {"peft", "tqdm"},
     "flora": set(),
 }

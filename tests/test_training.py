@@ -19,9 +19,10 @@ from transformers import ConvNextV2ForImageClassification, TrainerCallback
 import flora_cli
 from flora.errors import UserError
 from flora.runs import training
-from flora.runs.merging import merge, random_inputs
+from flora.runs.merging import merge
 from flora.runs.reloading import load_adapter, load_base
 from flora.runs.run_folder import RunFolder
+from flora.runs.sample_inputs import random_inputs
 from flora.runs.settings import Settings, read
 from flora.runs.training import evaluate, train
 from flora.storage.atomic import claim, read_json, staged_folder, write_text

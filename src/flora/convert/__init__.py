@@ -51,7 +51,7 @@ def detect(path: str | Path) -> str:
     )
 
 
-def load(path: str | Path, *, base: nn.Module | str | Path | None = None, scale: float | None = None) -> Adapter:
+def load(path: str | Path, *, base: Base | nn.Module | str | Path | None = None, scale: float | None = None) -> Adapter:
     """Reads an adapter of any format; which one it is is seen from the files.
 
     Args:

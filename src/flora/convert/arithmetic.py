@@ -1,24 +1,23 @@
-"""Sums of adapters, exactly, and their recompression to smaller ranks, with the error.
+"""Sums of adapters, exactly, and the size of a change without its dense tensor.
 
 The sum of two Tucker forms is a Tucker form (``flora.tucker.form.concatenate``), so sums and differences lose nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import os
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from flora.convert.adapter import Adapter, Entry
-from flora.convert.extraction.allocation import Choice, choices, for_energy, spend
-from flora.convert.extraction.finetune import Extracted, Row, check_request
 from flora.errors import UserError
 from flora.layers.layout import Layout
-from flora.tucker.decomposition import decompose
+from flora.storage.size import size
 from flora.tucker.form import Tucker, concatenate, mode_product
-from flora.tucker.ranks import Ranks
 
 
 def scale(adapter: Adapter, factor: float) -> Adapter:
@@ -78,78 +77,42 @@ def _unfolded(layout: Layout | None) -> Layout | None:
     return None if layout is None else replace(layout, fold=None)
 
 
-def recompress(
-    adapter: Adapter, *, rank: Ranks | None = None, energy: float | None = None, budget: int | None = None
-) -> Extracted:
-    """The nearest adapter of smaller ranks, with its errors; no dense weight is formed.
-
-    Args:
-        adapter: to be made smaller.
-        rank: one int for all modes, or one per dimension; at most what a form has.
-        energy: instead, the fraction of each change's squared norm to keep.
-        budget: instead, parameters to spend over all layers, where they lower the total error most.
-
-    Returns:
-        The adapter, with ``.rows`` and ``.error`` as :func:`flora.extract` gives them.
+def dense_change(name: str, entry: Entry) -> Tensor:
+    """The whole change of a weight, for formats that hold nothing smaller.
 
     Raises:
-        ValueError: not exactly one of rank, energy and budget is given.
+        UserError: the machine has not the memory for it.
     """
-    check_request(rank, energy, budget)
-    result = Extracted(extras=dict(adapter.extras), config=dict(adapter.config))
-    small = {name: orthonormal(entry) for name, entry in adapter.weights.items()}
-    changed = {name: form for name, form in small.items() if float(form.core.norm())}
-    result.unchanged = len(small) - len(changed)
-    wanted = _wanted(changed, rank, energy, budget)
-    for name, form in changed.items():
-        entry, norm = adapter.weights[name], float(form.core.norm())
-        if 0 in wanted[name]:  # the budget leaves the layer out
-            result.rows.append(Row(name, entry.shape, (), 0, norm, 1.0))
-            continue
-        fitted = decompose(form.core, wanted[name])
-        factors = map(_chain, form.factors, fitted.factors)
-        dtype = entry.form.core.dtype
-        kept = Tucker(fitted.core.to(dtype), tuple(None if factor is None else factor.to(dtype) for factor in factors))
-        result.weights[name] = Entry(kept, 1.0, entry.layout)
-        result.rows.append(Row(name, entry.shape, kept.ranks, kept.num_params, norm, fitted.error))
-    return result
+    needed = math.prod(entry.shape) * entry.form.core.element_size()
+    if needed > _memory():
+        raise UserError(
+            f"the whole change of {name}, of shape {entry.shape}, has {size(needed)}, more than this machine has "
+            "memory; write a format that keeps the factors (--to flora or --to lora)"
+        )
+    return entry.dense()
 
 
-def _wanted(
-    forms: Mapping[str, Tucker], rank: Ranks | None, energy: float | None, budget: int | None
-) -> dict[str, tuple[int, ...]]:
-    """The ranks of each layer; zeros where it is left out."""
-    if rank is not None:
-        return {name: _lowered(rank, form) for name, form in forms.items()}
-    options: dict[str, list[Choice]] = {name: choices(form.core, form.shape) for name, form in forms.items()}
-    if budget is not None:
-        return {name: choice.ranks for name, choice in spend(options, budget).items()}
-    return {name: for_energy(listed, energy or 1.0).ranks for name, listed in options.items()}
+def _memory() -> float:
+    """Bytes of memory of the machine, or infinity where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
-def _lowered(rank: Ranks, form: Tucker) -> tuple[int, ...]:
-    """The rank request, at most what the form has."""
-    listed = [rank] * len(form.ranks) if isinstance(rank, int) else list(rank)
-    if len(listed) != len(form.ranks):
-        raise UserError(f"ranks {tuple(listed)} have {len(listed)} entries but the form has the ranks {form.ranks}")
-    return tuple(map(min, listed, form.ranks))
+def in_dtype(entry: Entry, dtype: torch.dtype) -> Entry:
+    """The entry with its form in another dtype."""
+    factors = tuple(None if factor is None else factor.to(dtype) for factor in entry.form.factors)
+    return replace(entry, form=Tucker(entry.form.core.to(dtype), factors))
 
 
-def _chain(outer: Tensor | None, inner: Tensor | None) -> Tensor | None:
-    if outer is None or inner is None:
-        return inner if outer is None else outer
-    return outer @ inner
+def core_in_orthonormal_basis(form: Tucker) -> Tensor:
+    """The core with each factor's QR triangle multiplied in: norm and singular values are those of the dense tensor.
 
-
-def orthonormal(entry: Entry) -> Tucker:
-    """``scale * form`` in float64 with orthonormal factors (QR), so that errors of the core are those of the tensor."""
-    core = entry.scale * entry.form.core.double()
-    factors: list[Tensor | None] = []
-    for mode, factor in enumerate(entry.form.factors):
-        if factor is None:
-            factors.append(None)
-            continue
-        basis, upper = torch.linalg.qr(factor.double())
-        core = mode_product(core, upper, mode)
-        factors.append(basis)
-    return Tucker(core, tuple(factors))
+    shape: (min(I1, J1), ..., min(IN, JN)), in float64.
+    """
+    core = form.core.double()
+    for mode, factor in enumerate(form.factors):
+        if factor is not None:
+            core = mode_product(core, torch.linalg.qr(factor.double(), mode="r").R, mode)
+    return core

@@ -1,23 +1,46 @@
-"""What is known of a base model without its weights: the shape and the layout of each."""
+"""The base model of an adapter: which class it is, where its files are, and what is known of it without its weights.
+
+Everything that has to know one of these asks here. Nothing that somebody sent is imported: a class comes from a package
+that is installed, or from a module that the running program has imported itself.
+"""
 
 from __future__ import annotations
 
+import importlib
+import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import packages_distributions
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+import yaml
 from torch import nn
 
-from flora.errors import UserError
+from flora.errors import UserError, user_errors
 from flora.layers.layout import Layout, of_module
 from flora.storage.tensors import check_exists, read_json
+
+ALWAYS_KNOWN = ("flora", "transformers")  # packages that every installation has
+AUTO_CLASSES = {  # task_type of an adapter config -> the class of transformers that PEFT pairs it with
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+}
+DOWNLOADED = ("model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")  # of a model on the hub
+
+
+# ---- what is known without weights -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Base:
-    """A base model, as far as conversion needs it.
+    """A base model without its weights.
 
     Attributes:
         shapes: the full name of a parameter -> its shape; those of a quantised or sharded weight are left out.
@@ -30,16 +53,19 @@ class Base:
     model: nn.Module
 
 
-def open_base(base: nn.Module | str | Path) -> Base:
+def open_base(base: Base | nn.Module | str | Path) -> Base:
     """Reads a base model: a module (the meta device will do), or a folder of transformers or diffusers.
 
     Args:
-        base: a folder is built from its ``config.json`` on the meta device, so no weight is read.
+        base: a folder is built from its ``config.json`` on the meta device, so no weight is read; one that is open
+            already comes back as it is.
 
     Raises:
         FileNotFoundError: the folder or its config does not exist.
-        ValueError: the config names no class that is installed.
+        UserError: the config names no class that is installed.
     """
+    if isinstance(base, Base):
+        return base
     model = base if isinstance(base, nn.Module) else _build(check_exists(Path(base), "base model"))
     shapes = {
         name: tuple(parameter.shape)
@@ -49,35 +75,197 @@ def open_base(base: nn.Module | str | Path) -> Base:
     return Base(shapes, of_module(model), model)
 
 
-def _build(path: Path) -> nn.Module:
-    config = read_json(path / "config.json")
-    with torch.device("meta"):
-        if "_class_name" in config:
-            return _from_diffusers(config)
-        return _from_transformers(path, config)
-
-
-def _from_diffusers(config: Mapping[str, Any]) -> nn.Module:
+def try_base(folder: Path) -> Base | None:
+    """:func:`open_base`, or None where the folder has no config, or its config names no class that is installed."""
+    if not (folder / "config.json").is_file():
+        return None
     try:
-        import diffusers
-    except ImportError:
-        raise UserError(f"the base is a diffusers {config['_class_name']}: pip install diffusers") from None
-    found = getattr(diffusers, str(config["_class_name"]), None)
-    if found is None:
+        return open_base(folder)
+    except UserError:
+        return None
+
+
+def _build(folder: Path) -> nn.Module:
+    settings = read_json(folder / "config.json")
+    if "_class_name" in settings:
+        return _from_diffusers(settings)
+    names = [name for name in settings.get("architectures") or [] if isinstance(name, str)]
+    if not names or stored_class(settings) is None:
         raise UserError(
-            f"diffusers {diffusers.__version__} has no class {config['_class_name']!r}; install a newer one"
-        )
-    return found.from_config(dict(config))  # type: ignore[no-any-return]
-
-
-def _from_transformers(path: Path, config: Mapping[str, Any]) -> nn.Module:
-    import transformers
-
-    names = config.get("architectures") or []
-    found = getattr(transformers, names[0], None) if names else None
-    if found is None:
-        raise UserError(
-            f"{path / 'config.json'} names no installed architecture (architectures: {names}); pass the model "
+            f"{folder / 'config.json'} names no installed architecture (architectures: {names}); pass the model "
             "itself as base in Python"
         )
-    return found(transformers.AutoConfig.from_pretrained(path))  # type: ignore[no-any-return]
+    return meta_model(str(folder))
+
+
+def _from_diffusers(settings: Mapping[str, Any]) -> nn.Module:
+    found = stored_class(settings)
+    if found is None:
+        import diffusers
+
+        raise UserError(
+            f"diffusers {diffusers.__version__} has no class {settings['_class_name']!r}; install a newer one"
+        )
+    with torch.device("meta"), user_errors(Exception, about=f"the config of a {settings['_class_name']}"):
+        return cast("nn.Module", found.from_config(dict(settings)))
+
+
+def meta_model(source: str) -> nn.Module:
+    """A model of transformers without weights, of the class that its config names.
+
+    Args:
+        source: a hub id, a folder, or a config as JSON or YAML.
+
+    Raises:
+        UserError: there is no such config, or transformers does not know it.
+    """
+    from transformers import AutoModel
+
+    try:
+        config = _transformers_config(source)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"no config of a transformers model in {source!r}: {reason}") from None
+
+    found = stored_class({"architectures": config.architectures})
+    build = AutoModel.from_config if found is None else found
+    if found is None and type(config) not in AutoModel._model_mapping:
+        build = _only_class_of(config, source)
+    # Whatever transformers raises here, it is of a config that it did not write or cannot build.
+    with torch.device("meta"), user_errors(Exception, about=f"no model can be built from the config in {source!r}"):
+        return cast("nn.Module", build(config))
+
+
+def _only_class_of(config: Any, source: str) -> Any:
+    """The one class that takes a config which no auto class knows, such as that of a vocoder."""
+    from transformers import PreTrainedModel
+
+    module = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+    classes = [each for each in vars(module).values() if isinstance(each, type) and issubclass(each, PreTrainedModel)]
+    takers = [each for each in classes if each.config_class is type(config) and not each.__name__.endswith("Model")]
+    if len(takers) != 1:
+        names = ", ".join(each.__name__ for each in takers) or "none that is known"
+        raise UserError(f'the config in {source!r} names no class; add to it "architectures": one of {names}')
+    return takers[0]
+
+
+def _transformers_config(source: str) -> Any:
+    from transformers import AutoConfig
+
+    path = Path(source)
+    if not path.is_file():
+        return AutoConfig.from_pretrained(source)
+    text = path.read_text(encoding="utf-8")
+    values = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise UserError("it has no model_type")
+    return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+# ---- which class -----------------------------------------------------------------------------------------------------
+
+
+def stored_class(settings: Mapping[str, Any]) -> Any:
+    """The installed class that the ``config.json`` of a model names, or None."""
+    if "_class_name" in settings:
+        try:
+            import diffusers
+        except ImportError:
+            raise UserError(f"the base is a diffusers {settings['_class_name']}: pip install diffusers") from None
+        library, names = cast("Any", diffusers), [settings["_class_name"]]
+    else:
+        import transformers
+
+        library, names = transformers, settings.get("architectures") or []
+
+    found = (getattr(library, name, None) for name in names if isinstance(name, str))
+    return next((each for each in found if isinstance(each, type) and issubclass(each, nn.Module)), None)
+
+
+def adapted_class(config: Mapping[str, Any], folder: Path) -> Any:
+    """The class of the base model, or an auto class of transformers, that the config of an adapter names.
+
+    Args:
+        config: of the adapter.
+        folder: of the adapter, for messages; nothing in it is imported.
+
+    Raises:
+        UserError: it names none, or one that is not installed.
+    """
+    mapping, task = config.get("auto_mapping"), config.get("task_type")
+    if mapping:
+        module, name = _named_class(mapping, folder)
+        found = getattr(module, name, None)
+        if not (isinstance(found, type) and issubclass(found, nn.Module)):
+            raise UserError(f"{folder}: auto_mapping names {name!r}, which is no model in {module.__name__}")
+        return found
+    if isinstance(task, str) and task in AUTO_CLASSES:
+        return getattr(importlib.import_module("transformers"), AUTO_CLASSES[task])
+    raise UserError(
+        f"{folder / 'adapter_config.json'} says neither the class (auto_mapping) nor a task_type of "
+        f"{', '.join(AUTO_CLASSES)}; save the adapter with save_pretrained from its PeftModel"
+    )
+
+
+def _named_class(mapping: object, folder: Path) -> tuple[Any, str]:
+    """The module and the name of the class in ``auto_mapping``.
+
+    The module is imported only if it is part of an installed package. Python would also find one in the folder where a
+    command runs, and that may be a folder that somebody sent.
+    """
+    library = mapping.get("parent_library") if isinstance(mapping, Mapping) else None
+    name = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
+    if not isinstance(library, str) or not isinstance(name, str):
+        raise UserError(f"{folder}: auto_mapping is {mapping!r}, expected the names of a library and a class in it")
+    if library in sys.modules:
+        return sys.modules[library], name
+
+    package = library.partition(".")[0]
+    if package not in ALWAYS_KNOWN and package not in packages_distributions():
+        raise UserError(
+            f"{folder}: the base model's class is {library}.{name}, and {package} is not an installed package, so it "
+            "is not imported; install it, or in Python import it yourself before this call"
+        )
+    with user_errors(ImportError, about=f"{folder}: the base model's class is {library}.{name}"):
+        return importlib.import_module(library), name
+
+
+def is_stored_as(folder: Path, config: Mapping[str, Any], adapter: Path) -> bool:
+    """Whether the files of a model are of the class that an adapter was trained on.
+
+    They are not where the adapter was trained on a model with a new head, made from the files of another.
+
+    Args:
+        folder: of the model.
+        config: of the adapter; one that names no class was trained on what the files are.
+        adapter: its folder.
+    """
+    if not (config.get("auto_mapping") or config.get("task_type")):
+        return True
+    wanted, settings = adapted_class(config, adapter), read_json(folder / "config.json")
+    mapping = getattr(wanted, "_model_mapping", None)
+    if mapping is not None:  # an auto class: which one it stands for here
+        from transformers import AutoConfig
+
+        wanted = mapping.get(type(AutoConfig.from_pretrained(folder)), wanted)
+    return wanted.__name__ in [*(settings.get("architectures") or ()), settings.get("_class_name")]
+
+
+# ---- where it is -----------------------------------------------------------------------------------------------------
+
+
+def local_folder(named: str) -> Path:
+    """The folder or file of a base model on this machine; one on the hub is downloaded.
+
+    Raises:
+        FileNotFoundError: it is neither here nor on the hub.
+    """
+    if Path(named).exists():
+        return Path(named)
+    from transformers.utils.hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(named, allow_patterns=list(DOWNLOADED)))
+    except (OSError, ValueError) as error:  # not there, no network, or no name that the hub could have
+        reason = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(f"the base model {named!r} cannot be loaded ({reason}); give --base") from None

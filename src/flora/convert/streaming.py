@@ -1,20 +1,27 @@
-"""Base + adapters as one model folder: streamed shard by shard, compared with the unmerged layers, then renamed."""
+"""Base + adapters as one model folder, one weight in memory at a time; each merged layer is compared as it is written.
+
+What an adapter says of a weight of the model becomes a change of file entries (:class:`FileMap`); the files are then
+copied entry by entry, with the changes.
+"""
 
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from flora.convert.adapter import Adapter, Entry
-from flora.convert.base_model import open_base
+from flora.convert.arithmetic import in_dtype
+from flora.convert.base_model import Base, try_base
 from flora.convert.formats.filemap import FileMap
+from flora.convert.report import ROUNDING
 from flora.errors import UserError
 from flora.layers.names import TOKEN_ROWS
 from flora.storage.atomic import check_target, staged
@@ -23,18 +30,13 @@ from flora.storage.replacing import MODEL
 from flora.storage.tensors import DTYPES, read_json, stream_tensors, write_json
 from flora.tucker.form import Tucker, mode_product
 
+TORCH_DTYPES = {stored: dtype for dtype, stored in DTYPES.items()}
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
-TOLERANCE = {
-    torch.float64: 1e-6,  # adapters are float32
-    torch.float32: 1e-5,
-    torch.float16: 2e-3,
-    torch.bfloat16: 2e-2,
-}  # of the largest output
 
 
 @dataclass(frozen=True)
-class Merged:
-    """What a merge did.
+class Streamed:
+    """What was written.
 
     Attributes:
         folder: where the model was written.
@@ -56,31 +58,33 @@ class Merged:
         )
 
 
-def merge(
+def stream_merged(
     base: str | Path,
     adapters: Adapter | Sequence[tuple[Adapter, float]],
     out: str | Path,
     *,
+    known: Base | None = None,
     overwrite: bool = False,
     progress: bool = False,
     check: Callable[[Path], None] | None = None,
     companions: Iterable[Path] = (),
-) -> Merged:
-    """Writes ``base + sum of weight * adapter`` as a model folder, whole or not at all; ``base`` is only read.
+) -> Streamed:
+    """Writes ``base + sum of weight * adapter`` as a model folder, complete or not at all; ``base`` is only read.
 
     Args:
         base: a folder with safetensors, sharded or not.
         adapters: one, or several with their weights.
         out: the folder to write; config, tokenizer, index and whatever else lies beside the weights is copied.
+        known: the base model on the meta device; by default built from its config, where that names an installed class.
         overwrite: replaces ``out``.
         progress: shows a progress bar.
         check: called with the finished folder before it gets its name; what it raises prevents that.
-        companions: files to copy besides, such as the tokenizer of an adapter; they replace those of the base.
+        companions: more files to copy, such as the tokenizer of an adapter; they replace those of the base.
 
     Raises:
         FileExistsError: ``out`` exists.
         FileNotFoundError: the base, or a shard of it, is missing.
-        ValueError: an adapter does not fit the base, a result is not finite, or a merged layer computes something else.
+        UserError: an adapter does not fit the base, a result is not finite, or a merged layer computes something else.
         OSError: no space left; nothing is left behind.
     """
     base, out = Path(base), Path(out)
@@ -89,157 +93,226 @@ def merge(
     check_target(out, MODEL, overwrite=overwrite, sources=[base], also=names)
     if out.resolve() == base.resolve() or base.resolve() in out.resolve().parents:
         raise UserError(f"{out} is in the base model's own folder, which is never written to; give another output")
+
     source = Checkpoint(base)
-    plan = _Plan(source, _file_map(source, base), pairs)
+    known = try_base(base) if known is None else known
+    plan = _Plan(FileMap(source, None if known is None else known.model), pairs)
+
     with staged(out, MODEL, overwrite=overwrite, sources=[base], also=names) as work:
         work.mkdir()
         _copy_companions(source, work)
         for path in companions:
-            shutil.copy(path, work)
+            shutil.copyfile(path, work / path.name)
         _extend_index(source, work, plan)
         for file in tqdm(source.shards, desc="shards", unit="shard", disable=not progress):
-            stream_tensors(work / file, plan.layout(file), plan.tensor, source.metadata(file))
+            stream_tensors(work / file, plan.contents(file), plan.tensor, source.metadata(file))
         difference, worst = _verify(plan, Checkpoint(work))
         if check is not None:
             check(work)
-    return Merged(out, len(plan.entries) + len(plan.whole) + len(plan.rows), difference, worst)
+    return Streamed(out, plan.count, difference, worst)
 
 
-def _file_map(source: Checkpoint, base: Path) -> FileMap:
-    if not (base / "config.json").is_file():
-        return FileMap(source, None)
-    try:
-        return FileMap(source, open_base(base).model)
-    except ValueError:  # an architecture that is not installed: then the names in the files are all there is
-        return FileMap(source, None)
+class _Rows(NamedTuple):
+    """Rows of an embedding that replace those of the base: their numbers, and what they become."""
+
+    numbers: Tensor  # shape: (rows,)
+    values: Tensor  # shape: (rows, width)
 
 
 class _Plan:
-    """Which weights change by what, and in which file entries they are."""
+    """What happens to which file entry.
 
-    def __init__(self, source: Checkpoint, files: FileMap, adapters: Sequence[tuple[Adapter, float]]) -> None:
-        self.source = source
+    Attributes:
+        changes: a weight of the model -> its changes, each with the weight of its adapter.
+        places: the same weights -> the file entries that they are made of.
+        replaced: a file entry -> the whole tensor that takes its place; entries that the base lacks are added.
+        rows: a file entry -> the rows of it that are replaced.
+    """
+
+    def __init__(self, files: FileMap, adapters: Sequence[tuple[Adapter, float]]) -> None:
         self.files = files
-        self.entries: dict[str, list[tuple[Entry, float]]] = {}
-        self.whole: dict[str, Tensor] = {}
-        self.rows: dict[str, tuple[Tensor, Tensor]] = {}
-        self._recent: tuple[str, dict[str, Tensor]] = ("", {})
+        self.source = files.checkpoint
+        self.changes: dict[str, list[tuple[Entry, float]]] = {}
+        self.replaced: dict[str, Tensor] = {}
+        self.rows: dict[str, _Rows] = {}
+        self.count = 0
+
         for adapter, weight in adapters:
             for name, entry in adapter.weights.items():
-                self.entries.setdefault(name, []).append((entry, weight))
-            self._replace(adapter, weight)
-        self.places = {name: files.find(name, listed[0][0].shape) for name, listed in self.entries.items()}
-        self.owner = {key: name for name, keys in self.places.items() for key in keys}
-        for name, listed in self.entries.items():
-            self._check(name, listed)
-        for name in self.rows:
-            self._check_rows(name)
+                self.changes.setdefault(name, []).append((entry, weight))
+        self.places = {name: self._check_change(name) for name in self.changes}
+        self._owner = {key: name for name, keys in self.places.items() for key in keys}
+        self._latest: tuple[str, dict[str, Tensor]] = ("", {})
 
-    def _replace(self, adapter: Adapter, weight: float) -> None:
-        for name, (numbers, rows) in adapter.token_rows.items():
-            if weight != 1 or name in self.rows:
-                raise UserError(
-                    f"{name}: trained token rows replace those of the base model, so they can be taken from one "
-                    "adapter only, with weight 1"
-                )
-            self.rows[name] = torch.tensor(numbers), rows
-        for name, value in adapter.extras.items():
-            if name.endswith(TOKEN_ROWS):
-                continue
-            if weight != 1 or (name in self.whole and not torch.equal(self.whole[name], value)):
+        for adapter, weight in adapters:
+            for name, value in adapter.extras.items():
+                tied = adapter.extras.get(files.tied_to(name) or "")
+                if name.endswith(TOKEN_ROWS) or (tied is not None and torch.equal(tied, value)):
+                    continue  # rows come below; of two tied tensors the files have one
+                self._replace(name, value, weight)
+            for name, (numbers, values) in adapter.token_rows.items():
+                self._replace_rows(name, _Rows(torch.tensor(numbers), values), weight)
+
+        self.new = {key: value for key, value in self.replaced.items() if key not in self.source}
+        self.last = list(self.source.shards)[-1]
+        self.count = len(self.changes) + len(self.replaced) + len(self.rows)
+
+    def _check_change(self, name: str) -> list[str]:
+        """The file entries of a weight that changes."""
+        shapes = {entry.shape for entry, _ in self.changes[name]}
+        if len(shapes) > 1:
+            raise UserError(f"{name} has the shapes {', '.join(map(str, sorted(shapes)))} in the adapters")
+        keys = self.files.find(name, shapes.pop())
+        for key in keys:
+            dtype = self.source.dtype(key)
+            if dtype not in DTYPES.values():
+                raise UserError(f"{key} is stored as {dtype}; merge into the unquantised model instead")
+        return keys
+
+    def _replace(self, name: str, value: Tensor, weight: float) -> None:
+        """A whole tensor of the adapter, under the names of its file entries."""
+        shape = tuple(value.shape)
+        key = self.files.entry(name)
+        if key is not None and self.source.shape(key) != shape:
+            raise UserError(
+                f"{name} has shape {self.source.shape(key)} in {self.source.path} and {shape} in the adapter, which "
+                "replaces it as a whole; give the base model with that head, as it was trained on"
+            )
+        if self.files.model is None and key is None:
+            self._check_no_other_name(name)
+
+        for key, part in self.files.split(name, value).items():
+            before = self.replaced.get(key)
+            if weight != 1 or (before is not None and not torch.equal(before, part)):
                 raise UserError(
                     f"{name} is a whole tensor, which replaces the base model's: it can be taken from one adapter "
                     "only, with weight 1; leave it out of the others (--drop-extras)"
                 )
-            if name in self.source and self.source.shape(name) != value.shape:
-                raise UserError(
-                    f"{name} has shape {self.source.shape(name)} in {self.source.path} and {tuple(value.shape)} in the "
-                    "adapter, which replaces it as a whole; give the base model with that head, as it was trained on"
-                )
-            self.whole[name] = value
+            if key in self._owner:
+                raise UserError(f"{name} is changed and replaced as a whole as well; leave one of them out")
+            self.replaced[key] = part
 
-    def _check(self, name: str, listed: Sequence[tuple[Entry, float]]) -> None:
-        shapes = {entry.shape for entry, _ in listed}
-        if len(shapes) > 1:
-            raise UserError(f"{name} has the shapes {', '.join(map(str, sorted(shapes)))} in the adapters")
-        for key in self.places[name]:
-            dtype = self.source.dtype(key)
-            if dtype not in DTYPES.values():
-                raise UserError(f"{key} is stored as {dtype}; merge into the unquantised model instead")
-
-    def _check_rows(self, name: str) -> None:
-        numbers, rows = self.rows[name]
-        if name in self.entries or name in self.whole:
-            raise UserError(f"{name} is changed as a whole and has trained token rows; merge it with PEFT instead")
-        if name not in self.source:
-            raise UserError(f"{self.source.path} has no weight {name!r}, of which the adapter trained token rows")
-        shape = self.source.shape(name)
-        if rows.shape[1:] != shape[1:] or int(numbers.max()) >= shape[0]:
+    def _check_no_other_name(self, name: str) -> None:
+        """Without the model, a tensor that the files lack could be in them under a longer or shorter name."""
+        near = [key for key in self.source if key.endswith(f".{name}") or name.endswith(f".{key}")]
+        if near:
             raise UserError(
-                f"{name} has shape {shape} in {self.source.path}, and the adapter trained its rows {numbers.tolist()} "
-                f"of shape {tuple(rows.shape)}; give the base model that the adapter was trained on"
+                f"{self.source.path} has no tensor {name!r} and may have it as {near[0]!r}; its config.json names no "
+                "installed class that could tell"
             )
 
-    def change(self, name: str) -> Tensor:
-        """The sum of the changes of a weight."""
-        return cast("Tensor", sum(weight * entry.dense().float() for entry, weight in self.entries[name]))
+    def _replace_rows(self, name: str, rows: _Rows, weight: float) -> None:
+        key = self.files.entry(name)
+        if weight != 1 or (key is not None and key in self.rows):
+            raise UserError(
+                f"{name}: trained token rows replace those of the base model, so they can be taken from one "
+                "adapter only, with weight 1"
+            )
+        if key is None:
+            raise UserError(f"{self.source.path} has no weight {name!r}, of which the adapter trained token rows")
+        if key in self._owner or key in self.replaced:
+            raise UserError(f"{name} is changed as a whole and has trained token rows; merge it with PEFT instead")
 
-    def layout(self, file: str) -> list[tuple[str, str, tuple[int, ...]]]:
-        """Name, dtype and shape of what goes into a file: what was there, and new whole tensors in the last one."""
-        listed = [(name, self.source.dtype(name), self.source.shape(name)) for name in self.source.shards[file]]
+        shape = self.source.shape(key)
+        if rows.values.shape[1:] != shape[1:] or int(rows.numbers.max()) >= shape[0]:
+            raise UserError(
+                f"{name} has shape {shape} in {self.source.path}, and the adapter trained its rows "
+                f"{rows.numbers.tolist()} of shape {tuple(rows.values.shape)}; give the base model that the adapter "
+                "was trained on"
+            )
+        self.rows[key] = rows
+
+    def contents(self, file: str) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Name, dtype and shape of what goes into a file: what was there, and new tensors in the last one."""
+        listed = [(key, self.source.dtype(key), self.source.shape(key)) for key in self.source.shards[file]]
         if file == self.last:
-            listed += [(name, DTYPES[value.dtype], tuple(value.shape)) for name, value in self.new.items()]
+            listed += [(key, DTYPES[value.dtype], tuple(value.shape)) for key, value in self.new.items()]
         return listed
 
-    @property
-    def last(self) -> str:
-        """The last file."""
-        return list(self.source.shards)[-1]
-
-    @property
-    def new(self) -> dict[str, Tensor]:
-        """The whole tensors that the base does not have."""
-        return {name: value for name, value in self.whole.items() if name not in self.source}
-
     def tensor(self, key: str) -> Tensor:
-        """One file entry, with the changes added."""
-        if key not in self.source:
-            return self.whole[key]
+        """One file entry as it is written."""
+        if key in self.new:
+            return self.new[key]
+        if key in self._owner:
+            return self._merged(self._owner[key])[key]
+
         old = self.source.get(key)
-        if key in self.whole:
-            return self.whole[key].to(old.dtype)
+        if key in self.replaced:
+            return self.replaced[key].to(old.dtype)
         if key in self.rows:
-            numbers, rows = self.rows[key]
-            return old.index_copy(0, numbers, rows.to(old.dtype))
-        if key not in self.owner:
-            return old
-        name = self.owner[key]
-        if self._recent[0] != name:  # the entries of one weight follow each other
-            self._recent = (name, self.files.split(name, self.change(name)))
-        result = _add(old, self._recent[1][key])
-        if not torch.isfinite(result).all():
-            raise UserError(f"{key} would have NaN or infinite entries after the merge; nothing was written")
-        return result
+            rows = self.rows[key]
+            return old.index_copy(0, rows.numbers, rows.values.to(old.dtype))
+        return old
+
+    def _merged(self, name: str) -> dict[str, Tensor]:
+        """The entries of a merged weight; kept until another weight is asked for, as they follow each other."""
+        if self._latest[0] != name:
+            self._latest = ("", {})  # the one before goes first
+            self._latest = (name, self._merge(name))
+        return self._latest[1]
+
+    def _merge(self, name: str) -> dict[str, Tensor]:
+        weight = self.files.read(name, self.changes[name][0][0].shape)
+        merged = _add(weight, self.changes[name])
+        written = {
+            key: value.to(TORCH_DTYPES[self.source.dtype(key)]) for key, value in self.files.split(name, merged).items()
+        }
+        for key, value in written.items():
+            if not torch.isfinite(value).all():
+                raise UserError(f"{key} would have NaN or infinite entries after the merge; nothing was written")
+        return written
 
 
-def _add(old: Tensor, change: Tensor) -> Tensor:
-    return old + change if old.dtype == torch.float64 else (old.float() + change).to(old.dtype)
+def _add(weight: Tensor, changes: Sequence[tuple[Entry, float]]) -> Tensor:
+    """``weight + sum of the changes``, in float64 for a weight in float64, else in float32."""
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    total = weight.to(dtype)
+    for entry, factor in changes:
+        total = total + factor * in_dtype(entry, dtype).dense()
+    return total
 
 
 def _copy_companions(source: Checkpoint, work: Path) -> None:
     """Whatever lies beside the weights: config, tokenizer, index, generation settings."""
     if source.path.is_file():
         return
-    for path in source.folder.rglob("*"):
+    paths = [path for path in sorted(source.folder.rglob("*")) if path.suffix not in WEIGHT_FILES]
+    for path in files_inside(source.folder, paths):
         inside = path.relative_to(source.folder)
-        hidden = any(part.startswith(".") for part in inside.parts)
-        if path.is_file() and not hidden and path.suffix not in WEIGHT_FILES:
+        if not any(part.startswith(".") for part in inside.parts):
             (work / inside).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, work / inside)
 
 
+def files_inside(folder: Path, paths: Iterable[Path]) -> list[Path]:
+    """The files among the paths that are in the folder for real: a link out of it is passed over with a warning.
+
+    Whoever made a model or an adapter could otherwise have a file of the reader's copied into what they publish. The
+    cache of the Hugging Face hub keeps its files beside its snapshots and links to them, which is allowed.
+    """
+    homes = [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":
+        homes.append(folder.resolve().parents[1] / "blobs")
+
+    kept, outside = [], []
+    for path in paths:
+        if not path.is_file():
+            continue
+        if any(path.resolve().is_relative_to(home) for home in homes):
+            kept.append(path)
+        else:
+            outside.append(path)
+    if outside:
+        warnings.warn(
+            f"{outside[0]} is a link out of {folder} and is not copied ({len(outside)} such files); put the file "
+            "itself there if the merged model needs it",
+            stacklevel=3,
+        )
+    return kept
+
+
 def _extend_index(source: Checkpoint, work: Path, plan: _Plan) -> None:
-    """Names the new whole tensors in the copied index."""
+    """Names the new tensors in the copied index."""
     if source.index is not None and plan.new:
         index = read_json(work / source.index.name)
         index["weight_map"].update(dict.fromkeys(plan.new, plan.last))
@@ -248,29 +321,32 @@ def _extend_index(source: Checkpoint, work: Path, plan: _Plan) -> None:
 
 def _verify(plan: _Plan, written: Checkpoint) -> tuple[float, str]:
     """Every changed weight, read back, against the base weight with the factored update beside it, on random inputs."""
-    largest, worst = 0.0, next(iter(plan.entries), "")
+    largest, worst = 0.0, next(iter(plan.changes), "")
     generator = torch.Generator().manual_seed(0)
-    for name, listed in plan.entries.items():
+    for name, listed in plan.changes.items():
         shape = listed[0][0].shape
-        old = plan.files.join(name, shape, {key: plan.source.get(key) for key in plan.places[name]})
-        new = plan.files.join(name, shape, {key: written.get(key) for key in plan.places[name]})
+        old, new = plan.files.read(name, shape), plan.files.read(name, shape, written)
+
         inputs = [torch.randn(4, size, generator=generator, dtype=torch.float64) for size in shape[1:]]
         expected = _apply(Tucker(old.double(), (None,) * old.ndim), inputs)
         for entry, weight in listed:
             expected = expected + weight * entry.scale * _apply(entry.stored_form(), inputs)
         difference = float((_apply(Tucker(new.double(), (None,) * new.ndim), inputs) - expected).abs().max())
+
         relative = difference / max(float(expected.abs().max()), 1e-30)
-        if not relative <= TOLERANCE[old.dtype]:
+        stored = TORCH_DTYPES[written.dtype(plan.places[name][0])]
+        if not relative <= ROUNDING[stored].weight:
             raise UserError(
                 f"{name}: the merged layer differs from the unmerged by {relative:.1e}; nothing was written"
             )
         largest, worst = max((largest, worst), (relative, name))
-    for name, value in plan.whole.items():
-        if not torch.equal(written.get(name), value.to(written.get(name).dtype)):
-            raise UserError(f"{name} was not written as the adapter has it; nothing was written")
-    for name, (numbers, rows) in plan.rows.items():
-        if not torch.equal(written.get(name)[numbers], rows.to(written.get(name).dtype)):
-            raise UserError(f"{name} was not written with the rows of the adapter; nothing was written")
+
+    for key, value in plan.replaced.items():
+        if not torch.equal(written.get(key), value.to(written.get(key).dtype)):
+            raise UserError(f"{key} was not written as the adapter has it; nothing was written")
+    for key, rows in plan.rows.items():
+        if not torch.equal(written.get(key)[rows.numbers], rows.values.to(written.get(key).dtype)):
+            raise UserError(f"{key} was not written with the rows of the adapter; nothing was written")
     return largest, worst
 
 

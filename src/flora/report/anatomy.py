@@ -12,8 +12,8 @@ from tabulate import tabulate
 from torch import Tensor
 
 from flora.convert import load
+from flora.convert.arithmetic import core_in_orthonormal_basis
 from flora.storage.size import size
-from flora.tucker.form import Tucker, mode_product
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #222 }
@@ -23,18 +23,6 @@ th { border-bottom: 2px solid #888 }
 th:first-child, td:first-child, td:last-child { text-align: left }
 .bar { display: inline-block; height: .8em; background: #4c78a8 }
 """
-
-
-def core_in_orthonormal_basis(form: Tucker) -> Tensor:
-    """The core with each factor's QR triangle multiplied in: norm and singular values are those of the dense tensor.
-
-    shape: (min(I1, J1), ..., min(IN, JN)), in float64.
-    """
-    core = form.core.double()
-    for mode, factor in enumerate(form.factors):
-        if factor is not None:
-            core = mode_product(core, torch.linalg.qr(factor.double(), mode="r").R, mode)
-    return core
 
 
 def mode_energy(core: Tensor, mode: int) -> list[float]:

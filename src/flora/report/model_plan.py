@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-import transformers
-import yaml
 from peft import get_peft_model
 from tabulate import tabulate
 from torch import nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
-from flora.errors import UserError, user_errors
+from flora.convert.base_model import meta_model
+from flora.errors import user_errors
+from flora.layers.names import PREFIX, module_of
 from flora.layers.planning import KINDS, plan
 from flora.layers.table import find_layer, refusal
 from flora.storage.size import size
@@ -78,45 +75,17 @@ def model_plan(model: str, adapter: dict[str, Any], *, positions: int = 4096) ->
     }
 
 
-def meta_model(model: str) -> PreTrainedModel:
-    """The model without weights, of the class that its config names.
-
-    Raises:
-        ValueError: there is no such config, or transformers does not know it.
-    """
-    try:
-        config = _config(model)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"no config of a transformers model in {model!r}: {reason}") from None
-    names = [name for name in config.architectures or [] if hasattr(transformers, name)]
-    with torch.device("meta"):
-        built = getattr(transformers, names[0])(config) if names else AutoModel.from_config(config)
-    return cast("PreTrainedModel", built)
-
-
-def _config(model: str) -> PretrainedConfig:
-    path = Path(model)
-    if not path.is_file():
-        return cast("PretrainedConfig", AutoConfig.from_pretrained(model))
-    text = path.read_text(encoding="utf-8")
-    values = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
-    if not isinstance(values, dict) or "model_type" not in values:
-        raise UserError("it has no model_type")
-    return AutoConfig.for_model(values.pop("model_type"), **values)
-
-
 def _generic(name: str) -> str:
     """A module's name with its numbers replaced, so that the blocks of a model are one line."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _rows(adapted: nn.Module, positions: int) -> Iterator[Row]:
-    for name, module in adapted.named_modules():
-        if not isinstance(module, FloraLayer):
-            continue
+    found = {name: module for name, module in adapted.named_modules() if isinstance(module, FloraLayer)}
+    wrappers = {name.removeprefix(PREFIX) for name in found}
+    for name, module in found.items():
         base = module.get_base_layer()
-        name = name.removeprefix("base_model.model.").replace(".base_layer", "")  # parameters of one module are nested
+        name = module_of(name, wrappers)
         for inner, delta in module.named_modules():
             if isinstance(delta, TuckerDelta) and not inner.startswith("base_layer."):
                 weight = inner.partition(".")[0].removeprefix("tucker_")
@@ -148,7 +117,7 @@ def _left_out(adapted: nn.Module) -> Iterator[tuple[str, str]]:
             inside.append(f"{name}.")
         elif next(module.parameters(recurse=False), None) is not None:
             reason = refusal(module) if find_layer(module) else "not in the table of layers"
-            label = f"{_generic(name.removeprefix('base_model.model.'))} ({type(module).__name__})"
+            label = f"{_generic(name.removeprefix(PREFIX))} ({type(module).__name__})"
             yield label, reason or "not among target_modules"
 
 

@@ -1,100 +1,113 @@
-"""From an output folder back to models: the base it names, and the adapter on it."""
+"""From an output folder back to models: the settings of its run, the base that it names, and the adapter on it."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
+import yaml
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
+from flora.convert.base_model import adapted_class
 from flora.data.records import head_options
 from flora.errors import UserError, user_errors
-from flora.runs.run_folder import ADAPTER, ADAPTER_CONFIG, LABELS
-from flora.runs.run_folder import CONFIG as FILE
-from flora.runs.settings import read
+from flora.runs.run_folder import ADAPTER, ADAPTER_CONFIG, RunFolder
+from flora.runs.settings import Settings, read
 from flora.storage.atomic import read_json
 from flora.storage.progress import hidden_bars
-
-AUTO_CLASSES = {  # task_type of an adapter config -> the class of transformers that PEFT pairs it with
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "FEATURE_EXTRACTION": "AutoModel",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-}
+from flora.storage.tensors import read_tensors
 
 
-def check_adapter(folder: Path) -> dict[str, Any]:
-    """Checks that a folder holds a whole adapter of finite numbers.
+def read_run(folder: Path, overrides: Iterable[str] = (), *, run_recipe_file: bool = False) -> Settings:
+    """The settings of the run that wrote a folder.
 
-    Returns:
-        What is in ``adapter_config.json``.
+    Args:
+        folder: that ``train`` wrote.
+        overrides: ``key=value`` items that replace what the folder says.
+        run_recipe_file: runs the Python file that the folder names as its recipe. A folder that somebody sent can name
+            any file, so this is only for one's own; packaged recipes go by name and need no such word.
 
     Raises:
-        FileNotFoundError: the folder or a file is missing.
-        ValueError: a file is truncated or corrupt, or a tensor has NaN or infinite entries; names it.
+        FileNotFoundError: the folder has no ``config.yaml``.
+        UserError: the settings cannot be used, or name a Python file and ``run_recipe_file`` is not set.
+    """
+    run = RunFolder(folder)
+    path = run.config
+    if not run.is_begun:
+        raise FileNotFoundError(f"{path} does not exist; give a folder that `flora train` wrote")
+    if not run_recipe_file and (file := _recipe_file(path)) is not None:
+        raise UserError(
+            f"the recipe that {path} names is the Python file {file}, which is not run unasked: a folder that somebody "
+            "sent can name any file. If it is yours, add --run-recipe-file"
+        )
+    return read(str(path), overrides)
+
+
+def _recipe_file(path: Path) -> str | None:
+    """The Python file that a config names as its recipe, or None where it goes by a packaged name."""
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return None  # whoever reads it next says what is wrong
+    name = given.get("recipe") if isinstance(given, dict) else None
+    return name if isinstance(name, str) and name.endswith(".py") else None
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """What is in ``adapter_config.json``.
+
+    Raises:
+        FileNotFoundError: the folder, its config or its tensors are missing.
+        UserError: the config is not a JSON object.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist; give the folder of an adapter")
-    config = cast("dict[str, Any]", read_json(folder / ADAPTER_CONFIG))
+    config = read_json(folder / ADAPTER_CONFIG)
     if not (folder / ADAPTER).is_file():
         raise FileNotFoundError(f"{folder} has no {ADAPTER}; the training that writes it has not ended")
-    for key, tensor in read_safetensors(folder / ADAPTER).items():
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{folder / ADAPTER}: {key} has NaN or infinite entries; the training diverged")
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / ADAPTER_CONFIG} holds a {type(config).__name__}, expected a JSON object")
     return config
 
 
-def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a file.
-
-    Raises:
-        ValueError: the file is truncated or corrupt.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
-    except SafetensorError as error:
-        raise UserError(f"{path} is truncated or corrupt ({error}); copy it again, or train again") from None
-
-
-def load_base(folder: Path, base: str | None = None) -> PreTrainedModel:
+def load_base(folder: Path, base: str | None = None, *, run_recipe_file: bool = False) -> PreTrainedModel:
     """The base model that an adapter was trained on.
 
     Args:
         folder: of the adapter. Its config names the base and, unless it has a task type, the class.
         base: a local folder or hub id to take instead of the one that is named.
+        run_recipe_file: see :func:`read_run`; asked only where the recipe has to make its model again.
 
     Raises:
         FileNotFoundError: the base is neither a local folder nor known to the hub, and no recipe can make it again.
-        ValueError: the folder does not say which class the base has.
+        UserError: the folder does not say which class the base has.
     """
-    config = check_adapter(folder)
+    config = read_adapter_config(folder)
     where = base or config.get("base_model_name_or_path")
     if not where:
         raise UserError(f"{folder / ADAPTER_CONFIG} names no base model; give it with --base")
+
+    # A recipe knows how its model is loaded: the size of the head, the part of a pipeline. One that makes its own base
+    # makes it again where the cache was cleared, or on another machine.
     absent = base is None and Path(where).is_absolute() and not Path(where).is_dir()
-    if (folder / FILE).is_file() and (absent or not (folder / LABELS).is_file()):
-        settings = read(str(folder / FILE))
-        # A recipe knows how its model is loaded: the size of the head, the part of a pipeline. One that makes its own
-        # base makes it again where the cache was cleared, or on another machine.
+    run = RunFolder(folder)
+    labels = run.labels()
+    if run.is_begun and (absent or labels is None):
+        settings = read_run(folder, run_recipe_file=run_recipe_file)
         if hasattr(settings.task, "model"):
             task = settings.task if base is None else replace(settings.task, model=base)
             return settings.load_recipe().load_base(task)
         if absent:
             return settings.load_recipe().load_base(settings.task)
+
+    head = {} if labels is None else head_options(labels)
     try:
         with hidden_bars() if Path(where).is_dir() else nullcontext():  # a download has a bar
-            head = head_options(read_json(folder / LABELS)) if (folder / LABELS).is_file() else {}
-            return cast("PreTrainedModel", model_class(config, folder).from_pretrained(where, **head))
+            return cast("PreTrainedModel", adapted_class(config, folder).from_pretrained(where, **head))
     except OSError as error:
         reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(
@@ -102,30 +115,25 @@ def load_base(folder: Path, base: str | None = None) -> PreTrainedModel:
         ) from None
 
 
-def model_class(config: Mapping[str, Any], folder: Path) -> Any:
-    """The class of the base model, or an auto class of transformers, that an adapter config names.
-
-    Raises:
-        ValueError: it names none.
-    """
-    mapping, task = config.get("auto_mapping"), config.get("task_type")
-    if mapping:
-        return getattr(importlib.import_module(mapping["parent_library"]), mapping["base_model_class"])
-    if task in AUTO_CLASSES:
-        return getattr(importlib.import_module("transformers"), AUTO_CLASSES[task])
-    raise UserError(
-        f"{folder / ADAPTER_CONFIG} says neither the class (auto_mapping) nor a task_type of "
-        f"{', '.join(AUTO_CLASSES)}; save the adapter with save_pretrained from its PeftModel"
-    )
-
-
 def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     """The base model with the adapter of the folder on it, in evaluation mode.
 
     Raises:
-        ValueError: a file is corrupt, or the adapter does not fit; names the first layer that differs.
+        FileNotFoundError: the folder or a file is missing.
+        UserError: a file is truncated or corrupt, a tensor has NaN or infinite entries, or the adapter does not fit;
+            names the first layer that differs.
     """
-    check_adapter(folder)
+    read_adapter_config(folder)
+    read_tensors(folder / ADAPTER)
+    return attach(base, folder)
+
+
+def attach(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """:func:`load_adapter` of a folder that was checked before.
+
+    Raises:
+        UserError: the adapter does not fit; names the first layer that differs.
+    """
     try:
         with user_errors(ValueError):
             return PeftModel.from_pretrained(base, str(folder)).eval()

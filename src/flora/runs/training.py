@@ -22,7 +22,7 @@ from flora.report.card import model_card
 from flora.report.plots import loss_curve
 from flora.report.provenance import provenance
 from flora.runs.divergence import check_weights, stopping_where_it_diverges
-from flora.runs.reloading import load_adapter, load_base
+from flora.runs.reloading import load_adapter, load_base, read_run
 from flora.runs.resuming import check_same, is_done
 from flora.runs.run_folder import (
     ADAPTER,
@@ -37,7 +37,7 @@ from flora.runs.run_folder import (
     take_place,
 )
 from flora.runs.schedule import check_schedule, fit_to_data
-from flora.runs.settings import Settings, read
+from flora.runs.settings import Settings
 from flora.storage.atomic import Claim, read_json, write_json, write_text
 from flora.storage.progress import show_loss
 from flora.storage.system import sync
@@ -297,13 +297,16 @@ def _write(
         write_json(staged / METRICS, metrics)
 
 
-def evaluate(folder: Path, overrides: Iterable[str] = (), split: str = "test") -> tuple[dict[str, float], bool | None]:
+def evaluate(
+    folder: Path, overrides: Iterable[str] = (), split: str = "test", *, run_recipe_file: bool = False
+) -> tuple[dict[str, float], bool | None]:
     """Loads a trained folder and measures it.
 
     Args:
         folder: that ``train`` wrote.
         overrides: ``task.key=value`` items, to measure on other data than it was trained for.
         split: "train", "validation" or "test".
+        run_recipe_file: runs the Python file that the folder names as its recipe; only for one's own.
 
     Returns:
         The metrics, and whether they equal those that were measured at the end of training; None where there are none
@@ -315,10 +318,8 @@ def evaluate(folder: Path, overrides: Iterable[str] = (), split: str = "test") -
     overrides = list(overrides)
     if other := [item for item in overrides if not item.startswith("task.")]:
         raise UserError(f"{other[0]!r}: only the settings of the data can change here, as task.key=value")
+    settings = read_run(folder, overrides, run_recipe_file=run_recipe_file)
     run = RunFolder(folder)
-    if not run.is_begun:
-        raise FileNotFoundError(f"{run.config} does not exist; give a folder that `flora train` wrote")
-    settings = read(str(run.config), overrides)
     recipe = settings.load_recipe()
     data = recipe.load_data(settings.task, settings.seed)
     dataset = data.split(split)
@@ -328,7 +329,7 @@ def evaluate(folder: Path, overrides: Iterable[str] = (), split: str = "test") -
             f"the data has the classes {data.labels}, but {folder} was trained for {trained_for}; "
             "give these as task.labels"
         )
-    base = recipe.load_base(settings.task) if not overrides else load_base(folder)
+    base = recipe.load_base(settings.task) if not overrides else load_base(folder, run_recipe_file=run_recipe_file)
     model = load_adapter(base, folder)
     arguments = training_arguments(settings, folder, save_strategy="no")
     metrics = measure(make_trainer(model, recipe, data, arguments), dataset)

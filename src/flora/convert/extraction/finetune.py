@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flora.convert.adapter import Adapter, Entry
-from flora.convert.base_model import Base, open_base
+from flora.convert.base_model import Base, try_base
 from flora.convert.extraction.allocation import FIRST, Choice, choices, for_energy, is_cut, spend
 from flora.convert.extraction.store import Store
 from flora.convert.formats.filemap import FileMap
@@ -113,7 +113,7 @@ def extract(
             or nothing differs.
     """
     check_request(rank, energy, budget)
-    job = _Job(Checkpoint(base), Checkpoint(tuned), _model(Path(base)), progress)
+    job = _Job(Checkpoint(base), Checkpoint(tuned), try_base(Path(base)), progress)
     request = {"rank": rank, "energy": energy, "budget": budget, "kernel_r": kernel_r}
     store = None if work is None else Store(Path(work), _fingerprint(job, request))
     chosen: dict[str, Choice] | None = None
@@ -222,17 +222,12 @@ class _Job:
 
     def delta(self, name: str) -> Tensor:
         """``tuned - base`` in float32, folded to the N-d tensor that is decomposed."""
-        changes = {key: _difference(self.base.get(key), self.tuned.get(key)) for key in self.places[name]}
-        delta = self.files.join(name, self.shape(name), changes)
+        shape = self.shape(name)
+        old, new = (self.files.read(name, shape, source) for source in (self.base, self.tuned))
+        delta = new.float() - old.float() if new.is_floating_point() else torch.zeros(shape)
         if not torch.isfinite(delta).all():
             raise UserError(f"{name} has NaN or infinite entries in {self.base.path} or {self.tuned.path}")
         return delta.reshape(self.form_shape(name))
-
-
-def _difference(old: Tensor, new: Tensor) -> Tensor:
-    if not new.is_floating_point():
-        return torch.zeros(new.shape)
-    return new.float().sub(old.float())
 
 
 def _is_matrix_like(name: str, shape: tuple[int, ...]) -> bool:
@@ -245,16 +240,6 @@ def _axes(layout: Layout | None, delta: Tensor, name: str) -> tuple[str, ...]:
     if layout is not None and layout.fold is not None:
         return tuple(f"d{mode}" for mode in range(delta.ndim))
     return from_shape(name, tuple(delta.shape)).axes
-
-
-def _model(base: Path) -> Base | None:
-    """The base model on the meta device, where its config names one that is installed."""
-    if not (base / "config.json").is_file():
-        return None
-    try:
-        return open_base(base)
-    except ValueError:
-        return None
 
 
 def _spend(job: _Job, store: Store | None, budget: int) -> dict[str, Choice]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from flora.convert.adapter import Adapter, Entry
+from flora.convert.arithmetic import dense_change
 from flora.errors import UserError
 from flora.layers.layout import Layout, layout_from_json
 from flora.storage.tensors import open_tensors, read_tensors, write_tensors
@@ -28,7 +29,7 @@ def write(adapter: Adapter, path: Path) -> list[str]:
             f"the adapter trained token rows of {next(iter(adapter.token_rows))}, which are neither a change nor a "
             "whole tensor; merge the adapter (flora merge), or leave them out with --drop-extras"
         )
-    tensors = {name: entry.dense() for name, entry in adapter.weights.items()}
+    tensors = {name: dense_change(name, entry) for name, entry in adapter.weights.items()}
     tensors.update({_WHOLE + name: value for name, value in adapter.extras.items()})
     note = {
         name: replace(entry.layout, fold=None).to_json()

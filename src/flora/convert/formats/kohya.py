@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flora.convert.adapter import Adapter, Entry
+from flora.convert.arithmetic import dense_change
 from flora.convert.formats.pairs import pad, split, trim
 from flora.errors import UserError
 from flora.layers.layout import Layout, layout_from_json
@@ -76,7 +77,7 @@ def write(adapter: Adapter, path: Path, *, prefix: str = "lycoris", mid: bool = 
                 f"{owners[stem]} and {name} would both have the key {stem}; Kohya names cannot tell them apart"
             )
         owners[stem] = name
-        parts = _parts(entry, adapter.layout(name), mid)
+        parts = _parts(name, entry, adapter.layout(name), mid)
         tensors.update({f"{stem}.{part}": value.to(entry.form.core.dtype) for part, value in parts.items()})
         if "diff" in parts:
             remarks.append(f"{name}: the whole change as .diff (LyCORIS, ComfyUI)")
@@ -89,7 +90,7 @@ def write(adapter: Adapter, path: Path, *, prefix: str = "lycoris", mid: bool = 
     return remarks
 
 
-def _parts(entry: Entry, layout: Layout, mid: bool) -> dict[str, Tensor]:
+def _parts(name: str, entry: Entry, layout: Layout, mid: bool) -> dict[str, Tensor]:
     form = entry.stored_form()
     if layout.is_plain_conv and len(layout.axes) == 4 and form.shape[2:] != (1, 1) and mid:
         return _with_mid(form, entry.scale)
@@ -98,7 +99,7 @@ def _parts(entry: Entry, layout: Layout, mid: bool) -> dict[str, Tensor]:
         alpha = torch.tensor(float(down.shape[0]))
         up = up.reshape(*up.shape, *(1,) * (down.ndim - 2))
         return {"lora_up.weight": up, "lora_down.weight": down, "alpha": alpha}
-    return {"diff": entry.dense()}
+    return {"diff": dense_change(name, entry)}
 
 
 def _with_mid(form: Tucker, scale: float) -> dict[str, Tensor]:

@@ -1,0 +1,76 @@
+"""Random inputs of the kind that a model takes, to compare two models on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from flora.errors import UserError
+
+FRAMES = 64  # of sound features, where the model leaves their number open
+FEATURES = ("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel")  # the size of one frame
+
+
+def random_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Two random samples of the kind the model takes: images, volumes, token ids, sound, or noise and a prompt.
+
+    Raises:
+        UserError: the model takes something else, or its config does not say how much of it.
+    """
+    name, config = getattr(model, "main_input_name", None), model.config
+    random = torch.Generator().manual_seed(0)
+    try:
+        inputs = _inputs(name, config, random)
+    except AttributeError as error:  # a config of another kind than those with this input usually have
+        raise UserError(f"the config of {type(model).__name__} does not say how large {name!r} is ({error})") from None
+    if inputs is None:
+        raise UserError(
+            f"{type(model).__name__} takes {name!r}, and only images (pixel_values), token ids (input_ids) and sound "
+            "(input_values, input_features) can be made at random; use merge_and_unload(safe_merge=True) of PEFT"
+        )
+    return {
+        key: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
+        for key, value in inputs.items()
+    }
+
+
+def _inputs(name: str | None, config: Any, random: torch.Generator) -> dict[str, Tensor] | None:
+    if hasattr(config, "cross_attention_dim") and hasattr(config, "sample_size"):  # a UNet2DConditionModel
+        shape = (2, config.in_channels, config.sample_size, config.sample_size)
+        return {
+            "sample": torch.randn(shape, generator=random),
+            "timestep": torch.tensor([1.0, 500.0]),
+            "encoder_hidden_states": torch.randn(2, 7, config.cross_attention_dim, generator=random),
+        }
+    if name == "pixel_values":
+        return {name: torch.randn(2, *_image_shape(config), generator=random)}
+    if name == "input_ids":
+        return {name: torch.randint(0, config.get_text_config().vocab_size, (2, 16), generator=random)}
+    if name == "input_values":
+        return {name: torch.randn(2, 16000, generator=random)}
+    if name == "input_features":
+        inputs = {name: torch.randn(2, *_sound_shape(config), generator=random)}
+        if getattr(config, "is_encoder_decoder", False):
+            inputs["decoder_input_ids"] = torch.randint(0, config.vocab_size, (2, 5), generator=random)
+        return inputs
+    return None
+
+
+def _image_shape(config: Any) -> tuple[int, ...]:
+    """Channels and spatial size."""
+    vision = getattr(config, "vision_config", config)
+    size = getattr(vision, "image_size", 224)
+    return getattr(vision, "num_channels", 3), *((size, size) if isinstance(size, int) else size)
+
+
+def _sound_shape(config: Any) -> tuple[int, int]:
+    """Whisper takes (features, frames), and exactly as many as it has positions; others (frames, features)."""
+    if hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions"):
+        return config.num_mel_bins, 2 * config.max_source_positions
+    for field in FEATURES:
+        if isinstance(size := getattr(config, field, None), int):
+            return FRAMES, size
+    raise AttributeError(f"it has none of {', '.join(FEATURES)}")
