@@ -1,109 +1,225 @@
-"""How long do the steps of layers and models take on a CUDA device, and how much memory?
-
-Three modes: eager; compiled; and captured, the compiled step recorded once as a CUDA graph and replayed, which is the
-time of the device alone. In the other two the clock also sees the host, which prepares each kernel; the device is
-waited for after each step.
-"""
+"""The rows of ``gpu.py``: what is built, how it is trained under each method, and how a step is timed."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+import gc
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from tqdm import tqdm
-from transformers import ConvNextV2Config, ConvNextV2ForImageClassification
 
-from benchmarks import clock, methods, models
-from benchmarks.architectures import Model, UnavailableError, images
-from benchmarks.grid import Case, linear
-from benchmarks.results import Options
+import flora
+from benchmarks import clock
+from benchmarks.unets import Attention, DiffusionUNet, Residual, VolumeBlock, VolumeUNet
 
-NAMES = ("frozen", "full", "flora", "lora", "authors")
-MODES = ("eager", "compiled", "captured")
-BUDGET = clock.Budget(10, 20, 200, 3.0)
-TOKENS = 8192
-SHAPES = [(4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)]  # q and o, k and v, gate and up, down of a Llama 8B
+MODES = ("eager", "captured", "compiled")
+METHODS = ("frozen", "full", "flora", "lora")
+BUDGET = clock.Budget(3, 7, 30, 5.0)
+LORA_TAKES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+RANK = 16
 
 
-def measure(options: Options, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> Iterator[dict[str, Any]]:
-    """Rows of single layers, then of whole models, in every mode; yields what there is after each of them."""
-    shapes = [(64, 96)] if options.quick else SHAPES
-    cases = [linear(inner, out, 64 if options.quick else TOKENS, 16) for inner, out in shapes]
-    found: dict[str, Any] = {"device": device, "dtype": str(dtype).removeprefix("torch."), "rows": [], "models": []}
-    for case in tqdm(cases, desc="layers"):
-        found["rows"].append(layer_row(placed(case, device, dtype), options, device, dtype))
-        yield found
-    for model in tqdm([] if options.quick else MODELS, desc="models"):
-        found["models"].append(model_row(model, options, device, dtype))
-        yield found
+@dataclass(frozen=True)
+class Row:
+    """One thing that is trained.
+
+    Attributes:
+        build: quick -> the model, with random weights.
+        inputs: quick -> the arguments of its forward.
+        size: the input in words.
+        head: what every method trains in full, a name in the model.
+        targets: raw parameters that are adapted as well.
+        blocks: names of the classes that a compiler is given one by one.
+    """
+
+    build: Callable[[bool], nn.Module]
+    inputs: Callable[[bool], dict[str, Tensor]]
+    size: str
+    head: str | None = None
+    targets: tuple[str, ...] = ()
+    blocks: tuple[str, ...] = ()
 
 
-def layer_row(case: Case, options: Options, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """One layer under every method, eager and compiled."""
-    built, refused = methods.build(case, NAMES)
-    x = case.inputs(options.seed)[0].detach().to(device, dtype).requires_grad_()
-    grad = methods.output_grad(built["frozen"], (x,))
-    found: dict[str, Any] = {name: {"refused": why} for name, why in refused.items()}
-    found |= {name: {"parameters": it.count, "note": it.note, "ms": {}, "peak": {}} for name, it in built.items()}
+def linear(inner: int, out: int) -> Row:
+    """A linear layer with bias over 8,192 tokens."""
 
-    def steps(mode: str) -> dict[str, clock.Step]:
-        run = {name: replace(it, module=as_mode(it.module, mode)) for name, it in built.items()}
-        return {name: methods.training_step(it, (x,), grad) for name, it in run.items()}
+    def build(quick: bool) -> nn.Module:
+        return nn.Sequential(nn.Linear(inner // 64, out // 64) if quick else nn.Linear(inner, out))
 
-    time_modes(steps, found, options, device)
-    return {"case": case.name, "group": case.group, "size": case.size, "rank": case.rank, "methods": found}
+    def inputs(quick: bool) -> dict[str, Tensor]:
+        return {"input": torch.randn(64, inner // 64) if quick else torch.randn(8192, inner)}
+
+    return Row(build, inputs, "8,192 tokens")
 
 
-def model_row(model: Model, options: Options, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """One model under every method, eager and compiled; a method at a time, since each has weights of its own."""
-    named: dict[str, Any] = {"case": model.name, "group": "model", "size": model.size, "rank": model.rank}
-    try:
-        base = model.build().to(device, dtype)
-    except UnavailableError as error:
-        return {**named, "skipped": str(error)}
-    inputs = {key: moved(value, device, dtype) for key, value in model.inputs(options.quick).items()}
-    built = {name: models.METHODS[name](copy.deepcopy(base), model) for name in NAMES if name in models.METHODS}
-    found: dict[str, Any] = {
-        name: {"parameters": sum(p.numel() for p in module.parameters() if p.requires_grad), "ms": {}, "peak": {}}
-        for name, module in built.items()
+def convnext(quick: bool) -> nn.Module:
+    """ConvNeXt-V2-Large."""
+    from transformers import ConvNextV2Config, ConvNextV2ForImageClassification
+
+    depths, widths = ([1, 1, 2, 1], [16, 32, 32, 32]) if quick else ([3, 3, 27, 3], [192, 384, 768, 1536])
+    return ConvNextV2ForImageClassification(ConvNextV2Config(depths=depths, hidden_sizes=widths, num_labels=10))
+
+
+def resnet(quick: bool) -> nn.Module:
+    """ResNet-50."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    small = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]} if quick else {}
+    return ResNetForImageClassification(ResNetConfig(num_labels=10, **small))
+
+
+def llama_block(quick: bool) -> nn.Module:
+    """Two blocks of a Llama-like model with eight experts, two for each token (Mixtral)."""
+    from transformers import MixtralConfig, MixtralModel
+
+    width, inner = (64, 96) if quick else (2048, 4096)
+    config = MixtralConfig(
+        vocab_size=128, hidden_size=width, intermediate_size=inner, num_hidden_layers=2, num_local_experts=8,
+        num_attention_heads=4 if quick else 16, num_key_value_heads=2 if quick else 4,
+    )  # fmt: skip
+    config._experts_implementation = "grouped_mm"
+    model = MixtralModel(config)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def images(batch: int) -> Callable[[bool], dict[str, Tensor]]:
+    """Of 224 pixels, smaller ones in a smoke run."""
+
+    def make(quick: bool) -> dict[str, Tensor]:
+        return {"pixel_values": torch.randn(1, 3, 64, 64) if quick else torch.randn(batch, 3, 224, 224)}
+
+    return make
+
+
+def latents(quick: bool) -> dict[str, Tensor]:
+    """Sixteen images of 512 pixels in latent space, with 77 tokens of text."""
+    batch, side, width = (1, 8, 32) if quick else (16, 64, 320)
+    return {
+        "sample": torch.randn(batch, 4, side, side),
+        "text": torch.randn(batch, 77, 32 if quick else 768),
+        "steps": torch.randn(batch, width),
     }
 
-    def steps(mode: str) -> dict[str, clock.Step]:
-        return {name: models.training_step(as_mode(module, mode), model, inputs) for name, module in built.items()}
 
-    time_modes(steps, found, options, device)
-    return {**named, "methods": found}
+def volumes(quick: bool) -> dict[str, Tensor]:
+    """Two volumes of 96 voxels a side."""
+    return {"pixel_values": torch.randn(1, 1, 16, 16, 16) if quick else torch.randn(2, 1, 96, 96, 96)}
 
 
-def time_modes(
-    steps: Callable[[str], Mapping[str, clock.Step]], found: dict[str, Any], options: Options, device: str
-) -> None:
-    """Fills in times and peak memory of every method, in both modes."""
-    cuda = device.startswith("cuda")
-    run: Mapping[str, clock.Step] = {}
-    for mode in MODES:
-        if mode == "captured":  # follows the compiled ones
-            run = {name: captured(step) for name, step in run.items()}
-        else:
-            torch.compiler.reset()
-            run = steps(mode)
-        budget = BUDGET.shortened() if options.quick else BUDGET
-        times = clock.interleave(run, budget, options.seed, torch.cuda.synchronize if cuda else None)
-        for name, values in times.items():
-            found[name]["ms"][mode] = clock.summary(values)
-            found[name]["peak"][mode] = peak(run[name]) if cuda and mode != "captured" else None
+def hidden_states(quick: bool) -> dict[str, Tensor]:
+    """Four texts of 2,048 tokens as vectors."""
+    return {"inputs_embeds": torch.randn(1, 16, 64) if quick else torch.randn(4, 2048, 2048)}
+
+
+ROWS: dict[str, Row] = {
+    "convnext": Row(convnext, images(64), "batch 64, 224 x 224", "classifier", blocks=("ConvNextV2Layer",)),
+    "unet": Row(
+        lambda quick: DiffusionUNet((32, 32, 64), 32) if quick else DiffusionUNet(),
+        latents,
+        "batch 16, latents of 64 x 64",
+        "head",
+        blocks=(Residual.__name__, Attention.__name__),
+    ),
+    "unet3d": Row(
+        lambda quick: VolumeUNet((8, 16)) if quick else VolumeUNet(),
+        volumes,
+        "batch 2, 96 x 96 x 96",
+        "head",
+        blocks=(VolumeBlock.__name__,),
+    ),
+    "resnet": Row(resnet, images(128), "batch 128, 224 x 224", "classifier.1", blocks=("ResNetBottleNeckLayer",)),
+    "llama": Row(
+        llama_block,
+        hidden_states,
+        "4 x 2,048 tokens, 2 of 8 experts",
+        targets=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+        blocks=("MixtralDecoderLayer",),
+    ),
+    "linear-4096-4096": linear(4096, 4096),
+    "linear-4096-1024": linear(4096, 1024),
+    "linear-4096-14336": linear(4096, 14336),
+    "linear-768-3072": linear(768, 3072),
+}
+
+
+# ---- the methods ---------------------------------------------------------------------------------------------------
+
+
+def under(method: str, base: nn.Module, row: Row) -> nn.Module:
+    """The model as that method trains it."""
+    base.requires_grad_(method == "full")
+    if method in ("frozen", "full"):
+        if row.head:
+            base.get_submodule(row.head).requires_grad_(True)
+        return base.train()
+
+    saved = [row.head] if row.head else None
+    experts = {"target_parameters": list(row.targets)} if row.targets else {}
+    config: Any
+    if method == "flora":
+        excluded = [row.head] if row.head else []
+        config = flora.FloraConfig(r=RANK, target_modules="all", exclude_modules=excluded, modules_to_save=saved)
+        if row.targets:
+            config = flora.FloraConfig(r=RANK, target_modules=_lora_targets(base, row), **experts)
+    else:
+        names = _lora_targets(base, row)
+        config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names, modules_to_save=saved, **experts)
+    model = get_peft_model(base, config)
+    for value in model.parameters():
+        if value.requires_grad and not value.any():  # as after a first step: what starts at zero is zero no more
+            nn.init.normal_(value, std=0.01)
+    return model.train()
+
+
+def _lora_targets(base: nn.Module, row: Row) -> list[str]:
+    """The layers that PEFT's LoRA can adapt, named one by one."""
+    return [
+        name
+        for name, part in base.named_modules()
+        if isinstance(part, LORA_TAKES) and name != row.head and RANK % getattr(part, "groups", 1) == 0
+    ]
+
+
+def compiled(model: nn.Module, row: Row) -> nn.Module:
+    """The same weights, with every block of the row compiled."""
+    torch._dynamo.config.recompile_limit = 64
+    for part in model.modules():
+        if type(part).__name__ in row.blocks or (not row.blocks and part is model):
+            part.compile(dynamic=False)
+    return model
+
+
+# ---- a step --------------------------------------------------------------------------------------------------------
+
+
+def training_step(model: nn.Module, inputs: Mapping[str, Tensor]) -> clock.Step:
+    """Forward, loss, backward to the input and to what is trained; no optimiser."""
+
+    def step() -> None:
+        leaves = {name: value.detach().requires_grad_(value.is_floating_point()) for name, value in inputs.items()}
+        out = model(*leaves.values()) if "input" in leaves else model(**leaves)
+        for key in ("logits", "last_hidden_state"):
+            out = getattr(out, key, out)
+        out.float().square().mean().backward()
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    return step
 
 
 def captured(step: clock.Step) -> clock.Step:
-    """The step as a CUDA graph: its kernels are launched by the device."""
+    """The step as a CUDA graph: the device launches its kernels."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
-        for _ in range(3):
+        for _ in range(2):
             step()
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
@@ -122,52 +238,95 @@ def peak(step: clock.Step) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def as_mode(module: nn.Module, mode: str) -> nn.Module:
-    """The module as it is, or compiled."""
-    return torch.compile(module, dynamic=False) if mode == "compiled" else module
+def kernels(step: clock.Step) -> list[list[Any]]:
+    """The kernels of a step that take the longest: name, how often, milliseconds in all."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    events = [event for event in profile.key_averages() if event.self_device_time_total > 0]
+    events.sort(key=lambda event: -event.self_device_time_total)
+    return [[event.key[:90], event.count, round(event.self_device_time_total / 1e3, 3)] for event in events[:40]]
 
 
-def placed(case: Case, device: str, dtype: torch.dtype) -> Case:
-    """The case with its layer on the device before a method touches it, as a user would load it."""
-    return replace(case, build=lambda: case.build().to(device, dtype))
+@dataclass
+class Run:
+    """A row that is being measured."""
+
+    row: Row
+    asked: Any
+    models: dict[str, nn.Module] = field(default_factory=dict)
+    steps: dict[str, clock.Step] = field(default_factory=dict)
 
 
-def moved(value: Tensor, device: str, dtype: torch.dtype) -> Tensor:
-    """An input on the device, numbers in the dtype, ids as they are."""
-    return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+def measure(name: str, asked: Any, found: dict[str, Any], save: Callable[[], None]) -> None:
+    """Measures one row in every mode; ``found`` grows, and is saved after each mode."""
+    row, cuda = ROWS[name], asked.device == "cuda"
+    methods: dict[str, Any] = {}
+    line = {"case": name, "group": "linear" if name.startswith("linear") else "model", "size": row.size, "rank": RANK}
+    torch.manual_seed(asked.seed)
+    try:
+        base = row.build(asked.quick)
+    except ImportError as error:
+        found["models"].append({**line, "skipped": str(error)})
+        return
+    found["rows" if line["group"] == "linear" else "models"].append({**line, "methods": methods})
+
+    dtype = torch.bfloat16
+    base = base.to(asked.device, dtype)
+    inputs = {key: value.to(asked.device, dtype) for key, value in row.inputs(asked.quick).items()}
+    run = Run(row, asked)
+    for method in METHODS:
+        model = under(method, copy.deepcopy(base), row)
+        count = sum(value.numel() for value in model.parameters() if value.requires_grad)
+        methods[method] = {"parameters": count, "ms": {}, "peak": {}}
+        run.models[method], run.steps[method] = model, training_step(model, inputs)
+    del base
+
+    for mode in asked.modes:
+        if mode == "captured" and not cuda:
+            continue
+        time_mode(mode, run, methods)
+        save()
+    run.models.clear(), run.steps.clear()
+    torch.compiler.reset()
+    gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()
 
 
-class Denoiser(nn.Module):
-    """The U-Net of a latent diffusion model, as diffusers configures it by default, with text of 77 tokens."""
+def time_mode(mode: str, run: Run, methods: dict[str, Any]) -> None:
+    """Fills in times, peak memory and kernels of every method in one mode."""
+    asked, cuda = run.asked, run.asked.device == "cuda"
+    steps = dict(run.steps)
+    if mode == "compiled":
+        for model in run.models.values():
+            compiled(model, run.row)
+    if mode == "captured":
+        steps = {method: captured(step) for method, step in steps.items()}
 
-    def __init__(self) -> None:
-        super().__init__()
-        try:
-            from diffusers import UNet2DConditionModel
-        except ImportError as error:
-            raise UnavailableError("diffusers is not installed") from error
-        self.unet = UNet2DConditionModel(cross_attention_dim=768)
-
-    def forward(self, sample: Tensor, text: Tensor, steps: Tensor) -> Tensor:
-        """(batch, 4, side, side) latents -> the same."""
-        return self.unet(sample, steps, encoder_hidden_states=text).sample
-
-
-def latents(small: bool) -> dict[str, Tensor]:
-    """Four images of 512 pixels in latent space."""
-    batch = 1 if small else 4
-    noise, text = torch.randn(batch, 4, 64, 64), torch.randn(batch, 77, 768)
-    return {"sample": noise, "text": text, "steps": torch.arange(batch)}
+    budget = BUDGET.shortened() if asked.quick else BUDGET
+    times = clock.interleave(steps, budget, asked.seed, torch.cuda.synchronize if cuda else None)
+    for method, values in times.items():
+        methods[method]["ms"][mode] = clock.summary(values)
+        if cuda and mode != "captured":
+            methods[method]["peak"][mode] = peak(steps[method])
+    if asked.profile and cuda and mode == "eager":
+        for method in ("full", "flora"):
+            methods[method]["kernels"] = kernels(steps[method])
 
 
-def convnext() -> nn.Module:
-    """ConvNeXt-V2-Large."""
-    return ConvNextV2ForImageClassification(
-        ConvNextV2Config(depths=[3, 3, 27, 3], hidden_sizes=[192, 384, 768, 1536], num_labels=10)
-    )
-
-
-MODELS = [
-    Model("ConvNeXt-V2-Large", convnext, images(16, 224), "classifier", 16, "batch 16, 224 x 224"),
-    Model("Diffusion U-Net", Denoiser, latents, "unet.conv_out", 16, "batch 4, latents of 64 x 64"),
-]
+def summary(found: Mapping[str, Any]) -> str:
+    """A short table: the frozen step, the others relative to it, and peak memory in MiB."""
+    lines = [f"{'row':<20}{'mode':<10}{'frozen ms':>10}" + "".join(f"{name:>8}" for name in METHODS[1:]) + "  peak MiB"]
+    for line in [*found["models"], *found["rows"]]:
+        for mode in MODES:
+            ours = {name: values["ms"].get(mode) for name, values in line.get("methods", {}).items()}
+            if not ours or any(value is None for value in ours.values()):
+                continue
+            frozen = statistics.median(ours["frozen"]["raw"])
+            ratios = "".join(f"{ours[name]['median'] / frozen:>8.3f}" for name in METHODS[1:])
+            peaks = [line["methods"][name]["peak"].get(mode) or 0 for name in METHODS]
+            sizes = " ".join(f"{size / 2**20:.0f}" for size in peaks)
+            lines.append(f"{line['case']:<20}{mode:<10}{frozen:>10.2f}{ratios}  {sizes}")
+    lines += [f"failed: {name}: {why[:200]}" for name, why in found.get("failed", {}).items()]
+    return "\n".join([*lines, *found.get("not_run", [])])

@@ -22,9 +22,8 @@ from transformers import (
 )
 
 import flora
-from flora.layers.experts import grouped as fused_experts
+from flora.layers import device
 from flora.layers.experts.stack import ExpertStack, Term
-from flora.layers.linear import fused as fused_linear
 from flora.tuner.parameter import ParamWrapper
 
 COMMON = {
@@ -171,8 +170,7 @@ def test_gradients_of_a_grouped_product(
     sizes: tuple[int, ...], whole: str, dtype: torch.dtype, on_cpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Many rows an expert and few, an expert without any, factors and none, a GPU's way; autocast changes nothing."""
-    for module in (fused_linear, fused_experts):
-        monkeypatch.setattr(module, "on_cpu", lambda x: on_cpu)
+    monkeypatch.setattr(device, "on_cpu", lambda x: on_cpu)
     m, n, p, q = 24, 40, 3, 5
     p, q = m if whole in ("left", "both") else p, n if whole in ("right", "both") else q
     torch.manual_seed(0)

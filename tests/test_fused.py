@@ -1,10 +1,8 @@
-"""The fused functions: first and second derivatives, layouts, what they keep, and when they give way."""
+"""A layer and its change in one function, in every way: derivatives, layouts, dtypes, and what is kept."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from itertools import product
 from typing import Any
 
 import pytest
@@ -14,14 +12,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from flora.layers import gate as fused
-from flora.layers.conv import channels
-from flora.layers.conv import fused as fused_conv
-from flora.layers.conv import kernel_gradient as trained_kernel
-from flora.layers.conv import pointwise as fused_pointwise
-from flora.layers.linear import fused as fused_linear
+from flora.layers import device, gate
+from flora.layers.conv import kernel_gradient
+from flora.layers.conv.geometry import of_conv
+from flora.layers.planning import BESIDE, SUMMED, SUMMED_NARROW
 from flora.layers.table import find_layer
-from flora.tucker.form import Tucker
+from flora.tucker.delta import TuckerDelta
 from flora.tuner.config import FloraConfig
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, ...]]] = {
@@ -33,6 +29,11 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, ...
     "gpt-2's conv1d": (lambda: Conv1D(7, 5), (2, 3, 5), (2, 3)),
     "gpt-2's conv1d, in whole": (lambda: Conv1D(7, 2), (3, 2), (2, 4)),
     "linear, wide inner rank, out whole": (lambda: nn.Linear(7, 5), (2, 7), (5, 2)),
+    "conv2d, depthwise": (lambda: nn.Conv2d(5, 5, 5, padding=2, groups=5), (2, 5, 7, 6), (3, 1, 2, 3)),
+    "conv2d, groups": (lambda: nn.Conv2d(6, 4, (3, 2), groups=2), (2, 6, 5, 4), (3, 2, 2, 1)),
+    "conv3d, three kernel factors": (lambda: nn.Conv3d(3, 4, (3, 2, 5), padding=1), (1, 3, 3, 4, 5), (2, 2, 2, 1, 3)),
+    "conv3d, a flat kernel": (lambda: nn.Conv3d(3, 4, (1, 3, 2)), (1, 3, 3, 4, 5), (2, 2, 1, 2, 1)),
+    "conv2d, one kernel mode whole": (lambda: nn.Conv2d(3, 4, (3, 2)), (2, 3, 4, 5), (2, 2, 3, 1)),
     "conv1d": (lambda: nn.Conv1d(3, 5, 3, stride=2, padding=1, dilation=2), (2, 3, 11), (2, 2, 2)),
     "conv2d": (lambda: nn.Conv2d(3, 5, (3, 2), padding=(1, 0)), (2, 3, 4, 5), (3, 2, 2, 2)),
     "conv2d, reflect": (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), (2, 3, 4, 5), (2, 2, 2, 2)),
@@ -54,17 +55,18 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 each_layer = pytest.mark.parametrize("name", LAYERS)
 
 
-def make(name: str, dtype: torch.dtype = torch.float64) -> tuple[Any, Tensor, Tucker]:
+CHOICES = {"summed": SUMMED, "summed, narrow": SUMMED_NARROW, "beside": BESIDE}
+each_choice = pytest.mark.parametrize("way", CHOICES)
+
+
+def make(name: str, dtype: torch.dtype = torch.float64) -> tuple[Any, Tensor, TuckerDelta]:
     torch.manual_seed(0)
     build, size, ranks = LAYERS[name]
     layer = build().to(dtype).requires_grad_(False)
-    shape = layer.weight.shape
-    factors = tuple(
-        None if rank == length else torch.randn(length, rank, dtype=dtype).requires_grad_(True)
-        for length, rank in zip(shape, ranks, strict=True)
-    )
-    form = Tucker(torch.randn(ranks, dtype=dtype).requires_grad_(True), factors)
-    return layer, torch.randn(size, dtype=dtype).requires_grad_(True), form
+    delta = TuckerDelta(layer.weight.shape, ranks, scale=0.7, init_weights=False, dtype=dtype)
+    for value in delta.parameters():
+        nn.init.normal_(value)
+    return layer, torch.randn(size, dtype=dtype).requires_grad_(True), delta
 
 
 def row(layer: nn.Module) -> Any:
@@ -73,151 +75,118 @@ def row(layer: nn.Module) -> Any:
     return found[1]
 
 
-def through(layer: nn.Module, x: Tensor, form: Tucker, scale: float = 0.7) -> Tensor:
-    out = row(layer).fused(layer, form, scale, x)
+def has_narrow_way(layer: Any) -> bool:
+    return getattr(layer, "groups", 1) == 1
+
+
+def through(way: str, layer: nn.Module, x: Tensor, delta: TuckerDelta) -> Tensor:
+    out = row(layer).fused(CHOICES[way], layer, delta, x)
     assert out is not None
     return out  # type: ignore[no-any-return]
 
 
-def dense(layer: Any, x: Tensor, form: Tucker, scale: float = 0.7) -> Tensor:
-    return row(layer).apply(layer, layer.weight + scale * form.to_dense(), layer.bias, x)  # type: ignore[no-any-return]
+def dense(layer: Any, x: Tensor, delta: TuckerDelta) -> Tensor:
+    return row(layer).apply(layer, layer.weight + delta.dense(), layer.bias, x)  # type: ignore[no-any-return]
 
 
-def leaves(x: Tensor, form: Tucker) -> list[Tensor]:
-    return [x, form.core, *(factor for factor in form.factors if factor is not None)]
+def leaves(x: Tensor, delta: TuckerDelta) -> list[Tensor]:
+    return [x, *delta.parameters()]
+
+
+def same_gradients(out: Tensor, expected: Tensor, wanted: list[Tensor], atol: float) -> None:
+    weight = torch.randn_like(expected)
+    found = torch.autograd.grad((out * weight).sum(), wanted)
+    exact = torch.autograd.grad((expected * weight).sum(), wanted)
+    for value, other in zip(found, exact, strict=True):
+        assert value.shape == other.shape
+        assert value.dtype == other.dtype
+        assert torch.allclose(value, other, atol=atol * max(1.0, float(other.abs().max())))
 
 
 @pytest.fixture(params=["a CPU", "a GPU"])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both orders of the products and both choices of what is kept, on whatever device there is."""
     if request.param == "a GPU":
-        for module in (channels, fused_linear, fused_conv, fused_pointwise):
-            monkeypatch.setattr(module, "on_cpu", lambda x: False)
+        monkeypatch.setattr(device, "on_cpu", lambda x: False)
     return str(request.param)
 
 
-def test_the_number_of_layers() -> None:
-    assert len(LAYERS) == 24
-
-
-@pytest.mark.parametrize("sums", [True, False])  # a convolution runs with W + dW, or adds to output and gradient
+@each_choice
 @each_layer
-def test_output_and_gradients_equal_those_of_the_dense_weight(
-    name: str, sums: bool, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fused, "SUM_PAYS_FROM", 0 if sums else math.inf)
-    layer, x, form = make(name)
-    out, expected = through(layer, x, form), dense(layer, x, form)
+def test_output_and_gradients_equal_those_of_the_dense_weight(name: str, way: str, kind: str) -> None:
+    layer, x, delta = make(name)
+    if way != "summed" and not has_narrow_way(layer):
+        assert row(layer).fused(CHOICES[way], layer, delta, x) is None
+        return
+    out, expected = through(way, layer, x, delta), dense(layer, x, delta)
     assert torch.allclose(out, expected, atol=1e-12)
-    weight = torch.randn_like(expected)
-    found = torch.autograd.grad((out * weight).sum(), leaves(x, form))
-    for value, other in zip(found, torch.autograd.grad((expected * weight).sum(), leaves(x, form)), strict=True):
-        assert value.shape == other.shape
-        assert torch.allclose(value, other, atol=1e-11)
+    same_gradients(out, expected, leaves(x, delta), 1e-11)
 
 
-@pytest.mark.parametrize("name", [name for name in LAYERS if "patches" in name])
-@pytest.mark.parametrize("last", [False, True])
-def test_some_samples_at_a_time(name: str, last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of transposed convolutions whose patches lie apart, so that what is turned around stays in the cache."""
-    monkeypatch.setattr(fused, "SUM_PAYS_FROM", 0)
-    layer, x, form = make(name)
-    x = torch.randn(3, *x.shape[1:], dtype=x.dtype)
-    layout = {3: torch.contiguous_format, 4: torch.channels_last, 5: torch.channels_last_3d}[x.ndim]
-    x = (x.to(memory_format=layout) if last else x).requires_grad_(True)
-    expected = dense(layer, x, form)
-    weight = torch.randn_like(expected)
-    sizes = []
-    for numbers in (expected.numel() // 3, 2 * expected.numel() // 3, expected.numel()):
-        monkeypatch.setattr(fused_pointwise, "CACHED", numbers)
-        sizes.append(fused_pointwise._slice_size(expected))
-        out = through(layer, x, form)
-        assert torch.allclose(out, expected, atol=1e-12)
-        found = torch.autograd.grad((out * weight).sum(), leaves(x, form))
-        exact = torch.autograd.grad((expected * weight).sum(), leaves(x, form), retain_graph=True)
-        assert all(torch.allclose(value, other, atol=1e-11) for value, other in zip(found, exact, strict=True))
-    assert sizes == [1, 2, 3]
-
-
-@pytest.mark.parametrize("sums", [False, True])
+@each_choice
 @pytest.mark.parametrize("name", [name for name in LAYERS if "linear" in name])
-def test_some_rows_at_a_time(name: str, sums: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_some_rows_at_a_time(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a linear layer's backward, so that rows of input and gradient are fetched once."""
-    monkeypatch.setattr(fused, "SUM_PAYS_FROM", 0 if sums else math.inf)
-    monkeypatch.setattr(fused_linear, "LEAST_ROWS", 3)
-    monkeypatch.setattr(fused_linear, "CACHED", 0)
-    monkeypatch.setattr(fused_linear, "BLOCK", 1)
-    layer, x, form = make(name)
+    monkeypatch.setattr(device, "LEAST_ROWS", 3)
+    monkeypatch.setattr(device, "CACHED", 0)
+    monkeypatch.setattr(device, "BLOCK", 1)
+    layer, x, delta = make(name)
     x = torch.randn(11, x.shape[-1], dtype=x.dtype, requires_grad=True)
-    expected = dense(layer, x, form)
-    weight = torch.randn_like(expected)
-    out = through(layer, x, form)
-    assert torch.allclose(out, expected, atol=1e-12)
-    found = torch.autograd.grad((out * weight).sum(), leaves(x, form))
-    exact = torch.autograd.grad((expected * weight).sum(), leaves(x, form))
-    assert all(torch.allclose(value, other, atol=1e-11) for value, other in zip(found, exact, strict=True))
+    assert device.rows_at_a_time(11, 5, x) == 3
+    same_gradients(through(way, layer, x, delta), dense(layer, x, delta), leaves(x, delta), 1e-11)
 
 
-def test_both_ways_of_a_convolution_are_reached() -> None:
-    _, x, form = make("conv2d")
-    weight = torch.zeros(5, 3, 3, 2)
-    assert not fused.sums_weights(x[:1, :, :2], weight)
-    assert fused.sums_weights(torch.zeros(2, 3, 40, 50), weight)
-    assert not fused.sums_weights(torch.zeros(2, 3, 40, 50), weight.bfloat16())
-    assert form.ranks == (3, 2, 2, 2)
-
-
+@each_choice
 @each_layer
-def test_first_and_second_derivatives_by_differences(name: str, device: str) -> None:
-    layer, x, form = make(name)
+def test_first_and_second_derivatives_by_differences(name: str, way: str, kind: str) -> None:
+    layer, x, delta = make(name)
+    if way != "summed" and not has_narrow_way(layer):
+        return
+    names = [key for key, _ in delta.named_parameters()]
 
-    def run(x: Tensor, core: Tensor, *factors: Tensor) -> Tensor:
-        given = iter(factors)
-        whole = tuple(None if factor is None else next(given) for factor in form.factors)
-        return through(layer, x, Tucker(core, whole))
+    def run(x: Tensor, *values: Tensor) -> Tensor:
+        given = TuckerDelta(delta.core.new_empty(layer.weight.shape).shape, delta.core.shape, scale=0.7, dtype=x.dtype)
+        for key, value in zip(names, values, strict=True):
+            del given._parameters[key]
+            setattr(given, key, value)
+        return through(way, layer, x, given)
 
-    assert torch.autograd.gradcheck(run, leaves(x, form), fast_mode=True)
-    assert torch.autograd.gradgradcheck(run, leaves(x, form), fast_mode=True)
+    assert torch.autograd.gradcheck(run, leaves(x, delta), fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, leaves(x, delta), fast_mode=True)
 
 
+@each_choice
 @each_layer
-def test_a_trained_bias_and_an_input_without_gradient(name: str) -> None:
-    layer, x, form = make(name)
+def test_a_trained_bias_and_an_input_without_gradient(name: str, way: str) -> None:
+    layer, x, delta = make(name)
+    if way != "summed" and not has_narrow_way(layer):
+        return
     if layer.bias is None:
-        layer.bias = nn.Parameter(
-            torch.zeros(layer(x).shape[1 if x.ndim > 2 and hasattr(layer, "stride") else -1]).double()
-        )
+        channels = layer(x).shape[1 if x.ndim > 2 and hasattr(layer, "stride") else -1]
+        layer.bias = nn.Parameter(torch.zeros(channels).double())
     layer.bias.requires_grad_(True)
-    wanted = [layer.bias, *leaves(x, form)[1:]]
-    found = torch.autograd.grad(through(layer, x.detach(), form).square().sum(), wanted)
-    expected = torch.autograd.grad(dense(layer, x.detach(), form).square().sum(), wanted)
-    assert len(found) >= 2
-    assert all(torch.allclose(value, other, atol=1e-10) for value, other in zip(found, expected, strict=True))
+    wanted = [layer.bias, *delta.parameters()]
+    same_gradients(through(way, layer, x.detach(), delta), dense(layer, x.detach(), delta), wanted, 1e-11)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "conv2d",
-        "conv2d, reflect",
-        "conv2d, 1x1",
-        "conv2d, 1x1, every pixel",
-        "transposed conv2d",
-        "transposed conv2d, patches",
-        "conv3d",
-    ],
-)
-def test_channels_last(name: str) -> None:
-    layer, x, form = make(name)
+LAST = [name for name in LAYERS if name.startswith(("conv2d", "conv3d", "transposed conv2d", "transposed conv3d"))]
+
+
+@each_choice
+@pytest.mark.parametrize("name", LAST)
+def test_channels_last(name: str, way: str) -> None:
+    layer, x, delta = make(name)
+    if way != "summed" and not has_narrow_way(layer):
+        return
     layout = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+    expected = dense(layer, x, delta)
     layer = layer.to(memory_format=layout)
     last = x.detach().to(memory_format=layout).requires_grad_(True)
-    out, plain = through(layer, last, form), through(layer, x, form)
-    assert out.stride() == layer(last).stride()
-    assert torch.allclose(out, plain, atol=1e-12)
-    weight = torch.randn_like(plain)
-    found = torch.autograd.grad((out * weight).sum(), leaves(last, form))
-    for value, other in zip(found, torch.autograd.grad((plain * weight).sum(), leaves(x, form)), strict=True):
+    out = through(way, layer, last, delta)
+    assert torch.allclose(out, expected, atol=1e-12)
+    weight = torch.randn_like(expected)
+    found = torch.autograd.grad((out * weight).sum(), leaves(last, delta))
+    for value, other in zip(found, torch.autograd.grad((expected * weight).sum(), leaves(x, delta)), strict=True):
         assert torch.allclose(value, other, atol=1e-11)
 
 
@@ -237,67 +206,145 @@ def kept(run: Callable[[], Tensor], known: list[Tensor]) -> int:
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("sums", [False, True])
-@pytest.mark.parametrize("name", ["linear", "conv2d", "transposed conv2d", "conv3d"])
-def test_the_input_is_kept_and_little_else(name: str, sums: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "SUM_PAYS_FROM", 0 if sums else math.inf)
-    torch.manual_seed(0)
-    layer, _, form = make(name, torch.float32)
-    x = torch.randn(64, *LAYERS[name][1][1:]).requires_grad_(True)
-    middle = x * 1.0  # an activation, as the layer before would give it
-    parameters = [layer.weight, layer.bias, *leaves(x, form)]
-    if name == "linear":
-        hidden = 0 if sums else 4 * len(x) * min(form.ranks)
-        assert kept(lambda: through(layer, middle, form), parameters) == middle.nbytes + hidden
+@each_choice
+@pytest.mark.parametrize("name", ["linear", "conv2d", "transposed conv2d", "conv3d", "conv2d, depthwise"])
+def test_the_input_is_kept_and_little_else(name: str, way: str, kind: str) -> None:
+    layer, x, delta = make(name, torch.float32)
+    if way != "summed" and not has_narrow_way(layer):
         return
-    small = 4 * 2 * sum(value.numel() for value in leaves(x, form)[1:]) + 512  # products of core and kernel factors
-    assert kept(lambda: through(layer, middle, form), parameters) <= middle.nbytes + small
+    x = torch.randn(64, *x.shape[1:]).requires_grad_(True)
+    middle = x * 1.0  # an activation, as the layer before would give it
+    known = [layer.weight, layer.bias, *leaves(x, delta)]
+    rows = 4 * layer.weight.numel()  # of the steps between core and weight, at most
+    hidden = 4 * len(x) * min(delta.core.shape) if name == "linear" and way == "beside" else 0
+    small = 4 * 4 * sum(value.numel() for value in delta.parameters()) + rows + 512
+    assert kept(lambda: through(way, layer, middle, delta), known) <= middle.nbytes + hidden + small
+    if name == "linear" and kind == "a CPU" and way != "summed":
+        assert kept(lambda: through(way, layer, middle, delta), known) == middle.nbytes + hidden
 
 
 def test_it_gives_way_where_it_would_not_be_right() -> None:
-    layer, x, form = make("linear", torch.float32)
-    assert fused.can_fuse(x, layer.weight)
-    assert not fused.can_fuse(x.double(), layer.weight)
+    layer, x, delta = make("linear", torch.float32)
+    assert gate.can_fuse(x, layer.weight)
+    assert not gate.can_fuse(x.double(), layer.weight)
+    assert row(layer).fused(SUMMED, layer, delta, x.double()) is None
     seen = []
 
     def loss(core: Tensor) -> Tensor:
-        seen.append(fused.can_fuse(x, layer.weight))
-        return row(layer).factored(layer, Tucker(core, form.factors), 1.0, x).square().sum()  # type: ignore[no-any-return]
+        seen.append(gate.can_fuse(x, layer.weight))
+        return row(layer).factored(layer, delta.stored_form, 1.0, x * core.sum()).square().sum()  # type: ignore[no-any-return]
 
-    gradient = torch.func.grad(loss)(form.core.detach())
+    torch.func.grad(loss)(delta.core.detach())
     assert seen == [False]
-    assert gradient.abs().max() > 0
     layer.weight.requires_grad_(True)
-    assert not fused.can_fuse(x, layer.weight)
-    grouped = nn.Conv2d(4, 6, 3, groups=2).requires_grad_(False)
-    part = Tucker(torch.randn(2, 2, 2, 2), (torch.randn(6, 2), None, torch.randn(3, 2), torch.randn(3, 2)))
-    assert row(grouped).fused(grouped, part, 1.0, torch.randn(1, 4, 5, 5)) is None
+    assert not gate.can_fuse(x, layer.weight)
+    assert row(layer).fused(BESIDE, layer, delta, x) is None
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d", "conv2d, depthwise"])
+def test_a_weight_that_is_trained_itself_takes_plain_operations(name: str) -> None:
+    layer, x, delta = make(name)
+    layer.weight.requires_grad_(True)
+    wanted = [layer.weight, *leaves(x, delta)]
+    same_gradients(through("summed", layer, x, delta), dense(layer, x, delta), wanted, 1e-11)
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["backward under autocast", "backward outside"])
 @pytest.mark.parametrize("low", [True, False], ids=["bfloat16 weights", "float32 weights"])
 @pytest.mark.parametrize("name", ["linear", "conv2d", "conv2d, 1x1", "transposed conv2d"])
-def test_autocast(name: str, low: bool, inside: bool, device: str) -> None:
+@each_choice
+def test_autocast(name: str, way: str, low: bool, inside: bool, kind: str) -> None:
     """It is fused, computes in autocast's dtype, and the small matrices keep theirs."""
-    layer, x, form = make(name, torch.float32)
-    expected = dense(layer, x, form)
+    layer, x, delta = make(name, torch.float32)
+    expected = dense(layer, x, delta)
     weight = torch.randn_like(expected)
-    exact = torch.autograd.grad((expected * weight).sum(), leaves(x, form))
+    exact = torch.autograd.grad((expected * weight).sum(), leaves(x, delta))
     layer = layer.to(torch.bfloat16) if low else layer
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = through(layer, x, form)
+        out = through(way, layer, x, delta)
         if inside:
-            found = torch.autograd.grad((out * weight).sum(), leaves(x, form))
+            found = torch.autograd.grad((out * weight).sum(), leaves(x, delta))
     if not inside:
-        found = torch.autograd.grad((out * weight).sum(), leaves(x, form))
+        found = torch.autograd.grad((out * weight).sum(), leaves(x, delta))
     assert out.dtype == torch.bfloat16
-    assert (out - expected).norm() < 1e-2 * expected.norm()
+    assert (out - expected).norm() < 2e-2 * expected.norm()
     for value, other in zip(found, exact, strict=True):
         assert value.dtype == torch.float32
-        assert (value - other).norm() < 2e-2 * other.norm()
+        assert (value - other).norm() < 3e-2 * other.norm()
     double = make(name)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert row(double[0]).fused(double[0], double[2], 0.7, double[1]) is None  # autocast leaves float64 alone
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # which leaves float64 alone
+        assert row(double[0]).fused(CHOICES[way], double[0], double[2], double[1]) is None
+
+
+# ---- half precision ------------------------------------------------------------------------------------------------
+
+
+@each_choice
+@pytest.mark.parametrize("name", ["linear", "conv2d", "transposed conv2d", "conv2d, depthwise", "conv3d"])
+def test_bfloat16_with_a_float32_adapter(name: str, way: str, kind: str) -> None:
+    layer, x, delta = make(name, torch.float32)
+    if way != "summed" and not has_narrow_way(layer):
+        return
+    half, low = layer.to(torch.bfloat16), x.detach().bfloat16().requires_grad_(True)
+    out = through(way, half, low, delta)
+    out.float().square().sum().backward()
+    exact = dense(layer.float(), low.detach().float(), delta)
+    assert out.dtype == torch.bfloat16
+    assert (out.float() - exact).abs().max() <= 0.03 * exact.abs().max()
+    assert delta.core.grad is not None
+    assert delta.core.grad.dtype == torch.float32
+    assert low.grad is not None
+    assert low.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_sum_in_half_precision_keeps_a_small_update_in_the_mean(dtype: torch.dtype) -> None:
+    """Rounding to the nearest would give W itself: every entry of dW is far below half a step of W."""
+    torch.manual_seed(0)
+    weight = (1 + 0.9 * torch.rand(512, 384)).to(dtype)
+    factor, rows = torch.full((512, 1), 1e-4), torch.rand(384, 1)
+    changed = device.add_update(weight, factor, rows, 0.5)
+    assert changed.dtype == dtype
+    update = 0.5 * factor @ rows.T
+    assert torch.equal((weight.float() + update).to(dtype), weight) or dtype == torch.float16
+    found = (changed.float() - weight.float()).mean()
+    assert abs(found - update.mean()) < 0.05 * update.mean()
+    assert torch.equal(device.add_update(weight, torch.zeros_like(factor), rows, 0.5), weight)
+    assert torch.equal(device.add_update(weight, factor, rows, 0.5), changed)  # the same pattern each time
+    step = 1.1 * torch.finfo(dtype).eps
+    assert (changed.float() - weight.float() - update).abs().max() <= step
+
+
+@pytest.mark.parametrize("rows", ["all", "each"])
+def test_a_tiny_adapter_changes_outputs_by_the_right_amount(rows: str) -> None:
+    """Summed in bfloat16: the mean change of many outputs is that of float32, that of each output within its noise."""
+    torch.manual_seed(0)
+    layer = nn.Linear(2048, 128, bias=False).to(torch.bfloat16).requires_grad_(False)
+    layer.weight.copy_(1 + torch.rand(128, 2048))
+    delta = TuckerDelta((128, 2048), (2, 3), init_weights=False)
+    nn.init.constant_(delta.core, 0.02)
+    for factor in (delta.factor_0, delta.factor_1):
+        nn.init.constant_(factor, 0.02)
+    update = delta.dense().float()
+    x = torch.ones(1, 2048, dtype=torch.bfloat16)
+    weight = device.add_update(layer.weight, *_two(delta), 1.0)
+    change = (weight.float() - layer.weight.float()) @ x.float().T
+    exact = update @ x.float().T
+    assert update.max() < torch.finfo(torch.bfloat16).eps / 8
+    if rows == "all":
+        assert abs(change.mean() - exact.mean()) < 0.05 * exact.mean()
+    else:
+        assert (change - exact).abs().mean() < 0.35 * exact.mean()
+
+
+def _two(delta: TuckerDelta) -> tuple[Tensor, Tensor]:
+    core, (out, inner) = delta.tensors()
+    assert out is not None
+    assert inner is not None
+    return out, inner @ core.T
+
+
+# ---- compilers and exporters ---------------------------------------------------------------------------------------
 
 
 def test_an_exported_layer_has_only_operations_of_torch() -> None:
@@ -370,167 +417,47 @@ def test_compiled_under_checkpointing_and_autocast() -> None:
         assert (value - other).norm() < 3e-2 * other.norm()
 
 
-@pytest.mark.parametrize("name", ["linear", "conv2d", "transposed conv2d"])
-def test_bfloat16_with_a_float32_adapter(name: str) -> None:
-    layer, x, form = make(name, torch.float32)
-    half = layer.to(torch.bfloat16)
-    low = x.detach().bfloat16().requires_grad_(True)
-    out = through(half, low, form)
-    exact = dense(layer.float(), low.detach().float(), form)
-    assert out.dtype == torch.bfloat16
-    assert (out.float() - exact).abs().max() <= 0.02 * exact.abs().max()
-    half = layer.to(torch.bfloat16)
-    out = through(half, low, form)
-    out.float().square().sum().backward()
-    assert form.core.grad is not None
-    assert form.core.grad.dtype == torch.float32
-    assert low.grad is not None
-    assert low.grad.dtype == torch.bfloat16
-
+# ---- the gradient of a large depthwise kernel ----------------------------------------------------------------------
 
 TRAINED: dict[str, Callable[[], Any]] = {
     "depthwise 7x7": lambda: nn.Conv2d(5, 5, 7, padding=3, groups=5),
     "strided, dilated": lambda: nn.Conv2d(3, 3, (5, 7), stride=2, dilation=(1, 2), padding=(2, 6), groups=3),
     "no bias": lambda: nn.Conv2d(3, 3, 5, padding=2, groups=3, bias=False),
     "depthwise, 3-D": lambda: nn.Conv3d(3, 3, (3, 4, 3), stride=(1, 3, 2), padding=1, groups=3),
-    "volume": lambda: nn.Conv3d(3, 5, (3, 2, 3), padding=(1, 0, 2)),
 }
 
 
-SLABS = [(2, 2**20), (1, 2**20), (3, 2**20), (1, 3 * 13 * 7 * 4), (2, 3 * 13 * 7 * 4), (3, 1)]  # samples, numbers
-
-
-@pytest.mark.parametrize(("samples", "numbers"), SLABS)
-@pytest.mark.parametrize("padding", [(0, 0, 0), (1, 0, 2), (4, 1, 1)])
-def test_the_kernel_of_a_volume_in_slabs(
-    samples: int, numbers: int, padding: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("cached", [1, 2**18], ids=["sample by sample", "at once"])
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_gradient_of_a_depthwise_kernel(
+    name: str, cached: int, last: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However the depth is cut, and with more planes of zeros than the kernel reaches."""
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    monkeypatch.setattr(trained_kernel, "SLAB", numbers)
+    monkeypatch.setattr(kernel_gradient, "CACHED", cached)
     torch.manual_seed(0)
-    layer, x = nn.Conv3d(3, 5, (3, 2, 3), padding=padding), torch.randn(samples, 3, 11, 13, 7)
-    assert trained_kernel.is_slow(layer, layer.weight, x)
-    trained_kernel.conv(layer, layer.weight, layer.bias, x).square().sum().backward()
-    found, layer.weight.grad = layer.weight.grad, None
-    layer(x).square().sum().backward()
-    assert found is not None
-    assert layer.weight.grad is not None
-    assert torch.allclose(found, layer.weight.grad, atol=1e-5 * float(layer.weight.grad.abs().max()))
-
-
-@pytest.mark.parametrize("samples", [1, 2**18], ids=["sample by sample", "at once"])
-@pytest.mark.parametrize(("name", "last"), [*product(TRAINED, [False]), *product(list(TRAINED)[:-1], [True])])
-def test_a_trained_kernel(name: str, last: bool, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    monkeypatch.setattr(trained_kernel, "CACHED", samples)
-    torch.manual_seed(0)
-    layer = TRAINED[name]()
-    dtype, tolerance = (torch.float32, 1e-4) if name == "volume" else (torch.float64, 1e-10)
-    layer = layer.to(dtype)
-    size = (2, layer.in_channels, 11, 13, 7)[: layer.weight.ndim]
-    x = torch.randn(size, dtype=dtype)
+    layer = TRAINED[name]().double()
+    x = torch.randn((2, layer.in_channels, 11, 13, 7)[: layer.weight.ndim], dtype=torch.float64)
     if last:
         x = x.movedim(1, -1).contiguous().movedim(-1, 1)
-    wanted = [x.requires_grad_(True), *layer.parameters()]
-    assert trained_kernel.is_slow(layer, layer.weight, x)
-    out = row(layer).apply(layer, layer.weight, layer.bias, x)
-    assert torch.equal(out, layer(x))
-    assert "TrainedKernel" in str(out.grad_fn)
-    found = torch.autograd.grad(out.square().sum(), wanted)
-    for value, other in zip(found, torch.autograd.grad(layer(x).square().sum(), wanted), strict=True):
-        assert torch.allclose(value, other, atol=tolerance, rtol=1e-5)
-    given = [value.detach().double().requires_grad_(True) for value in (x[:, :, :10, :10], *wanted[1:])]
-
-    def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return trained_kernel.conv(layer, weight, bias, x)
-
-    assert torch.autograd.gradcheck(run, given, fast_mode=True)
-    assert torch.autograd.gradgradcheck(run, given, fast_mode=True)
+    geometry = of_conv(layer, x).geometry
+    assert kernel_gradient.is_slow(geometry, layer.weight, x)
+    out = layer(x)
+    grad = torch.randn_like(out)
+    found = geometry.gradients(grad, x, layer.weight, False)[1]
+    assert torch.allclose(found, torch.autograd.grad(out, layer.weight, grad)[0], atol=1e-10)
 
 
-KEPT_BY_TORCH: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
+LEFT_TO_TORCH: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
     "small depthwise": (lambda: nn.Conv2d(5, 5, 3, groups=5), (2, 5, 11, 13)),
     "large, not depthwise": (lambda: nn.Conv2d(5, 5, 7), (2, 5, 11, 13)),
-    "frozen": (lambda: nn.Conv2d(5, 5, 7, groups=5).requires_grad_(False), (2, 5, 11, 13)),
     "half precision": (lambda: nn.Conv2d(5, 5, 7, groups=5).bfloat16(), (2, 5, 11, 13)),
-    "padded otherwise": (lambda: nn.Conv2d(5, 5, 7, padding=3, padding_mode="reflect", groups=5), (2, 5, 11, 13)),
-    "strided volume": (lambda: nn.Conv3d(3, 5, 3, stride=2), (2, 3, 11, 13, 7)),
-    "volume of many channels": (lambda: nn.Conv3d(65, 5, 3), (1, 65, 5, 4, 3)),
-    "volume of one channel": (lambda: nn.Conv3d(1, 5, 3), (1, 1, 5, 4, 3)),
-    "product on the channels": (lambda: nn.Conv3d(3, 5, 1), (1, 3, 5, 4, 3)),
-    "volume in double precision": (lambda: nn.Conv3d(3, 5, 3).double(), (1, 3, 5, 4, 3)),
+    "several outputs a channel": (lambda: nn.Conv2d(5, 10, 7, groups=5), (2, 5, 11, 13)),
 }
 
 
-def test_a_volume_that_is_channels_last_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    layer, x = TRAINED["volume"](), torch.randn(2, 3, 11, 13, 7)
-    assert trained_kernel.is_slow(layer, layer.weight, x)
-    assert not trained_kernel.is_slow(layer, layer.weight, x.contiguous(memory_format=torch.channels_last_3d))
-
-
-@pytest.mark.parametrize("name", KEPT_BY_TORCH)
-def test_where_a_trained_kernel_is_left_to_torch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    make, size = KEPT_BY_TORCH[name]
-    layer = make()
-    assert not trained_kernel.is_slow(layer, layer.weight, torch.randn(size).to(layer.weight.dtype))
-
-
-def test_volumes_are_left_to_torch_with_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    layer = TRAINED["volume"]()
-    assert not trained_kernel.is_slow(layer, layer.weight, torch.randn(2, 3, 11, 13, 7))
-
-
-TRANSPOSED: dict[str, Callable[[], Any]] = {
-    "strided": lambda: nn.ConvTranspose3d(3, 5, 3, stride=2, padding=1, output_padding=1),
-    "no bias, dilated": lambda: nn.ConvTranspose3d(3, 5, (2, 1, 3), stride=(1, 2, 3), dilation=2, bias=False),
-}
-
-
-@pytest.mark.parametrize("samples", [1, 3])
-@pytest.mark.parametrize("planes", [0, 20480], ids=["one by one", "at once"])
-@pytest.mark.parametrize("name", TRANSPOSED)
-def test_a_transposed_volume(name: str, planes: int, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    monkeypatch.setattr(trained_kernel, "LEAST_PLANES", planes)
-    torch.manual_seed(0)
-    layer, x = TRANSPOSED[name](), torch.randn(samples, 3, 5, 4, 2).requires_grad_()
-    change = row(layer).apply
-    assert torch.equal(change(layer, layer.weight.clone(), layer.bias, x), layer(x))
-    weight = (layer.weight.detach() + 0.1).requires_grad_()
-    out = change(layer, weight, layer.bias, x)
-    assert "TransposedVolume" in str(out.grad_fn)
-    assert out.is_contiguous()
-    wanted = [x, weight, *([] if layer.bias is None else [layer.bias])]
-    exact = torch.func.functional_call(layer, {"weight": weight}, (x,))
-    assert torch.allclose(out, exact, atol=1e-5)
-    found = torch.autograd.grad(out.square().sum(), wanted)
-    for value, other in zip(found, torch.autograd.grad(exact.square().sum(), wanted), strict=True):
-        assert torch.allclose(value, other, atol=1e-5 * float(other.abs().max()))
-    given = [value.detach().double().requires_grad_() for value in wanted]
-
-    def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return trained_kernel.conv_transpose(layer, weight, bias, x, list(layer.output_padding))
-
-    assert torch.autograd.gradcheck(run, given, fast_mode=True)
-    assert torch.autograd.gradgradcheck(run, given, fast_mode=True)
-
-
-def test_a_transposed_volume_whose_weight_is_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The change alone is computed while the layer's own weight is elsewhere, as accelerate leaves it between calls."""
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    layer, x = TRANSPOSED["strided"](), torch.randn(2, 3, 5, 4, 2)
-    change = torch.randn_like(layer.weight)
-    exact = torch.func.functional_call(layer, {"weight": change, "bias": torch.zeros(5)}, (x,))
-    found = row(layer).apply(layer.to("meta"), change, None, x)
-    assert torch.allclose(found, exact, atol=1e-5)
-
-
-def test_an_empty_batch_of_transposed_volumes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    layer = TRANSPOSED["strided"]()
-    x = torch.randn(0, 3, 5, 4, 2)
-    assert row(layer).apply(layer, layer.weight + 1, layer.bias, x).shape == layer(x).shape
+@pytest.mark.parametrize("name", LEFT_TO_TORCH)
+def test_where_the_gradient_of_a_kernel_is_left_to_torch(name: str) -> None:
+    build, size = LEFT_TO_TORCH[name]
+    layer = build()
+    x = torch.randn(size).to(layer.weight.dtype)
+    assert not kernel_gradient.is_slow(of_conv(layer, x).geometry, layer.weight, x)

@@ -40,7 +40,7 @@ FOREIGN: dict[str, set[str]] = {
     "errors": set(),
     "tucker": {"einops"},
     "storage": {"safetensors", "tqdm", "transformers"},
-    "layers": {"transformers"},
+    "layers": {"transformers", "triton"},
     "tuner": {"peft", "safetensors", "transformers"},
     "convert": {
         "diffusers",
@@ -63,6 +63,7 @@ FIELDS = {  # the first word of a module's name -> the extras it may import from
 OPTIONAL = {  # imported where a model or a file asks for it, with a message if it is not there
     "flora.convert.base_model": {"diffusers"},
     "flora.comparison.rivals": {"lycoris-lora"},
+    "flora.layers.gpu": {"triton"},  # comes with torch's builds for CUDA
     "flora.data.records": {"datasets", "pillow"},
     "flora.data.samples.signals": {"diffusers", "nibabel", "pillow", "soundfile"},
 }

@@ -1,54 +1,76 @@
-"""The factored path beside a frozen layer, as one autograd function that keeps the input and little else.
+"""When a layer and its change may be one autograd function, and what such functions share.
 
-Written as separate operations, an adapter beside a layer reads and writes the activations again for each product,
-scaling and sum, and keeps every intermediate. Here the core is folded into the factor that leaves the smaller inner
-rank. Where the activations outnumber the weights, the layer runs once with W + dW, and only the gradients of the small
-matrices are taken in the small space. Otherwise the skinny product writes the change first, the bias with it, and the
-layer's own product is added to that: so the change costs no pass over the activations beyond the one that the bias
-takes in any case. The gradient of the input is made alike.
-
-``can_fuse`` says when it may be used; otherwise, and for the gradient of a gradient, ``kernels`` does the same in plain
+Written as separate operations, an adapter reads and writes the activations again for each product, scaling and sum, and
+keeps every intermediate. The functions of ``summed``, ``linear``, ``conv`` and ``experts`` keep the layer's input and
+small tensors. They are right in eager mode with a frozen weight; wherever something watches or rewrites the operations
+(a compiler, functorch, forward-mode gradients), and for the gradient of a gradient, the same is written in plain
 operations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flora.layers.planning import SUM_PAYS_FROM
+
+class Ready(NamedTuple):
+    """What a layer computes with.
+
+    Attributes:
+        x: the input, under autocast in its dtype.
+        bias: likewise.
+        fused: whether the autograd functions may be used, rather than plain operations.
+        autocast: None, or what to run it in: off within, so that the small matrices keep the dtype of the adapter.
+    """
+
+    x: Tensor
+    bias: Tensor | None
+    fused: bool
+    autocast: AbstractContextManager[Any] | None
 
 
-def can_fuse(x: Tensor, weight: Tensor) -> bool:
-    """Whether the fused function does what separate operations would: eager mode, one dtype, a frozen weight."""
-    return not weight.requires_grad and in_plain_eager(x, weight)
+def prepare(x: Tensor, weight: Tensor, bias: Tensor | None) -> Ready | None:
+    """How a layer is to be run, or None where its dtypes do not fit each other as they are."""
+    kind = x.device.type
+    fused = is_plain_eager() and not weight.requires_grad
+    if not casts(kind):
+        return Ready(x, bias, fused, None) if x.dtype == weight.dtype else None
+
+    if torch.float64 in (x.dtype, weight.dtype):  # autocast leaves it alone
+        return None
+    dtype = torch.get_autocast_dtype(kind)
+    bias = None if bias is None else bias.to(dtype)
+    return Ready(x.to(dtype), bias, fused, torch.autocast(kind, enabled=False))
 
 
-def in_plain_eager(x: Tensor, weight: Tensor) -> bool:
-    """Whether nothing watches or rewrites the operations: no compiler, autocast, functorch or forward-mode gradient."""
+def casts(kind: str) -> bool:
+    """Whether autocast is on for this type of device."""
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
+def is_plain_eager() -> bool:
+    """Whether nothing watches or rewrites the operations: no compiler, functorch or forward-mode gradient."""
     return not (
         torch.compiler.is_compiling()
-        or x.dtype != weight.dtype
-        or torch.is_autocast_enabled(x.device.type)
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     )
 
 
-def can_compile(x: Tensor, weight: Tensor) -> bool:
-    """Whether a compiler is at work that may be given an operation of ours; an exporter needs torch's own."""
-    exporting = getattr(torch.compiler, "_is_exporting_flag", False)  # is_exporting() is True under older compilers
-    return (
-        torch.compiler.is_dynamo_compiling()
-        and not exporting
-        and not weight.requires_grad
-        and x.dtype == weight.dtype
-        and not torch.is_autocast_enabled(x.device.type)
-    )
+def can_fuse(x: Tensor, weight: Tensor) -> bool:
+    """Whether an autograd function does what separate operations would: eager mode, one dtype, a frozen weight."""
+    autocast = casts(x.device.type)
+    return not weight.requires_grad and x.dtype == weight.dtype and not autocast and is_plain_eager()
+
+
+def is_exporting() -> bool:
+    """Whether an exporter traces the model, which needs operations of torch alone."""
+    return getattr(torch.compiler, "_is_exporting_flag", False)  # is_exporting() is True under older compilers
 
 
 def in_its_dtype(
@@ -59,7 +81,7 @@ def in_its_dtype(
     Autocast is off within, so that the small matrices are folded in the dtype of the adapter.
     """
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
+    if not casts(kind):
         return run(x, weight, bias)
     if torch.float64 in (x.dtype, weight.dtype):  # autocast leaves it alone
         return None
@@ -74,7 +96,7 @@ def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(backward)
     def wrapped(ctx: Any, grad: Tensor) -> Any:
         kind = grad.device.type
-        if not torch.is_autocast_enabled(kind):
+        if not casts(kind):
             return backward(ctx, grad)
         with torch.autocast(kind, enabled=False):
             return backward(ctx, grad)
@@ -82,25 +104,11 @@ def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def sums_weights(x: Tensor, weight: Tensor) -> bool:
-    """Whether to run the layer once with W + dW instead of adding into output and gradient. x: (., in, ..).
-
-    It pays where the activations outnumber the weights. Not in half precision: the sum would round a small dW away.
-    """
-    activations = x.numel() // max(1, x.shape[1]) * sum(weight.shape[:2])
-    return weight.dtype in (torch.float32, torch.float64) and activations > SUM_PAYS_FROM * weight.numel()
-
-
-def summed(weight: Tensor, up: Tensor | None, down: Tensor) -> Tensor:
-    """W + dW by one product into a copy of W."""
-    return weight + down if up is None else torch.addmm(weight, up, down)
-
-
-def again(ctx: Any, plain: Any, inputs: Sequence[Tensor | None], rest: Sequence[Any], grad: Tensor) -> Any:
+def again(ctx: Any, plain: Any, inputs: Sequence[Any], rest: Sequence[Any], grad: Tensor) -> Any:
     """The gradient with a graph of its own (double backward): the same step in plain operations."""
     wanted = {index: value for index, value in enumerate(inputs) if value is not None and ctx.needs_input_grad[index]}
     with torch.enable_grad():
         y = plain(*inputs, *rest)
         found = torch.autograd.grad(y, list(wanted.values()), grad, create_graph=True)
-    grads = dict(zip(wanted, found, strict=True))
-    return tuple(grads.get(index) for index in range(len(ctx.needs_input_grad)))
+    gradients = dict(zip(wanted, found, strict=True))
+    return tuple(gradients.get(index) for index in range(len(ctx.needs_input_grad)))

@@ -1,12 +1,13 @@
-"""Which way through a layer is cheaper, decided from shapes alone and printable.
+"""How an adapted layer runs: one function decides, from shapes and facts alone; ``print(plan)`` shows the figures.
 
-Two ways: *rebuild* forms the dense update and runs the layer once with W + dW; its extra cost is that of the gradient
-of a full weight. *factored* adds two skinny products (linear) or 1x1 -> core -> 1x1 (convolution) beside the frozen
-layer. Figures are those of one training step beyond the frozen layer's own forward and backward to its input.
+* **summed**: the layer's own function once, with ``W + s dW`` in place of W. Its gradient is taken through the whole
+  weight ("dense": what full fine-tuning computes, projected onto core and factors), or through narrow products that
+  never form the gradient of W ("narrow").
+* **beside**: the frozen layer, and two narrow products (linear) or convolutions of few channels beside it.
+* **called**: the module itself with ``W + s dW`` as its parameters, where its output is no plain function of W.
 
-The choice goes by time, not by operations alone: skinny products do few operations for each number they read. So the
-cost of a path is ``flops / rate + bytes moved / bandwidth``, with the rates of one CPU core below. They were fitted to
-the step times of a grid of layers; only their ratios matter.
+A way costs ``operations / rate + bytes moved / bandwidth + launches``, with the rates of the class of device in
+``layers/device.py``. Operations alone would mislead: narrow products do few of them for each number that they read.
 """
 
 from __future__ import annotations
@@ -14,55 +15,336 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from flora.errors import UserError
+from flora.layers import device
 from flora.tucker.form import count_params
 from flora.tucker.ranks import check_rank
 
-KINDS = ("linear", "conv", "embedding")
-WIDE_RATE = 150e9  # operations per second of a product of two large matrices, or of a convolution
-SKINNY_RATE = 80e9  # of one with a side as narrow as a rank
-BANDWIDTH = 8e9  # bytes per second, read or written once
-SUM_PAYS_FROM = 1.5  # activations per weight from which a layer of one group runs with W + dW in either path
-BUILD_PASSES = 20  # how often the dense update is read or written while it is built, added and differentiated
+KINDS = ("linear", "conv", "embedding")  # whose ways have a cost; other kinds run beside where they can
+SUM_PAYS_FROM = 1.5  # activations per weight from which a layer of one group runs summed on a CPU
+BUILD_PASSES = 20  # how often a CPU reads or writes dW while it is formed, added and differentiated
+GPU_CONV = 0.6  # the share of a product's rate that a convolution reaches on a GPU
+GPU_NARROW_CONV = 0.2  # of a narrow product's rate, a convolution of few channels
+
+
+class Choice(NamedTuple):
+    """How a layer runs.
+
+    Attributes:
+        way: "summed", "beside" or "called".
+        gradient: "dense" or "narrow".
+    """
+
+    way: str
+    gradient: str
+
+    def __str__(self) -> str:
+        return f"{self.way}, narrow" if self == SUMMED_NARROW else self.way
+
+
+SUMMED = Choice("summed", "dense")
+SUMMED_NARROW = Choice("summed", "narrow")
+BESIDE = Choice("beside", "narrow")
+CALLED = Choice("called", "dense")
+
+
+class Work(NamedTuple):
+    """What one training step asks of a layer.
+
+    Attributes:
+        kind: "linear", "conv" or "embedding" for the kinds with a cost; any other kind of the table.
+        shape: of the weight as it is stored: (out, in) or (in, out), (out, in / groups, *kernel), (vocab, dim).
+        ranks: of the core over those dimensions.
+        inputs: positions of the input: tokens, or batch times pixels.
+        outputs: positions of the output.
+        groups: of a convolution.
+        transposed: whether the input's channels come first in the shape.
+        cpu: whether it runs on a CPU.
+        element_size: bytes for each activation.
+        compiled: whether a compiler traces it.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    ranks: tuple[int, ...]
+    inputs: int
+    outputs: int
+    groups: int = 1
+    transposed: bool = False
+    cpu: bool = True
+    element_size: int = 4
+    compiled: bool = False
+
+
+class Cost(NamedTuple):
+    """What a way costs beyond the frozen layer's own step.
+
+    Attributes:
+        flops: floating point operations.
+        moved: bytes read or written.
+        kept: bytes kept for backward, the input among them.
+        seconds: an estimate; only the ratio of two of them counts.
+    """
+
+    flops: int
+    moved: int
+    kept: int
+    seconds: float
+
+
+# ---- the decision --------------------------------------------------------------------------------------------------
+
+
+def choose(
+    work: Work,
+    wanted: str = "auto",
+    *,
+    is_function: bool = True,
+    can_sum: bool = True,
+    can_add: bool = True,
+    readable: bool = True,
+    dropping: bool = False,
+) -> Choice:
+    """How a layer runs. The first line that fits decides; "-" stands for either.
+
+    ===========  =======  =======  ========  ========  ========  =========================================
+    is_function  can_sum  can_add  readable  dropping  wanted    runs
+    ===========  =======  =======  ========  ========  ========  =========================================
+    no           -        -        -         -         -         called
+    yes          no       no       -         -         -         called
+    yes          -        yes      no        -         -         beside
+    yes          -        yes      -         yes       -         beside
+    yes          -        yes      -         -         beside    beside
+    yes          no       yes      yes       no        summed    called
+    yes          no       yes      yes       no        auto      beside
+    yes          yes      -        yes       -         summed    summed
+    yes          yes      yes      yes       no        auto      summed, a convolution on a GPU or compiled
+    yes          yes      yes      yes       no        auto      else the cheapest by ``costs``
+    ===========  =======  =======  ========  ========  ========  =========================================
+
+    Args:
+        work: shapes, device and dtype.
+        wanted: ``way`` of the config: "auto", "summed" or "beside".
+        is_function: whether the output is what the row of the table computes from the weight: the forward is the listed
+            type's own, and nothing changes the weight on the way.
+        can_sum: whether the row has that function.
+        can_add: whether the row has the change of the output by dW alone.
+        readable: whether the weight is an ordinary tensor in its place: not quantised, sharded, offloaded or behind a
+            hook, where the layer has to be called as a module.
+        dropping: whether the adapter drops some of its inputs now.
+
+    Example:
+        >>> choose(Work("linear", (768, 3072), (8, 8), 4096, 4096)).way
+        'summed'
+        >>> choose(Work("linear", (768, 3072), (8, 8), 4096, 4096), readable=False).way
+        'beside'
+    """
+    if not is_function or not (can_sum or can_add):
+        return CALLED
+    if can_add and (not readable or dropping or wanted == "beside"):
+        return BESIDE
+    if not can_sum:
+        return CALLED if wanted == "summed" else BESIDE
+
+    if work.kind == "conv" and (work.compiled or not work.cpu):
+        return SUMMED
+    only_sums = wanted == "summed" or not can_add
+    best, least = (SUMMED if only_sums else BESIDE), math.inf
+    for choice, cost in costs(work):
+        if cost.seconds < least and not (only_sums and choice.way == "beside"):
+            best, least = choice, cost.seconds
+    return best
+
+
+def choose_narrow(work: Work) -> Choice:
+    """The cheaper of the ways with a narrow gradient, for a product with one expert's matrix."""
+    best, least = BESIDE, math.inf
+    for choice, cost in costs(work):
+        if cost.seconds < least and choice.gradient == "narrow":
+            best, least = choice, cost.seconds
+    return best
+
+
+def costs(work: Work) -> list[tuple[Choice, Cost]]:
+    """The ways that a layer of this kind can be run in, and what each costs; none for kinds without figures."""
+    if work.kind not in KINDS or len(work.shape) < 2:
+        return []
+    found = [(SUMMED, _summed(work)), (BESIDE, _beside(work))]
+    if work.kind == "embedding" or work.compiled:
+        return found
+
+    narrow = (SUMMED_NARROW, _summed_narrow(work))
+    if not work.cpu:
+        return [*found, narrow] if work.kind == "linear" else found
+    # On a CPU the narrow ways differ in one thing, which the activations decide.
+    in_place = work.groups == 1 and work.element_size >= 4
+    if in_place and _activations(work) > SUM_PAYS_FROM * math.prod(work.shape):
+        return [found[0], narrow]
+    return found
+
+
+# ---- what each way costs -------------------------------------------------------------------------------------------
+
+
+def _summed(work: Work) -> Cost:
+    """Form dW, then the gradient of the whole weight, projected back."""
+    dense, size = math.prod(work.shape), work.element_size
+    inputs, outputs = _numbers(work)
+    gradient = dense if work.kind == "embedding" else 2 * min(work.inputs, work.outputs) * dense
+    if work.kind == "conv" and not work.transposed:
+        gradient = 2 * work.outputs * dense
+    flops = 3 * _build_flops(work.shape, work.ranks) + gradient
+    kept = size * (inputs + dense)
+
+    rates = device.rates(work.cpu, size)
+    if work.cpu:
+        # The input and the output's gradient are read once more. Where patches do not overlap, torch computes the
+        # gradient of a kernel at half the rate.
+        stride = work.inputs / max(1, work.outputs)
+        apart = work.kind == "conv" and work.groups == 1 and stride == math.prod(work.shape[2:]) > 1
+        moved = size * (inputs + outputs + BUILD_PASSES * dense)
+        return Cost(flops, moved, kept, (2 if apart else 1) * flops / rates.wide + moved / rates.bandwidth)
+
+    # W + dW is formed twice; its gradient is written once and read twice.
+    moved = 7 * size * dense
+    wide = rates.wide * (GPU_CONV if work.kind == "conv" else 1)
+    return Cost(flops, moved, size * inputs, flops / wide + moved / rates.bandwidth + 10 * rates.launch)
+
+
+def _summed_narrow(work: Work) -> Cost:
+    """Form dW; then four narrow products of the six beside, since nothing is added into output and gradient."""
+    dense, size = math.prod(work.shape), work.element_size
+    inputs, outputs = _numbers(work)
+    flops = _narrow_flops(work) * 2 // 3
+    rates = device.rates(work.cpu, size)
+    if work.cpu:
+        # A linear layer reads input and gradient once, some rows at a time.
+        reads = 1 if work.kind == "linear" else 2
+        moved = size * (reads * (inputs + outputs) + BUILD_PASSES * dense)
+    else:
+        moved = size * (2 * (inputs + outputs) + 4 * dense)
+    seconds = flops / rates.narrow + moved / rates.bandwidth + 11 * rates.launch
+    return Cost(flops, moved, size * inputs, seconds)
+
+
+def _beside(work: Work) -> Cost:
+    """Six narrow products that read or write input, output and their gradients four times, a convolution five."""
+    size, hidden = work.element_size, _hidden(work)
+    inputs, outputs = _numbers(work)
+    flops = _narrow_flops(work)
+    passes = 4 * inputs + 4 * outputs
+    if work.kind == "conv":
+        passes += inputs + 4 * work.outputs * hidden
+    moved, kept = size * passes, size * (inputs + work.outputs * hidden)
+
+    rates = device.rates(work.cpu, size)
+    narrow, launches = rates.narrow, 11
+    if work.kind == "conv" and not work.cpu:
+        narrow, launches = narrow * GPU_NARROW_CONV, 24
+    return Cost(flops, moved, kept, flops / narrow + moved / rates.bandwidth + launches * rates.launch)
+
+
+def _numbers(work: Work) -> tuple[int, int]:
+    """Numbers of the input and of the output."""
+    if work.kind == "embedding":
+        return 0, work.outputs * work.shape[1]
+    out, inner = (1, 0) if work.transposed else (0, 1)
+    in_groups = inner == 1
+    inputs = work.inputs * work.shape[inner] * (work.groups if in_groups else 1)
+    return inputs, work.outputs * work.shape[out] * (1 if in_groups else work.groups)
+
+
+def _activations(work: Work) -> int:
+    """Numbers of input and output as if the output had the input's positions."""
+    return work.inputs * sum(work.shape[:2])
+
+
+def _build_flops(shape: Sequence[int], ranks: Sequence[int]) -> int:
+    """Of forming dW: a product for each mode, the last mode first."""
+    total, current = 0, math.prod(ranks)
+    for size, rank in reversed(list(zip(shape, ranks, strict=True))):
+        if rank != size:
+            total += 2 * current * size
+            current = current // rank * size
+    return total
+
+
+def _narrow_flops(work: Work) -> int:
+    """Forward, backward to the input and to the form: three times the forward's products."""
+    shape, ranks = work.shape, work.ranks
+    if work.kind == "embedding":
+        return 3 * 2 * work.outputs * ranks[0] * shape[1]
+    if work.kind == "linear":
+        inner = min(ranks)
+        return 3 * 2 * work.outputs * (inner * sum(shape) if inner not in shape else math.prod(shape))
+
+    out, inner = (1, 0) if work.transposed else (0, 1)
+    whole_out, whole_inner = ranks[out] == shape[out], ranks[inner] == shape[inner]
+    down = 0 if whole_inner else work.inputs * shape[inner] * ranks[inner] * work.groups
+    up = 0 if whole_out else work.outputs * ranks[out] * shape[out]
+    core = min(work.inputs, work.outputs) if work.transposed else work.outputs
+    core *= ranks[out] * ranks[inner] * math.prod(shape[2:]) * (1 if whole_out else work.groups)
+    return 3 * 2 * (down + core + up)
+
+
+def _hidden(work: Work) -> int:
+    """Activations kept for each output position besides the input; a convolution of one group keeps none."""
+    if work.kind != "conv":
+        return min(work.ranks)
+    if work.groups == 1:
+        return 0
+    stride = max(1, work.inputs // max(1, work.outputs))
+    down = 0 if work.ranks[1] == work.shape[1] else stride * work.ranks[1] * work.groups
+    return down + (0 if work.ranks[0] == work.shape[0] else work.ranks[0] * work.groups)
+
+
+# ---- for people ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one adapted layer costs, by path, and the path that is chosen. ``print(plan)`` explains.
+    """What one adapted layer costs, by way, and the way that is chosen. ``print(plan)`` explains.
 
     Attributes:
         shape, ranks: of the weight and of the core.
         num_params: trainable parameters of the form.
         positions: output positions per step (tokens, or batch times output pixels) that the figures hold for.
-        flops: path -> floating point operations per training step beyond the frozen layer's.
-        kept: path -> bytes kept for backward beyond the frozen layer's weights.
-        seconds: path -> time estimate per step on one CPU core; the ratio is what counts.
-        path: "rebuild" or "factored", the faster by that estimate.
+        device: "cpu" or "gpu".
+        flops: way -> floating point operations per training step beyond the frozen layer's.
+        kept: way -> bytes kept for backward beyond the frozen layer's weights.
+        seconds: way -> time estimate per step; the ratio is what counts.
+        way: "summed" or "beside", the faster by that estimate.
     """
 
     shape: tuple[int, ...]
     ranks: tuple[int, ...]
     num_params: int
     positions: int
+    device: str
     flops: dict[str, int]
     kept: dict[str, int]
     seconds: dict[str, float]
-    path: str
+    way: str
 
     def __str__(self) -> str:
+        chosen = [way for way in self.flops if way.partition(",")[0] == self.way]
+        fastest = min(chosen, key=self.seconds.__getitem__)
+        dense = math.prod(self.shape)
         lines = [
             f"weight {self.shape}, ranks {self.ranks}: {self.num_params:,} parameters "
-            f"({self.num_params / math.prod(self.shape):.2%} of {math.prod(self.shape):,})",
-            f"per training step at {self.positions:,} output positions, beyond the frozen layer:",
+            f"({self.num_params / dense:.2%} of {dense:,})",
+            f"per training step on a {self.device.upper()} at {self.positions:,} output positions, "
+            "beyond the frozen layer:",
         ]
-        for path in self.flops:
-            mark = "->" if path == self.path else "  "
+        for way, flops in self.flops.items():
+            mark = "->" if way == fastest else "  "
             lines.append(
-                f"{mark} {path:<9} {self.flops[path] / 1e6:>12,.1f} MFLOP {self.kept[path] / 2**20:>10,.2f} MiB kept"
-                f" {1e3 * self.seconds[path]:>10,.2f} ms"
+                f"{mark} {way:<14} {flops / 1e6:>12,.1f} MFLOP {self.kept[way] / 2**20:>10,.2f} MiB kept"
+                f" {1e3 * self.seconds[way]:>10,.3f} ms"
             )
-        lines.append(f"path: {self.path}, the faster by operations and bytes moved")
+        lines.append(f"way: {self.way}, the faster by operations and bytes moved")
         return "\n".join(lines)
 
 
@@ -75,6 +357,7 @@ def plan(
     stride: int = 1,
     groups: int = 1,
     element_size: int = 4,
+    device: str = "cpu",
 ) -> Plan:
     """The cost of each way through a layer whose weight has this shape, and the choice.
 
@@ -87,87 +370,41 @@ def plan(
         stride: input positions per output position of a convolution (the product of its strides).
         groups: of a convolution.
         element_size: bytes per activation.
+        device: "cpu" or "gpu".
 
     Raises:
-        ValueError: ranks and shape do not fit, or the kind is unknown.
+        ValueError: ranks and shape do not fit, or the kind or the device is unknown.
 
     Example:
-        >>> plan((768, 3072), (8, 8)).path
-        'factored'
-        >>> plan((96, 1, 7, 7), (4, 1, 2, 2), groups=96).path
-        'rebuild'
+        >>> plan((768, 3072), (8, 8)).way
+        'summed'
+        >>> plan((768, 3072), (8, 8), positions=77).way
+        'beside'
     """
     shape, ranks = tuple(shape), tuple(ranks)
     kind = kind or ("linear" if len(shape) == 2 else "conv")
     if kind not in KINDS:
         raise UserError(f"unknown kind {kind!r}, expected one of {', '.join(KINDS)}")
+    if device not in ("cpu", "gpu"):
+        raise UserError(f"unknown device {device!r}, expected 'cpu' or 'gpu'")
     if len(shape) < 2 or len(ranks) != len(shape):
         raise UserError(f"ranks {ranks} and shape {shape} do not fit; give one rank per dimension, at least two")
     for mode, (rank, size) in enumerate(zip(ranks, shape, strict=True)):
         check_rank(rank, f"ranks[{mode}]")
         if rank > size:
             raise UserError(f"rank {rank} of mode {mode} is above its size {size} in shape {shape}")
-    dense = math.prod(shape)
-    build = 3 * _build_flops(shape, ranks)  # forward, and backward to the core and to the factors
-    factored = _factored_flops(kind, shape, ranks, positions, positions * stride, groups)
-    rebuild = build + (dense if kind == "embedding" else 2 * positions * dense)
-    inputs = 0 if kind == "embedding" else positions * stride * shape[1] * groups
-    outputs = positions * shape[1 if kind == "embedding" else 0]
-    flops = {"rebuild": rebuild, "factored": factored}
-    sums = kind != "embedding" and groups == 1 and element_size >= 4 and inputs + outputs > SUM_PAYS_FROM * dense
-    hidden = 0 if sums else _hidden_per_position(kind, shape, ranks, stride, groups)
-    kept = {"rebuild": element_size * (inputs + dense), "factored": element_size * (inputs + positions * hidden)}
-    # Rebuild reads input and gradient once more; where patches do not overlap, torch computes the gradient of a kernel
-    # at half the rate. Factored reads or writes them four times, a convolution the input five. Where the layer runs
-    # with W + dW nothing is added into output and gradient: four products of six are left, and both are read twice, by
-    # a linear layer once, some rows at a time.
-    patches = kind == "conv" and groups == 1 and stride == math.prod(shape[2:]) > 1
-    rebuilt = element_size * (inputs + outputs + BUILD_PASSES * dense)
-    skinny, passes = float(factored), 4 * inputs + 4 * outputs
-    if kind == "conv":
-        passes += inputs + 4 * positions * hidden
-    if sums:
-        reads = 1 if kind == "linear" else 2
-        skinny, passes = factored * 2 / 3, reads * (inputs + outputs) + BUILD_PASSES * dense
-    beside = element_size * passes
-    seconds = {
-        "rebuild": (2 if patches else 1) * rebuild / WIDE_RATE + rebuilt / BANDWIDTH,
-        "factored": skinny / SKINNY_RATE + beside / BANDWIDTH,
-    }
-    path = min(seconds, key=seconds.__getitem__)
-    return Plan(shape, ranks, count_params(shape, ranks), positions, flops, kept, seconds, path)
 
-
-def _build_flops(shape: Sequence[int], ranks: Sequence[int]) -> int:
-    """Of ``Tucker.to_dense``: a product per mode, the last mode first."""
-    total, current = 0, math.prod(ranks)
-    for size, rank in reversed(list(zip(shape, ranks, strict=True))):
-        if rank != size:
-            total += 2 * current * size
-            current = current // rank * size
-    return total
-
-
-def _factored_flops(
-    kind: str, shape: Sequence[int], ranks: Sequence[int], positions: int, inputs: int, groups: int
-) -> int:
-    """Forward, backward to the input and to the form: three times the forward's products."""
-    if kind == "embedding":
-        return 3 * 2 * positions * ranks[0] * shape[1]
-    inner = min(ranks)
-    if kind == "linear":
-        return 3 * 2 * positions * (inner * sum(shape) if inner not in shape else math.prod(shape))
-    down = inputs * shape[1] * ranks[1] * groups if ranks[1] != shape[1] else 0
-    core = positions * ranks[0] * ranks[1] * math.prod(shape[2:]) * (groups if ranks[0] != shape[0] else 1)
-    up = positions * ranks[0] * shape[0] if ranks[0] != shape[0] else 0
-    return 3 * 2 * (down + core + up)
-
-
-def _hidden_per_position(kind: str, shape: Sequence[int], ranks: Sequence[int], stride: int, groups: int) -> int:
-    """Activations kept per output position besides the input; a convolution of one group computes its own once more."""
-    if kind != "conv":
-        return min(ranks)
-    if groups == 1:
-        return 0
-    down = stride * ranks[1] * groups if ranks[1] != shape[1] else 0
-    return down + (ranks[0] * groups if ranks[0] != shape[0] else 0)
+    cpu = device == "cpu"
+    work = Work(kind, shape, ranks, positions * stride, positions, groups, cpu=cpu, element_size=element_size)
+    priced = {str(choice): cost for choice, cost in costs(work)}
+    return Plan(
+        shape,
+        ranks,
+        count_params(shape, ranks),
+        positions,
+        device,
+        {way: cost.flops for way, cost in priced.items()},
+        {way: cost.kept for way, cost in priced.items()},
+        {way: cost.seconds for way, cost in priced.items()},
+        choose(work).way,
+    )

@@ -18,13 +18,10 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
-from flora.layers import gate as fused
-from flora.layers import plain as kernels
+from flora.layers import plain
 from flora.layers.axes import KERNELS
 from flora.layers.conv import fused as fused_conv
-from flora.layers.conv import kernel_gradient as trained_kernel
-from flora.layers.linear import compiled as compiled_linear
-from flora.tucker.form import Tucker
+from flora.layers.linear import fused as linear
 
 Axes = tuple[str, ...]
 
@@ -47,8 +44,8 @@ class Layer:
             in ``weight``, with the arguments of its forward. None where there is no such form; the layer is then run
             as a shell with W + dW (``flora.layers.shell``).
         factored: ``(module, form, scale, *args, **kwargs) -> change of the output``, without forming the dense update.
-        fused: ``(module, form, scale, *args, **kwargs) -> output`` of the layer and its change in one autograd
-            function, or None for arguments that it does not take.
+        fused: ``(choice, module, delta, *args, **kwargs) -> output`` of the layer and its change in one function, in
+            the way that the plan chose, or None for arguments that it does not take.
         folds: ``module -> {parameter name: fold}``, how the stored weight is seen as an N-d tensor by default.
     """
 
@@ -78,18 +75,14 @@ def _linear_transposed(module: nn.Module, weight: Tensor, bias: Tensor | None, x
 
 
 def _conv(module: Any, weight: Tensor, bias: Tensor | None, input: Tensor) -> Tensor:
-    if trained_kernel.is_slow(module, weight, input):
-        return trained_kernel.conv(module, weight, bias, input)
     return module._conv_forward(input, weight, bias)  # type: ignore[no-any-return]
 
 
 def _conv_transpose(
     module: Any, weight: Tensor, bias: Tensor | None, input: Tensor, output_size: list[int] | None = None
 ) -> Tensor:
-    run = kernels.CONV_TRANSPOSE[weight.ndim - 2]
-    extra = kernels.output_padding(module, input, output_size)
-    if trained_kernel.is_slow_transposed(module, weight, input):
-        return trained_kernel.conv_transpose(module, weight, bias, input, extra)
+    run = plain.CONV_TRANSPOSE[weight.ndim - 2]
+    extra = plain.output_padding(module, input, output_size)
     return run(input, weight, bias, module.stride, module.padding, extra, module.groups, module.dilation)
 
 
@@ -99,37 +92,6 @@ def _embedding(module: Any, weight: Tensor, bias: Tensor | None, input: Tensor) 
 
 def _bilinear(module: Any, weight: Tensor, bias: Tensor | None, input1: Tensor, input2: Tensor) -> Tensor:
     return F.bilinear(input1, input2, weight, bias)
-
-
-def _fused_linear(module: Any, form: Tucker, scale: float, input: Tensor) -> Tensor | None:
-    return compiled_linear.with_change(module.weight, module.bias, form, scale, input)
-
-
-def _fused_linear_transposed(module: Any, form: Tucker, scale: float, x: Tensor) -> Tensor | None:
-    first, second = form.factors
-    turned = Tucker(form.core.T, (second, first))
-    return compiled_linear.with_change(module.weight.T, module.bias, turned, scale, x)
-
-
-def _fused_conv(module: Any, form: Tucker, scale: float, input: Tensor) -> Tensor | None:
-    return _on_one_group(partial(fused_conv.conv, module), module, form, scale, input)
-
-
-def _fused_conv_transpose(
-    module: Any, form: Tucker, scale: float, input: Tensor, output_size: list[int] | None = None
-) -> Tensor | None:
-    run = partial(fused_conv.conv_transpose, module, output_size=output_size)
-    return _on_one_group(run, module, form, scale, input)
-
-
-def _on_one_group(convolve: Callable[..., Tensor], module: Any, form: Tucker, scale: float, x: Tensor) -> Tensor | None:
-    if module.groups > 1 or x.ndim != module.weight.ndim:
-        return None
-
-    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        return convolve(weight, bias, form, scale, x) if fused.can_fuse(x, weight) else None
-
-    return fused.in_its_dtype(run, x, module.weight, module.bias)
 
 
 def _attention_weights(module: nn.MultiheadAttention) -> dict[str, Axes]:
@@ -166,12 +128,12 @@ def _conv_rows() -> dict[type[nn.Module], Layer]:
     straight = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
     transposed = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
     rows: dict[type[nn.Module], Layer] = {
-        cls: Layer("conv", _one("out", "in", *KERNELS[dims]), _conv, kernels.conv, _fused_conv)
+        cls: Layer("conv", _one("out", "in", *KERNELS[dims]), _conv, plain.conv, fused_conv.conv)
         for dims, cls in straight.items()
     }
     for dims, cls in transposed.items():
         rows[cls] = Layer(
-            "conv", _one("in", "out", *KERNELS[dims]), _conv_transpose, kernels.conv_transpose, _fused_conv_transpose
+            "conv", _one("in", "out", *KERNELS[dims]), _conv_transpose, plain.conv_transpose, fused_conv.conv_transpose
         )
     return rows
 
@@ -179,12 +141,12 @@ def _conv_rows() -> dict[type[nn.Module], Layer]:
 _NORM = Layer("norm", _one("channels"))
 
 LAYERS: dict[type[nn.Module], Layer] = {
-    nn.Linear: Layer("linear", _one("out", "in"), _linear, kernels.linear, _fused_linear),
-    Conv1D: Layer("linear", _one("in", "out"), _linear_transposed, kernels.linear_transposed, _fused_linear_transposed),
+    nn.Linear: Layer("linear", _one("out", "in"), _linear, plain.linear, linear.linear),
+    Conv1D: Layer("linear", _one("in", "out"), _linear_transposed, plain.linear_transposed, linear.linear_transposed),
     **_conv_rows(),
-    nn.Embedding: Layer("embedding", _one("vocab", "dim"), _embedding, kernels.embedding),
-    nn.EmbeddingBag: Layer("embedding", _one("vocab", "dim"), None, kernels.embedding_bag),
-    nn.Bilinear: Layer("bilinear", _one("out", "in1", "in2"), _bilinear, kernels.bilinear),
+    nn.Embedding: Layer("embedding", _one("vocab", "dim"), _embedding, plain.embedding),
+    nn.EmbeddingBag: Layer("embedding", _one("vocab", "dim"), None, plain.embedding_bag),
+    nn.Bilinear: Layer("bilinear", _one("out", "in1", "in2"), _bilinear, plain.bilinear),
     nn.MultiheadAttention: Layer("attention", _attention_weights, folds=_attention_folds),
     nn.LSTM: _recurrent(4),
     nn.GRU: _recurrent(3),

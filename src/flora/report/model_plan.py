@@ -15,11 +15,12 @@ from torch import nn
 from flora.convert.base_model import meta_model
 from flora.errors import user_errors
 from flora.layers.names import PREFIX, module_of
-from flora.layers.planning import KINDS, plan
+from flora.layers.planning import costs
 from flora.layers.table import find_layer, refusal
 from flora.storage.size import size
 from flora.tucker.delta import TuckerDelta
 from flora.tuner.config import FloraConfig
+from flora.tuner.forward import expected_choice
 from flora.tuner.layer import FloraLayer
 
 BYTES_PER_TRAINED = 16  # float32: the parameter, its gradient and the two moments of AdamW
@@ -34,17 +35,20 @@ class Row:
     shape: tuple[int, ...]
     ranks: tuple[int, ...]
     parameters: int
-    path: str
+    way: str
     mflops: float | None
 
 
-def model_plan(model: str, adapter: dict[str, Any], *, positions: int = 4096) -> dict[str, Any]:
+def model_plan(
+    model: str, adapter: dict[str, Any], *, positions: int = 4096, device: str | None = None
+) -> dict[str, Any]:
     """What FLoRA would adapt in a model.
 
     Args:
         model: a hub id, a local folder, or the config of a transformers model as JSON or YAML.
         adapter: keyword arguments of ``FloraConfig``.
         positions: output positions per training step that the operations are counted for.
+        device: "cpu" or "gpu", that the ways are chosen for; by default what torch finds here.
 
     Returns:
         ``rows`` with their ``count``, ``left_out`` with reasons, and totals.
@@ -56,12 +60,14 @@ def model_plan(model: str, adapter: dict[str, Any], *, positions: int = 4096) ->
     total = sum(parameter.numel() for parameter in base.parameters())
     with torch.device("meta"), user_errors(ValueError):  # PEFT refuses names that the model does not have
         adapted = get_peft_model(base, FloraConfig(**adapter))
-    counts = Counter(_rows(adapted, positions))
+    device = device or ("gpu" if torch.cuda.is_available() else "cpu")
+    counts = Counter(_rows(adapted, positions, device == "cpu"))
     trained = sum(row.parameters * count for row, count in counts.items())
     return {
         "model": model,
         "class": type(base).__name__,
         "positions": positions,
+        "device": device,
         "rows": [{**asdict(row), "count": count} for row, count in counts.items()],
         "left_out": [
             {"layer": layer, "reason": reason, "count": count}
@@ -80,31 +86,25 @@ def _generic(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-def _rows(adapted: nn.Module, positions: int) -> Iterator[Row]:
+def _rows(adapted: nn.Module, positions: int, cpu: bool) -> Iterator[Row]:
     found = {name: module for name, module in adapted.named_modules() if isinstance(module, FloraLayer)}
     wrappers = {name.removeprefix(PREFIX) for name in found}
     for name, module in found.items():
-        base = module.get_base_layer()
         name = module_of(name, wrappers)
         for inner, delta in module.named_modules():
             if isinstance(delta, TuckerDelta) and not inner.startswith("base_layer."):
                 weight = inner.partition(".")[0].removeprefix("tucker_")
                 form, kind = delta.form, module.row.kind
-                path, mflops = _cost(base, kind, form.shape, form.ranks, positions)
+                way, mflops = _cost(module, inner.rpartition(".")[2], positions, cpu)
                 label = _generic(name) if weight == "weight" else f"{_generic(name)} {weight}"
-                yield Row(label, kind, form.shape, form.ranks, form.num_params, path, mflops)
+                yield Row(label, kind, form.shape, form.ranks, form.num_params, way, mflops)
 
 
-def _cost(
-    base: nn.Module, kind: str, shape: tuple[int, ...], ranks: tuple[int, ...], positions: int
-) -> tuple[str, float | None]:
-    """The path, and millions of operations per step beyond the frozen layer's; rebuild where there is no other."""
-    if kind not in KINDS or len(shape) < 2:
-        return "rebuild", None
-    stride = int(torch.Size(getattr(base, "stride", ())).numel()) if getattr(base, "stride", ()) else 1
-    groups = int(getattr(base, "groups", 1))
-    found = plan(shape, ranks, kind=kind, positions=positions, stride=stride, groups=groups)
-    return found.path, round(found.flops[found.path] / 1e6, 1)
+def _cost(layer: FloraLayer, adapter: str, positions: int, cpu: bool) -> tuple[str, float | None]:
+    """The way that the layer will run, and millions of operations per step beyond the frozen layer's where known."""
+    choice, work = expected_choice(layer, adapter, positions, cpu)
+    flops = {option: cost.flops for option, cost in costs(work)}
+    return str(choice), round(flops[choice] / 1e6, 1) if choice in flops else None
 
 
 def _left_out(adapted: nn.Module) -> Iterator[tuple[str, str]]:
@@ -130,7 +130,7 @@ def plan_text(report: dict[str, Any]) -> str:
             "shape": "x".join(map(str, row["shape"])),
             "ranks": "x".join(map(str, row["ranks"])),
             "parameters": f"{row['parameters'] * row['count']:,}",
-            "path": row["path"],
+            "way": row["way"],
             "MFLOP/step": "-" if row["mflops"] is None else f"{row['mflops'] * row['count']:,.0f}",
         }
         for row in report["rows"]
@@ -146,6 +146,7 @@ def plan_text(report: dict[str, Any]) -> str:
         f"{report['class']}: {total:,} parameters, {count:,} to train ({count / total:.3%})",
         f"adapter file {size(report['adapter_bytes'])}; adapter, gradients and AdamW {size(report['training_bytes'])} "
         f"(float32); base weights {size(report['model_bytes_16_bit'])} in 16 bits",
-        f"MFLOP/step: beyond the frozen layers, at {report['positions']:,} output positions",
+        f"MFLOP/step: beyond the frozen layers, at {report['positions']:,} output positions "
+        f"on a {report['device'].upper()}",
     ]
     return "\n".join([table, "", *(["not adapted:", *left, ""] if left else []), *summary])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -75,13 +76,27 @@ class TuckerDelta(nn.Module):
     @property
     def form(self) -> Tucker:
         """The Tucker form without the scale, over the folded dimensions; its tensors are the live parameters."""
-        factors = [None if name is None else getattr(self, name) for name in self._factor_names]
-        return Tucker(self.core, tuple(factors))
+        return Tucker(*self.tensors())
+
+    def tensors(self) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """The core and the factors, unscaled, over the folded dimensions, as they are."""
+        return self.core, tuple([None if name is None else getattr(self, name) for name in self._factor_names])
 
     @property
     def stored_form(self) -> Tucker:
         """The same tensor as a Tucker form over the dimensions of the stored weight, without the scale."""
         return self.form if self.fold is None else self.fold.stored_form(self.form)
+
+    def stored_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shape of the stored weight and the ranks of ``stored_form``, without forming it."""
+        core, factors = self.tensors()
+        ranks = tuple(core.shape)
+        if self.fold is None:
+            pairs = zip(ranks, factors, strict=True)
+            return tuple([rank if factor is None else factor.shape[0] for rank, factor in pairs]), ranks
+        shape = self.fold.stored_shape
+        sizes = [math.prod([ranks[axis] for axis in group]) for group in self.fold.groups]
+        return shape, tuple([min(size, rank) for size, rank in zip(shape, sizes, strict=True)])
 
     def dense(self) -> Tensor:
         """``scale * form.to_dense()`` in the shape of the stored weight."""

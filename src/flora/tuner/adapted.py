@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from flora.errors import UserError
 from flora.layers.offloading import hooked, in_memory
+from flora.layers.planning import Choice
+from flora.layers.summed import with_update
 from flora.layers.table import LAYERS, Layer, find_layer, parameter, refusal, weight_shape
 from flora.tucker.delta import TuckerDelta
 from flora.tucker.fold import Fold
@@ -34,7 +36,7 @@ class Target:
 class Settings:
     """What one adapter of one layer runs with, besides its parameters."""
 
-    path: str
+    way: str  # "auto", "summed" or "beside"
     dropout: float
     scale: dict[str, float]  # by weight, as configured; the delta holds the scale in force
 
@@ -89,6 +91,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             self.add_module(attribute, nn.ModuleDict())
 
         self.settings: dict[str, Settings] = {}
+        self.choices: dict[tuple[Any, ...], Choice] = {}  # how it runs, by what decides it
         self.merged_adapters: list[str] = []
         self.place = ""  # its name in the model, once it is put there
         self.reached = False  # called or read by a forward
@@ -144,9 +147,9 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             return parameter(base, weight)
 
     def summed(self, adapters: list[str], weight: str) -> Tensor:
-        """``W + s dW`` of these adapters, in the dtype of W."""
+        """``W + s dW`` of these adapters, in the dtype of W; in half precision rounded without bias."""
         stored = self.stored(weight)
-        return (stored + self.dense(adapters, weight)).to(stored.dtype)
+        return with_update(stored, self.dense(adapters, weight))
 
     def get_delta_weight(self, adapter_name: str, weight: str | None = None) -> Tensor:
         """The dense update ``s * dW`` of one adapter, in the shape of the weight and the dtype of the adapter."""

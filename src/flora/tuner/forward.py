@@ -14,37 +14,133 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flora.errors import UserError
-from flora.layers.planning import KINDS, plan
+from flora.layers import device
+from flora.layers.planning import KINDS, Choice, Work, choose
 from flora.layers.shell import call_with
-from flora.layers.table import is_plain, parameter
+from flora.layers.table import is_plain
 from flora.tuner.adapted import AdaptedLayer
-
-
-def choose_path(layer: AdaptedLayer, adapter: str, wanted: str) -> str:
-    """The way that an adapter takes through a layer, decided once, when it is added."""
-    base = layer.get_base_layer()
-    if layer.row.factored is None:
-        return "rebuild"
-    if wanted != "auto":
-        return wanted
-    if layer.quantization_backend is not None or layer.row.kind not in KINDS:
-        return "factored"
-
-    form = layer.delta(adapter).stored_form
-    strides = getattr(base, "stride", ())
-    stride = int(torch.Size(strides).numel()) if strides else 1
-    groups = getattr(base, "groups", 1)
-    return plan(form.shape, form.ranks, kind=layer.row.kind, stride=stride, groups=groups).path
 
 
 def adapted_output(layer: AdaptedLayer, active: list[str], *args: Any, **kwargs: Any) -> Any:
     """The output of a layer with these adapters, for the arguments of its forward."""
-    rebuilt = [adapter for adapter in active if _rebuilds(layer, adapter)]
-    if not _adds_up(layer) or (layer.row.apply is None and rebuilt):
+    choice = choice_for(layer, active, args[0] if args else next(iter(kwargs.values()), None))
+    if choice.way == "called":
         return _called(layer, active, *args, **kwargs)
-    if layer.row.apply is not None and rebuilt == active and _may_sum(layer):
-        return _summed(layer, active, *args, **kwargs)
-    return _beside(layer, active, *args, **kwargs)
+    if choice.way == "summed":
+        return _summed(choice, layer, active, *args, **kwargs)
+    return _beside(choice, layer, active, *args, **kwargs)
+
+
+# ---- which way -----------------------------------------------------------------------------------------------------
+
+
+def choice_for(layer: AdaptedLayer, active: list[str], x: Any) -> Choice:
+    """How the layer runs on this input. What the shapes decide is decided once for each of them.
+
+    Args:
+        layer: with its adapters.
+        active: the adapters that run.
+        x: the first argument of the layer's forward.
+    """
+    if not isinstance(x, Tensor) or layer.row.kind not in KINDS:
+        work = Work(layer.row.kind, (), (), 0, 0, compiled=torch.compiler.is_compiling())
+        return _choose(layer, active, work)
+    if torch.compiler.is_compiling():
+        return _choose(layer, active, _work(layer, active, x, compiled=True))
+
+    base = layer.base_layer
+    facts = (x.shape, x.dtype, x.device.type, type(base), layer.training, readable(layer), *active)
+    choice = layer.choices.get(facts)
+    if choice is None:
+        choice = _choose(layer, active, _work(layer, active, x, compiled=False))
+        layer.choices[facts] = choice
+    return choice
+
+
+def expected_choice(layer: AdaptedLayer, adapter: str, positions: int, cpu: bool) -> tuple[Choice, Work]:
+    """How a layer will run in training, from its shapes alone.
+
+    Args:
+        layer: with its adapters; its tensors may be on the meta device.
+        adapter: the one that runs.
+        positions: of the output, in one step.
+        cpu: whether that is on a CPU.
+    """
+    work = Work(layer.row.kind, (), (), 0, 0, cpu=cpu)
+    if layer.row.kind in KINDS:
+        transposed, stride = _strides(layer.get_base_layer())
+        inputs = positions // stride if transposed else positions * stride
+        work = _shaped(layer, adapter, inputs, positions, cpu, 4, False)
+    return _choose(layer, [adapter], work), work
+
+
+def _choose(layer: AdaptedLayer, active: list[str], work: Work) -> Choice:
+    row, settings = layer.row, [layer.settings[name] for name in active]
+    ways = {each.way for each in settings}
+    wanted = "beside" if "beside" in ways else "auto"
+    if len(ways) == 1:
+        wanted = settings[0].way
+    if row.kind == "parameter":  # a stack of experts may stay apart from its update; no other parameter can
+        is_stack = len(layer.delta(active[0]).stored_shapes()[0]) == 3 and not work.compiled
+        return choose(work, wanted, can_sum=False, can_add=is_stack)
+    return choose(
+        work,
+        wanted,
+        is_function=layer.quantization_backend is not None or is_plain(layer.base_layer),
+        can_sum=row.apply is not None,
+        can_add=row.factored is not None,
+        readable=row.factored is None or readable(layer),
+        dropping=layer.training and any(each.dropout for each in settings),
+    )
+
+
+def _work(layer: AdaptedLayer, active: list[str], x: Tensor, *, compiled: bool) -> Work:
+    """What this input asks of the layer."""
+    base = layer.get_base_layer()
+    if layer.row.kind == "embedding":
+        inputs = x.numel()
+    elif layer.row.kind == "linear":
+        inputs = x.numel() // max(1, x.shape[-1])
+    else:
+        inputs = x.numel() // max(1, base.in_channels)
+    transposed, stride = _strides(base)
+    outputs = inputs * stride if transposed else inputs // stride
+    size = (x if x.is_floating_point() else base.weight).element_size()
+    return _shaped(layer, active[0], inputs, outputs, device.on_cpu(x), size, compiled)
+
+
+def _shaped(
+    layer: AdaptedLayer, adapter: str, inputs: int, outputs: int, cpu: bool, element_size: int, compiled: bool
+) -> Work:
+    base, delta = layer.get_base_layer(), layer.delta(adapter)
+    shape, ranks = delta.stored_shapes()
+    groups, transposed = getattr(base, "groups", 1), _strides(base)[0]
+    return Work(layer.row.kind, shape, ranks, inputs, outputs, groups, transposed, cpu, element_size, compiled)
+
+
+def _strides(base: Any) -> tuple[bool, int]:
+    """Whether a convolution is transposed, and the product of its strides; 1 for other layers."""
+    stride = 1
+    for step in getattr(base, "stride", ()):
+        stride *= step
+    return bool(getattr(base, "transposed", False)), stride
+
+
+def readable(layer: AdaptedLayer) -> bool:
+    """Whether the weight is an ordinary tensor in its place and may be read.
+
+    A hooked, offloaded, sharded or quantised base layer has to be called as a module.
+    """
+    base = layer.base_layer
+    if base._forward_hooks or base._forward_pre_hooks or "_hf_hook" in base.__dict__:
+        return False
+    weight = base.weight
+    return (
+        type(weight) in (nn.Parameter, Tensor) and layer.quantization_backend is None and not hasattr(weight, SHARDED)
+    )
+
+
+SHARDED = "ds_shape"  # an attribute of weights that DeepSpeed ZeRO-3 has partitioned
 
 
 # ---- the three ways ------------------------------------------------------------------------------------------------
@@ -56,20 +152,26 @@ def _called(layer: AdaptedLayer, active: list[str], *args: Any, **kwargs: Any) -
     return call_with(layer.base_layer, changed, *args, **kwargs)
 
 
-def _summed(layer: AdaptedLayer, active: list[str], *args: Any, **kwargs: Any) -> Any:
+def _summed(choice: Choice, layer: AdaptedLayer, active: list[str], *args: Any, **kwargs: Any) -> Any:
     """The function of the layer's row, once, with W + dW."""
-    assert layer.row.apply is not None
-    base = layer.base_layer
-    weight = parameter(base, "weight") + layer.dense(active)
-    return layer.row.apply(base, weight, getattr(base, "bias", None), *args, **kwargs)
+    row, base = layer.row, layer.base_layer
+    if len(active) == 1 and row.fused is not None:
+        out = row.fused(choice, base, layer.delta(active[0]), *args, **kwargs)
+        if out is not None:
+            return out
+
+    if row.apply is None:
+        raise AssertionError("the plan sums where the row has a function of the weight")
+    return row.apply(base, layer.summed(active, "weight"), getattr(base, "bias", None), *args, **kwargs)
 
 
-def _beside(layer: AdaptedLayer, active: list[str], *args: Any, **kwargs: Any) -> Any:
+def _beside(choice: Choice, layer: AdaptedLayer, active: list[str], *args: Any, **kwargs: Any) -> Any:
     """The base layer's output, and the change by each adapter added to it."""
-    remaining = active[1:]
-    out = _fused(layer, active[0], *args, **kwargs)
+    remaining, out = active, None
+    if layer.row.fused is not None and readable(layer) and not _drops(layer, active[0]):
+        out = layer.row.fused(choice, layer.base_layer, layer.delta(active[0]), *args, **kwargs)
+        remaining = active if out is None else active[1:]
     if out is None:
-        remaining = active
         out = layer.base_layer(*args, **kwargs)
 
     if layer.quantization_backend is not None:
@@ -79,27 +181,16 @@ def _beside(layer: AdaptedLayer, active: list[str], *args: Any, **kwargs: Any) -
     return out
 
 
-def _fused(layer: AdaptedLayer, adapter: str, *args: Any, **kwargs: Any) -> Tensor | None:
-    """The base layer's output and the change by one adapter in one function, where that is possible."""
-    settings = layer.settings[adapter]
-    dropping = bool(settings.dropout) and layer.training
-    if layer.row.fused is None or settings.path != "factored" or dropping or not _is_in_place(layer):
-        return None
-    delta = layer.delta(adapter)
-    return layer.row.fused(layer.base_layer, delta.stored_form, delta.scale, *args, **kwargs)
+def _drops(layer: AdaptedLayer, adapter: str) -> bool:
+    return layer.training and bool(layer.settings[adapter].dropout)
 
 
 def change_of_output(layer: AdaptedLayer, adapter: str, *args: Any, **kwargs: Any) -> Tensor:
     """The change of the output by one adapter, beside the base layer's own output."""
     base, delta = layer.get_base_layer(), layer.delta(adapter)
-    args, kwargs = _drop(layer, adapter, args, kwargs)
-
-    if _rebuilds(layer, adapter) and layer.row.apply is not None:
-        first = args[0] if args else next(iter(kwargs.values()))
-        dtype = first.dtype if first.is_floating_point() else delta.core.dtype
-        return layer.row.apply(base, delta.dense().to(dtype), None, *args, **kwargs)
     if layer.row.factored is None:
-        raise UserError(f"{type(base).__name__} has no factored path")
+        raise UserError(f"the change of {type(base).__name__} has no form beside the layer")
+    args, kwargs = _drop(layer, adapter, args, kwargs)
     return layer.row.factored(base, delta.stored_form, delta.scale, *args, **kwargs)
 
 
@@ -134,7 +225,8 @@ def mixed_output(layer: AdaptedLayer, names: list[str], *args: Any, **kwargs: An
     out: Tensor = layer.base_layer(*args, **kwargs)
     if not known:
         return out
-    if not _adds_up(layer) or layer.row.kind not in KINDS or isinstance(layer.base_layer, nn.EmbeddingBag):
+    adds_up = layer.quantization_backend is not None or is_plain(layer.base_layer)
+    if not adds_up or layer.row.kind not in KINDS or isinstance(layer.base_layer, nn.EmbeddingBag):
         raise UserError(
             f"adapter_names (an adapter for each sample) is not possible on {type(layer.base_layer).__name__}: its "
             "output is no sum of the base layer's and the adapter's; run one batch per adapter, with set_adapter"
@@ -149,35 +241,3 @@ def mixed_output(layer: AdaptedLayer, names: list[str], *args: Any, **kwargs: An
         change = change_of_output(layer, name, first[rows], *rest, **kwargs)
         out[rows] = out[rows] + change.to(out.dtype)
     return out
-
-
-# ---- what a layer allows -------------------------------------------------------------------------------------------
-
-
-def _adds_up(layer: AdaptedLayer) -> bool:
-    """Whether the output with W + dW is the base layer's output plus what its row computes with dW."""
-    return layer.quantization_backend is not None or is_plain(layer.base_layer)
-
-
-def _rebuilds(layer: AdaptedLayer, adapter: str) -> bool:
-    """Dropout on the input of the adapter rules out W + dW, so it takes the factored path where there is one."""
-    settings = layer.settings[adapter]
-    dropping = bool(settings.dropout) and layer.training and layer.row.factored is not None
-    return settings.path == "rebuild" and not dropping and layer.quantization_backend is None
-
-
-def _may_sum(layer: AdaptedLayer) -> bool:
-    """Whether ``W + dW`` may be formed here; in half precision a small dW would be rounded away in the sum."""
-    return _is_in_place(layer) and parameter(layer.base_layer, "weight").dtype in (torch.float32, torch.float64)
-
-
-def _is_in_place(layer: AdaptedLayer) -> bool:
-    """Whether the weight is an ordinary tensor in its place and may be read.
-
-    A hooked, offloaded, sharded or quantised base layer has to be called as a module.
-    """
-    base = layer.base_layer
-    hooked = base._forward_hooks or base._forward_pre_hooks or "_hf_hook" in vars(base)
-    weight = base.weight
-    plain = type(weight) in (Tensor, nn.Parameter) and not hasattr(weight, "ds_shape")
-    return plain and not hooked and layer.quantization_backend is None

@@ -17,6 +17,7 @@ from flora.tuner.adapted import AdaptedLayer, Settings, Target
 from flora.tuner.config import FloraConfig
 
 BASE = "__base__"  # PEFT's word for "no adapter" in adapter_names
+WORDS = {"rebuild": "summed", "factored": "beside"}  # of configs saved before the ways had their names
 
 
 class FloraLayer(AdaptedLayer):
@@ -39,14 +40,12 @@ class FloraLayer(AdaptedLayer):
                 roles=target.roles,
                 init_weights=config.init_weights,
             )
-        path = self._choose_path(name, config.path, targets)
+        way = WORDS.get(config.path, config.path)
         scales = {weight: target.scale for weight, target in targets.items()}
-        self.settings[name] = Settings(path, config.dropout, scales)
+        self.settings[name] = Settings(way, config.dropout, scales)
+        self.choices.clear()
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def _choose_path(self, name: str, path: str, targets: Mapping[str, Target]) -> str:
-        return forward.choose_path(self, name, path)
 
     # ---- what others read ------------------------------------------------------------------------------------------
 

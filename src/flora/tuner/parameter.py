@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from flora.errors import UserError
 from flora.layers.experts.stack import ExpertStack
 from flora.layers.shell import call_with
 from flora.layers.table import Layer
-from flora.tuner.adapted import Target
+from flora.tuner.forward import choice_for
 from flora.tuner.layer import FloraLayer
 
 
@@ -35,15 +33,11 @@ class ParamWrapper(FloraLayer):
         super().__init__(base_layer, row=Layer("parameter", partial(_only, parameter_name)))
         self.parameter_name = parameter_name
 
-    def _choose_path(self, name: str, path: str, targets: Mapping[str, Target]) -> str:
-        stack = len(targets[self.parameter_name].shape) == 3 and path != "rebuild"
-        return "factored" if stack else "rebuild"
-
     def _adapted(self, active: list[str], *args: Any, **kwargs: Any) -> Any:
         """Stacks of experts run with an ``ExpertStack`` in place of the parameter, other parameters with W + dW."""
         name = self.parameter_name
         stand_in: Any
-        if torch.compiler.is_compiling() or any(self.settings[adapter].path == "rebuild" for adapter in active):
+        if choice_for(self, active, None).way == "called":
             stand_in = self.summed(active, name)
         else:
             deltas = [self.delta(adapter, name) for adapter in active]

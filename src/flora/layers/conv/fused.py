@@ -1,4 +1,8 @@
-"""The fused function of convolutions, straight and transposed, of one group; ``fused`` says what it is about."""
+"""A convolution and its change in one autograd function, in the way that the plan chose.
+
+Where the gradient is taken through the whole weight, ``layers/summed.py`` does it. Here it is taken through narrow
+tensors, for layers of one group: down to few channels, a convolution of the layer's own geometry there, and up again.
+"""
 
 from __future__ import annotations
 
@@ -6,78 +10,72 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from flora.layers import plain as kernels
-from flora.layers.conv.channels import add_projected, on_cpu, outer, project
-from flora.layers.conv.pointwise import Geometry, pointwise
-from flora.layers.gate import again, sums_weights, without_autocast
-from flora.tucker.form import Tucker, mode_product
+from flora.layers import device, plain, summed
+from flora.layers.conv.channels import add_projected, outer, project
+from flora.layers.conv.geometry import Geometry, Placed, of_conv, of_transposed
+from flora.layers.conv.pointwise import pointwise
+from flora.layers.gate import Ready, again, prepare, without_autocast
+from flora.layers.planning import Choice
+from flora.tucker.delta import TuckerDelta
+from flora.tucker.form import mode_product
 
-aten = torch.ops.aten
 
-
-def conv(base: Any, weight: Tensor, bias: Tensor | None, form: Tucker, scale: float, x: Tensor) -> Tensor:
-    """The layer with ``weight + scale * form``, for Conv1d to Conv3d with one group. x: (batch, in, *spatial)."""
-    out, inner = form.factors[:2]
-    padding = base.padding
-    sides = base._reversed_padding_repeated_twice
-    if base.padding_mode == "zeros" and isinstance(padding, str) and sides[::2] == sides[1::2]:
-        padding = tuple(sides[::2][::-1])
-    if base.padding_mode != "zeros" or isinstance(padding, str):
-        mode = "constant" if base.padding_mode == "zeros" else base.padding_mode
-        x, padding = F.pad(x, sides, mode=mode), (0,) * len(base.kernel_size)
-    geometry = (base.stride, padding, base.dilation, False, (0,) * len(base.kernel_size), 1)
-    return _conv(x, weight, bias, form, scale, inner, out, geometry)
+def conv(choice: Choice, module: Any, delta: TuckerDelta, input: Tensor) -> Tensor | None:
+    """Conv1d to Conv3d with the change, or None for inputs that it does not take. input: (batch, in, *spatial)."""
+    if input.ndim != module.weight.ndim:
+        return None
+    return _run(choice, module, delta, of_conv(module, input))
 
 
 def conv_transpose(
-    base: Any,
-    weight: Tensor,
-    bias: Tensor | None,
-    form: Tucker,
-    scale: float,
-    x: Tensor,
-    output_size: list[int] | None = None,
-) -> Tensor:
-    """The same for ConvTranspose1d to ConvTranspose3d, whose weight and form are (in, out, *kernel)."""
-    inner, out = form.factors[:2]
-    extra = kernels.output_padding(base, x, output_size)
-    geometry = (base.stride, base.padding, base.dilation, True, extra, 1)
-    return _conv(x, weight, bias, form, scale, inner, out, geometry)
+    choice: Choice, module: Any, delta: TuckerDelta, input: Tensor, output_size: list[int] | None = None
+) -> Tensor | None:
+    """The same for ConvTranspose1d to ConvTranspose3d."""
+    if input.ndim != module.weight.ndim:
+        return None
+    return _run(choice, module, delta, of_transposed(module, input, output_size))
 
 
-def _conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    form: Tucker,
-    scale: float,
-    inner: Tensor | None,
-    out: Tensor | None,
-    geometry: Geometry,
-) -> Tensor:
-    stride, padding, dilation, transposed, extra = geometry[:5]
-    size = weight.shape[2:]
-    apart = transposed and tuple(stride) == size and {*dilation} == {1} and not any((*padding, *extra))
-    if apart and sums_weights(x, weight):
-        core = kernels.spatial_core(form, scale)
-        up = (core if out is None else mode_product(core, out, 1)).flatten(1).T  # (O * K, Ji)
-        down, wide = (up, None) if inner is None else (inner.T, up)
-        return pointwise(x, weight, bias, down, wide, geometry)
-    if size.numel() == 1 and not transposed and not any(padding):
-        core = form.scaled(scale).core.flatten(1)
-        return pointwise(x, weight, bias, core if inner is None else core @ inner.T, out, geometry)
-    core, kernel = form.scaled(scale).core, kernels.kernel_factor(form)
-    y: Tensor = _Conv.apply(x, weight, bias, core, kernel, inner, out, geometry)  # type: ignore[no-untyped-call]
+def _run(choice: Choice, module: Any, delta: TuckerDelta, placed: Placed) -> Tensor | None:
+    weight, geometry = module.weight, placed.geometry
+    ready = prepare(placed.x, weight, module.bias)
+    if ready is None:
+        return None
+
+    if ready.autocast is None:
+        return _ready(choice, weight, delta, ready, geometry)
+    with ready.autocast:
+        return _ready(choice, weight, delta, ready, geometry)
+
+
+def _ready(choice: Choice, weight: Tensor, delta: TuckerDelta, ready: Ready, geometry: Geometry) -> Tensor | None:
+    if choice.gradient == "dense":
+        run = summed.run if ready.fused else summed.run_plain
+        core, factors = delta.tensors()
+        return run(geometry, ready.x, weight, ready.bias, core, factors, delta.scale)
+    if not ready.fused or geometry.groups > 1:
+        return None
+
+    form, sums = delta.stored_form.scaled(delta.scale), choice.way == "summed"
+    first, second = form.factors[:2]
+    out, inner = (second, first) if geometry.transposed else (first, second)
+    weight = weight.to(ready.x.dtype)
+    if weight[0, 0].numel() == 1 and not geometry.transposed and not any(geometry.padding):
+        core = form.core.flatten(1)
+        down = core if inner is None else core @ inner.T
+        return pointwise(ready.x, weight, ready.bias, down, out, geometry.stride, sums)
+
+    kernel = plain.kernel_factor(form)
+    y: Tensor = _Conv.apply(ready.x, weight, ready.bias, form.core, kernel, inner, out, geometry, sums)  # type: ignore[no-untyped-call]
     return y
 
 
 class _Conv(torch.autograd.Function):
-    """Beside the layer: down to few channels, a convolution of the layer's own geometry there, and up again.
+    """The layer once with W + dW, or beside its change; the gradients of the form in few channels.
 
-    Shapes: x (B, I, *S), core (Jo, Ji, *R) or transposed (Ji, Jo, *R), kernel (prod(K), prod(R)) or None where R = K,
-    inner (I, Ji), out (O, Jo) -> (B, O, *S').
+    Shapes: x (B, I, *S), weight as of the layer, core (Jo, Ji, *R) or transposed (Ji, Jo, *R), kernel
+    (prod(K), prod(R)) or None where R = K, inner (I, Ji) or None, out (O, Jo) or None -> (B, O, *S').
     """
 
     @staticmethod
@@ -91,77 +89,81 @@ class _Conv(torch.autograd.Function):
         inner: Tensor | None,
         out: Tensor | None,
         geometry: Geometry,
+        sums: bool,
     ) -> Tensor:
-        ctx.geometry, ctx.whole = geometry, sums_weights(x, weight)
-        spatial = _spatial(core, kernel, weight)
-        small = hidden = None
-        low_inner, low_out = (None if factor is None else factor.to(x.dtype) for factor in (inner, out))
-        if ctx.whole:
-            y: Tensor = aten.convolution(x, _stand_in(weight, spatial, inner, out, geometry), bias, *geometry)
+        ctx.geometry, ctx.sums = geometry, sums
+        ctx.save_for_backward(x, weight, bias, core, kernel, inner, out)
+        small_core = _small_core(core, kernel, weight)
+        if sums:
+            return geometry.run(x, _changed(weight, small_core, inner, out, geometry), bias)
+
+        y = geometry.run(x, weight, bias)
+        # shape: (B, Ji, *S), then (B, Jo, *S')
+        few = x if inner is None else project(inner, x)
+        hidden = geometry.run(few, small_core, None)
+        if out is None:
+            y += hidden
         else:
-            y = aten.convolution(x, weight, bias, *geometry)
-            small = None if low_inner is None else project(low_inner, x)
-            hidden = aten.convolution(x if small is None else small, spatial, None, *geometry)
-            if low_out is None:
-                y += hidden
-            else:
-                add_projected(y, low_out, hidden)
-        made = (None,) * 5 if on_cpu(x) else (spatial, small, None if out is None else hidden, low_inner, low_out)
-        ctx.save_for_backward(x, weight, bias, core, kernel, inner, out, *made)
+            add_projected(y, out, hidden)
         return y
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight, bias, core, kernel, inner, out, *made = ctx.saved_tensors
-        spatial, small, hidden, low_inner, low_out = made
-        geometry, whole, wants_x = ctx.geometry, ctx.whole, ctx.needs_input_grad[0]
+        x, weight, bias, core, kernel, inner, out = ctx.saved_tensors
+        geometry, wants_x = ctx.geometry, ctx.needs_input_grad[0]
         if torch.is_grad_enabled():
             return again(ctx, _plain_conv, (x, weight, bias, core, kernel, inner, out), (geometry,), grad)
-        spatial = _spatial(core, kernel, weight) if spatial is None else spatial
-        if small is None:
-            small = x if inner is None else project(inner, x)
-        grad_out, back = None, grad
+
+        # The forward's narrow tensors are computed once more: that costs less than keeping them.
+        small_core = _small_core(core, kernel, weight)
+        few = x if inner is None else project(inner, x)
+        grad_out, grad_hidden = None, grad
         if out is not None:
-            hidden = aten.convolution(small, spatial, None, *geometry) if hidden is None else hidden
-            grad_out = outer(grad, hidden, out.dtype)
-            back = project(out if low_out is None else low_out, grad)
-        mask = [inner is not None or (wants_x and not whole), True, False]
-        grad_small, grad_spatial, _ = aten.convolution_backward(back, small, spatial, None, *geometry, mask)
-        grad_core, grad_kernel = _unfold_kernel(grad_spatial.to(core.dtype), core, kernel)
-        grad_inner = None if inner is None else outer(x, grad_small, inner.dtype)
+            grad_out = outer(grad, geometry.run(few, small_core, None), out.dtype)
+            grad_hidden = project(out, grad)
+
+        needs_few = inner is not None or (wants_x and not ctx.sums)
+        grad_few, grad_small_core = geometry.gradients(grad_hidden, few, small_core, needs_few)
+        grad_core, grad_kernel = _unfold_kernel(grad_small_core.to(core.dtype), core, kernel)
+        grad_inner = None if inner is None or grad_few is None else outer(x, grad_few, inner.dtype)
+
         grad_x = None
-        if wants_x:
-            used = _stand_in(weight, spatial, inner, out, geometry) if whole else weight
-            grad_x = aten.convolution_backward(grad, x, used, None, *geometry, [True, False, False])[0]
-            if inner is None and not whole:
-                grad_x += grad_small
-            elif inner is not None and not whole:
-                add_projected(grad_x, inner if low_inner is None else low_inner, grad_small)
-        grad_bias = grad.sum([dim for dim in range(grad.ndim) if dim != 1]) if ctx.needs_input_grad[2] else None
-        return grad_x, None, grad_bias, grad_core, grad_kernel, grad_inner, grad_out, None
+        if wants_x and ctx.sums:
+            grad_x = geometry.input_gradient(grad, x, _changed(weight, small_core, inner, out, geometry))
+        elif wants_x and grad_few is not None:
+            grad_x = geometry.input_gradient(grad, x, weight)
+            if inner is None:
+                grad_x += grad_few
+            else:
+                add_projected(grad_x, inner, grad_few)
+        grad_bias = geometry.bias_gradient(grad) if ctx.needs_input_grad[2] else None
+        return grad_x, None, grad_bias, grad_core, grad_kernel, grad_inner, grad_out, None, None
 
 
-def _spatial(core: Tensor, kernel: Tensor | None, weight: Tensor) -> Tensor:
+def _small_core(core: Tensor, kernel: Tensor | None, weight: Tensor) -> Tensor:
     """The core over the whole kernel, in the dtype of the weight: (J1, J2, *K)."""
-    return (core if kernel is None else kernels.apply_kernel(core, kernel, weight.shape[2:])).to(weight.dtype)
+    full = core if kernel is None else plain.apply_kernel(core, kernel, weight.shape[2:])
+    return full.to(weight.dtype)
 
 
 def _unfold_kernel(grad: Tensor, core: Tensor, kernel: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The gradients of core and kernel from that of the core over the whole kernel."""
     if kernel is None:
         return grad, None
+    # shape: (J1 * J2, prod(K))
     rows = grad.reshape(-1, len(kernel))
     return (rows @ kernel).view(core.shape), rows.T @ core.reshape(len(rows), -1)
 
 
-def _stand_in(weight: Tensor, core: Tensor, inner: Tensor | None, out: Tensor | None, geometry: Geometry) -> Tensor:
-    """W + dW by one product into a copy of W."""
-    first, second = (inner, out) if geometry[3] else (out, inner)
-    part = core if second is None else mode_product(core, second, 1)
-    if first is None:
-        return weight + part
-    return torch.addmm(weight.flatten(1), first, part.flatten(1)).view(weight.shape)
+def _changed(
+    weight: Tensor, small_core: Tensor, inner: Tensor | None, out: Tensor | None, geometry: Geometry
+) -> Tensor:
+    """``W + dW`` in the order of the weight."""
+    first, second = (inner, out) if geometry.transposed else (out, inner)
+    # shape: (J1, I2, *K)
+    part = small_core if second is None else mode_product(small_core, second.to(small_core.dtype), 1)
+    return device.add_update(weight.flatten(1), first, part.flatten(1).T, 1.0).view(weight.shape)
 
 
 def _plain_conv(
@@ -174,7 +176,7 @@ def _plain_conv(
     out: Tensor | None,
     geometry: Geometry,
 ) -> Tensor:
-    small = x if inner is None else torch.einsum("bi...,ij->bj...", x, inner.to(x.dtype))
-    hidden = aten.convolution(small, _spatial(core, kernel, weight), None, *geometry)
+    few = x if inner is None else torch.einsum("bi...,ij->bj...", x, inner.to(x.dtype))
+    hidden = geometry.run(few, _small_core(core, kernel, weight), None)
     change = hidden if out is None else torch.einsum("bj...,oj->bo...", hidden, out.to(x.dtype))
-    return aten.convolution(x, weight, bias, *geometry) + change  # type: ignore[no-any-return]
+    return geometry.run(x, weight, bias) + change

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flora.layers.conv.channels import on_cpu
+from flora.layers import device
 from flora.layers.gate import again, without_autocast
-from flora.layers.linear.fused import LEAST_ROWS, narrow, outer
 
 Run = Callable[..., Tensor]  # torch's grouped product
 
@@ -57,7 +56,7 @@ class _Grouped(torch.autograd.Function):
     ) -> Tensor:
         ctx.run = run
         y = run(x, weight, offs=offs)
-        small = x if left is None else narrow(x, left.to(x.dtype))
+        small = x if left is None else device.project(x, left.to(x.dtype))
         hidden = _each(small, middle.to(x.dtype), offs)
         if right is None:
             y += hidden
@@ -74,11 +73,11 @@ class _Grouped(torch.autograd.Function):
         if torch.is_grad_enabled():
             return again(ctx, _plain_grouped, (x, weight, left, middle, right), (offs, ctx.run), grad)
         grad, run = grad.contiguous(), ctx.run
-        back = grad if right is None else narrow(grad, right.to(x.dtype))
+        back = grad if right is None else device.project(grad, right.to(x.dtype))
         grad_small = _each(back, middle.to(x.dtype).mT, offs)
         grad_middle = _sums(x if small is None else small, back, middle, offs)
-        grad_left = None if left is None else outer(x, grad_small, left.dtype).to(left.dtype)
-        grad_right = None if right is None else outer(grad, hidden, right.dtype).to(right.dtype)
+        grad_left = None if left is None else device.outer(x, grad_small, left.dtype).to(left.dtype)
+        grad_right = None if right is None else device.outer(grad, hidden, right.dtype).to(right.dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = run(grad, weight.mT, offs=offs)
@@ -114,7 +113,7 @@ def _expert_of(rows: Tensor, offs: Tensor, matrices: Tensor) -> Tensor:
 
 def _sizes(rows: Tensor, offs: Tensor) -> list[int] | None:
     """How many rows each expert has, on a CPU and where a product for each pays; None elsewhere."""
-    if not on_cpu(rows) or len(rows) < LEAST_ROWS * len(offs) or int(offs[-1]) != len(rows):
+    if not device.counts_rows(rows) or len(rows) < device.LEAST_ROWS * len(offs) or int(offs[-1]) != len(rows):
         return None
     return offs.diff(prepend=offs.new_zeros(1)).tolist()
 

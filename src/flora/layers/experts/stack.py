@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
+from flora.layers import device
 from flora.layers import gate as fused
 from flora.layers.experts.grouped import grouped, one_by_one
-from flora.layers.linear import compiled as compiled_linear
+from flora.layers.linear import fused as fused_linear
+from flora.layers.planning import Work, choose_narrow
 from flora.tucker.form import Tucker, mode_product
 
 
@@ -113,7 +115,16 @@ class ExpertStack:
             return None
         term = self.terms[0].transposed
         form = Tucker(term.middle, (term.left, term.right))
-        return compiled_linear.with_change(self.weight.mT, bias, form, 1.0, x)
+        work = Work(
+            "linear",
+            form.shape,
+            form.ranks,
+            x.numel() // max(1, x.shape[-1]),
+            x.numel() // max(1, x.shape[-1]),
+            cpu=device.on_cpu(x),
+            element_size=self.weight.element_size(),
+        )
+        return fused_linear.small(choose_narrow(work), self.weight.mT, bias, form, 1.0, x)
 
     def grouped(self, x: Tensor, offs: Tensor, run: Callable[..., Tensor], **options: Any) -> Tensor:
         """A grouped product: rows of x (S, m), sorted by expert, up to ``offs[e]`` belong to expert e."""

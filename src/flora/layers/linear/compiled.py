@@ -1,8 +1,8 @@
-"""The fused linear layer as one operation, for a compiler.
+"""A linear layer beside its change as one operation, for a compiler.
 
 Traced as separate products, the sum in place becomes a copy and a sum, or a second pass over the output. So a compiler
-sees ``flora::linear`` and ``flora::linear_backward``, which do what ``fused_linear`` does; it folds the small matrices
-itself.
+sees ``flora::linear`` and ``flora::linear_backward``, which do what ``linear/fused.py`` does; it folds the small
+matrices itself.
 """
 
 from __future__ import annotations
@@ -12,41 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from flora.layers import gate as fused
-from flora.layers.conv.channels import on_cpu
-from flora.layers.linear import fused as fused_linear
-from flora.layers.linear.fused import gradients_of_products, products
+from flora.layers import device
+from flora.layers.linear.products import gradients_of_products, products
 from flora.layers.plain import fold_matrix
 from flora.tucker.form import Tucker
-
-
-def with_change(weight: Tensor, bias: Tensor | None, form: Tucker, scale: float, input: Tensor) -> Tensor | None:
-    """``linear`` of this file or of ``fused_linear``, whichever may be used; None where neither may."""
-
-    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        if fused.can_fuse(x, weight):
-            return fused_linear.linear(weight, bias, form, scale, x)
-        return linear(weight, bias, form, scale, x) if fused.can_compile(x, weight) else None
-
-    return fused.in_its_dtype(run, input, weight, bias)
 
 
 def linear(weight: Tensor, bias: Tensor | None, form: Tucker, scale: float, x: Tensor) -> Tensor | None:
     """``F.linear(x, weight + scale * form, bias)``, or None where dW is no product of two matrices.
 
     Args:
-        weight: (out, in), as the form.
-        bias: (out,).
+        weight: shape (out, in), as the form.
+        bias: shape (out,).
         form: of the update, without the scale.
         scale: of the update.
-        x: (..., in).
+        x: shape (..., in).
     """
     up, down = fold_matrix(form, scale)
     if up is None:
         return None
     rows = x.reshape(-1, x.shape[-1])
-    small, wanted = (up.to(x.dtype), down.to(x.dtype)), (x.requires_grad, bias is not None and bias.requires_grad)
-    y: Tensor = _Linear.apply(rows, weight, bias, *small, *wanted)  # type: ignore[no-untyped-call]
+    wants_x, wants_bias = x.requires_grad, bias is not None and bias.requires_grad
+    y: Tensor = _Linear.apply(rows, weight, bias, up.to(x.dtype), down.to(x.dtype), wants_x, wants_bias)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -92,27 +79,22 @@ def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, up: Tensor, down: Tensor, hidden: Tensor, wants_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, empty if it is not wanted, of up and of down."""
-    matrix = weight if wants_x else None
-    grad_x, grad_down, grad_up = gradients_of_products(grad.contiguous(), x, matrix, False, up, down, hidden, up.dtype)
-    if grad_up is None:
+    beside = weight if wants_x else None
+    found = gradients_of_products(grad.contiguous(), x, None, beside, up, down, hidden, up.dtype)
+    if found.up is None:
         raise AssertionError("up is a matrix here")
-    return x.new_empty(0) if grad_x is None else grad_x, grad_up, grad_down
+    return x.new_empty(0) if found.x is None else found.x, found.up, found.down
 
 
 def _forward_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], weight.shape[0]), _narrow(x, x.shape[0], down.shape[0])
+    return x.new_empty(x.shape[0], weight.shape[0]), device.empty_narrow(x, x.shape[0], down.shape[0])
 
 
 def _backward_shapes(
     grad: Tensor, x: Tensor, weight: Tensor, up: Tensor, down: Tensor, hidden: Tensor, wants_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_x = x.new_empty(x.shape if wants_x else (0,))
-    return grad_x, _narrow(x, *up.shape), _narrow(x, *down.shape[::-1]).t()
-
-
-def _narrow(like: Tensor, rows: int, columns: int) -> Tensor:
-    """An empty tensor in the layout that narrow products have."""
-    return like.new_empty(columns, rows).t() if on_cpu(like) else like.new_empty(rows, columns)
+    return grad_x, device.empty_narrow(x, *up.shape), device.empty_narrow(x, *down.shape[::-1]).t()
 
 
 library.define("flora::linear", "(Tensor x, Tensor weight, Tensor? bias, Tensor up, Tensor down) -> (Tensor, Tensor)")

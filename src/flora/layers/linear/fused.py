@@ -1,29 +1,128 @@
-"""The fused function of linear layers; ``fused`` says what it is about."""
+"""A linear layer and its change in one autograd function, in the way that the plan chose.
+
+Where the gradient is taken through the whole weight, ``layers/summed.py`` does it. Here it is taken through narrow
+products: the core is folded into the factor that leaves the smaller inner rank, so that dW is ``up @ down``. Either the
+layer runs once with W + dW, or the narrow product writes the change first, with the bias, and the layer's own product
+is added to that; the gradient of the input is made alike.
+"""
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flora.layers import plain as kernels
-from flora.layers.conv.channels import on_cpu, product
-from flora.layers.gate import again, summed, sums_weights, without_autocast
+from flora.layers import device, plain, summed
+from flora.layers.gate import again, is_exporting, prepare, without_autocast
+from flora.layers.linear import compiled
+from flora.layers.linear.products import gradients_of_products, products, sum_of_weights
+from flora.layers.planning import Choice
+from flora.tucker.delta import TuckerDelta
 from flora.tucker.form import Tucker
 
-CACHED = 2**19  # numbers that a CPU's cache holds
-LEAST_ROWS = 64  # that a product is worth its call for
-BLOCK = 16  # rows that products work on at a time; others waste a part of the last block
+
+class Product(NamedTuple):
+    """What a linear layer does with its weight.
+
+    Attributes:
+        transposed: whether the weight is stored as (in, out), as in GPT-2's Conv1D.
+    """
+
+    transposed: bool
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer: x (..., in) -> (..., out)."""
+        return F.linear(x, weight.t() if self.transposed else weight, bias)
+
+    def gradients(self, grad: Tensor, x: Tensor, weight: Tensor, wants_x: bool) -> tuple[Tensor | None, Tensor]:
+        """Of the input, None where it is not wanted, and of the weight."""
+        # shape: (T, out), (T, in)
+        grad_rows, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        left, right = (rows, grad_rows) if self.transposed else (grad_rows, rows)
+        grad_weight = torch.mm(left.t(), right)
+        if not wants_x:
+            return None, grad_weight
+        grad_x = torch.mm(grad_rows, weight.t() if self.transposed else weight)
+        return grad_x.view(x.shape), grad_weight
+
+    def bias_gradient(self, grad: Tensor) -> Tensor:
+        """Of the bias."""
+        return grad.reshape(-1, grad.shape[-1]).sum(0)
 
 
-def linear(weight: Tensor, bias: Tensor | None, form: Tucker, scale: float, x: Tensor) -> Tensor:
-    """``F.linear(x, weight + scale * form, bias)``. x: (..., in), weight and form: (out, in)."""
+def linear(choice: Choice, module: Any, delta: TuckerDelta, input: Tensor) -> Tensor | None:
+    """A linear layer with the change, or None for inputs that it does not take. input: (..., in) -> (..., out)."""
+    if choice.gradient == "dense":
+        core, factors = delta.tensors()
+        return _dense(Product(False), module.weight, module.bias, core, factors, delta.scale, input)
+    return small(choice, module.weight, module.bias, delta.stored_form, delta.scale, input)
+
+
+def linear_transposed(choice: Choice, module: Any, delta: TuckerDelta, x: Tensor) -> Tensor | None:
+    """The same for a weight stored as (in, out), as in GPT-2's Conv1D."""
+    if choice.gradient == "dense":
+        core, factors = delta.tensors()
+        return _dense(Product(True), module.weight, module.bias, core, factors, delta.scale, x)
+    form = delta.stored_form
+    turned = Tucker(form.core.T, (form.factors[1], form.factors[0]))
+    return small(choice, module.weight.T, module.bias, turned, delta.scale, x)
+
+
+def _dense(
+    operation: Product,
+    weight: Tensor,
+    bias: Tensor | None,
+    core: Tensor,
+    factors: tuple[Tensor | None, ...],
+    scale: float,
+    x: Tensor,
+) -> Tensor | None:
+    ready = prepare(x, weight, bias)
+    if ready is None:
+        return None
+    run = summed.run if ready.fused else summed.run_plain
+    if ready.autocast is None:
+        return run(operation, ready.x, weight, ready.bias, core, factors, scale)
+    with ready.autocast:
+        return run(operation, ready.x, weight, ready.bias, core, factors, scale)
+
+
+def small(choice: Choice, weight: Tensor, bias: Tensor | None, form: Tucker, scale: float, x: Tensor) -> Tensor | None:
+    """``F.linear(x, weight + scale * form, bias)`` with gradients by narrow products.
+
+    Args:
+        choice: of the plan.
+        weight: shape (out, in), as the form.
+        bias: shape (out,).
+        form: of the update, without the scale.
+        scale: of the update.
+        x: shape (..., in).
+
+    Returns:
+        The output, or None where separate operations have to do it.
+    """
+    ready = prepare(x, weight, bias)
+    if ready is None:
+        return None
+    if ready.autocast is None:
+        return _small(choice, weight, ready.bias, form, scale, ready.x, ready.fused)
+    with ready.autocast:
+        return _small(choice, weight.to(ready.x.dtype), ready.bias, form, scale, ready.x, ready.fused)
+
+
+def _small(
+    choice: Choice, weight: Tensor, bias: Tensor | None, form: Tucker, scale: float, x: Tensor, fused: bool
+) -> Tensor | None:
+    if not fused:
+        traced = torch.compiler.is_dynamo_compiling() and not is_exporting() and not weight.requires_grad
+        return compiled.linear(weight, bias, form, scale, x) if traced else None
+
     out, inner = form.factors
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    y: Tensor = _Linear.apply(rows, weight, bias, form.core, inner, out, scale)  # type: ignore[no-untyped-call]
+    sums = choice.way == "summed"
+    y: Tensor = _Linear.apply(rows, weight, bias, form.core, inner, out, scale, sums)  # type: ignore[no-untyped-call]
     return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -40,158 +139,60 @@ class _Linear(torch.autograd.Function):
         inner: Tensor | None,
         out: Tensor | None,
         scale: float,
+        sums: bool,
     ) -> Tensor:
         scaled = _scaled(core, scale)
-        up, down = _skinny(scaled, inner, out, x.dtype)
-        ctx.scale, ctx.whole, hidden = scale, sums_weights(x, weight), None
-        if ctx.whole:
-            y = F.linear(x, summed(weight, up, down), bias)
+        exact_up, exact_down = _fold(scaled, inner, out)
+        up, down = None if exact_up is None else exact_up.to(x.dtype), exact_down.to(x.dtype)
+        hidden = None
+        if sums:
+            y = F.linear(x, sum_of_weights(weight, exact_up, exact_down), bias)
         else:
             y, hidden = products(x, weight, bias, up, down)
-        made = (None, None, None) if on_cpu(x) else (scaled, up, down)
-        ctx.save_for_backward(x, weight, bias, core, inner, out, hidden, *made)
+
+        ctx.scale, ctx.sums = scale, sums
+        kept = device.kept(x, scaled, exact_up, exact_down, up, down)
+        ctx.save_for_backward(x, weight, bias, core, inner, out, hidden, *kept)
         return y
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight, bias, core, inner, out, hidden, scaled, up, down = ctx.saved_tensors
-        scale, whole = ctx.scale, ctx.whole
+        x, weight, bias, core, inner, out, hidden, scaled, exact_up, exact_down, up, down = ctx.saved_tensors
+        scale = ctx.scale
         if torch.is_grad_enabled():
             return again(ctx, _plain_linear, (x, weight, bias, core, inner, out), (scale,), grad)
         if scaled is None:
             scaled = _scaled(core, scale)
-            up, down = _skinny(scaled, inner, out, x.dtype)
-        matrix = weight if ctx.needs_input_grad[0] else None
-        grad_x, grad_down, grad_up = gradients_of_products(
-            grad.contiguous(), x, matrix, whole, up, down, hidden, core.dtype
-        )
-        grad_core, grad_inner, grad_out = _unfold(scaled, inner, out, grad_down, grad_up)
+            exact_up, exact_down = _fold(scaled, inner, out)
+            up, down = None if exact_up is None else exact_up.to(x.dtype), exact_down.to(x.dtype)
+
+        changed, beside = None, None
+        if ctx.needs_input_grad[0] and ctx.sums:
+            changed = sum_of_weights(weight, exact_up, exact_down)
+        elif ctx.needs_input_grad[0]:
+            beside = weight
+        found = gradients_of_products(grad.contiguous(), x, changed, beside, up, down, hidden, core.dtype)
+        grad_core, grad_inner, grad_out = _unfold(scaled, inner, out, found.down, found.up)
         grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
-        return grad_x, None, grad_bias, _scaled(grad_core, scale), grad_inner, grad_out, None
-
-
-def products(
-    x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor | None, down: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """The output (T, O) and the hidden tensor (T, J), None without up (O, J); down: (J, I).
-
-    The change is written first, the layer's own product added to it.
-    """
-    hidden = None
-    if up is None:
-        y = torch.mm(x, down.t())
-        y = y if bias is None else y.add_(bias)
-    else:
-        hidden = narrow(x, down.t())
-        y = _widened(hidden, up, bias)
-    return y.addmm_(x, weight.t()), hidden
-
-
-def gradients_of_products(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    whole: bool,
-    up: Tensor | None,
-    down: Tensor,
-    hidden: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """Of x (T, I), down (J, I) and up (O, J).
-
-    Args:
-        grad: (T, O).
-        x: (T, I).
-        weight: (O, I); None if the gradient of x is not wanted.
-        whole: whether the layer ran with W + dW.
-        up: (O, J); None for the identity.
-        down: (J, I).
-        hidden: (T, J) if it was kept.
-        dtype: of the last two gradients, where the device gives it without rounding first.
-    """
-    back, grad_down, grad_up = _of_skinny(x, grad, up, down, hidden, dtype)
-    if weight is None:
-        return None, grad_down, grad_up
-    grad_x = torch.mm(grad, summed(weight, up, down)) if whole else torch.mm(back, down).addmm_(grad, weight)
-    return grad_x, grad_down, grad_up
+        return found.x, None, grad_bias, _scaled(grad_core, scale), grad_inner, grad_out, None, None
 
 
 def _scaled(core: Tensor, scale: float) -> Tensor:
     return core if scale == 1 else scale * core
 
 
-def _of_skinny(
-    x: Tensor, grad: Tensor, up: Tensor | None, down: Tensor, hidden: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradients of the hidden tensor (T, J), of down (J, I) and of up (O, J).
-
-    Each product reads x or grad once more; on a CPU they take turns on some rows, which stay in its cache.
-    """
-    if up is None:
-        return grad, outer(x, grad, dtype).t(), None
-    if on_cpu(x) and x.dtype in (torch.float32, torch.float64):  # in half precision sums would be rounded
-        parts = math.ceil(max(1, len(x)) / max(LEAST_ROWS, CACHED // (x.shape[1] + grad.shape[1])))
-        if parts > 1:
-            size = BLOCK * math.ceil(len(x) / parts / BLOCK)
-            return _in_turns(x, grad, up, down, hidden, size)
-    hidden = narrow(x, down.t()) if hidden is None else hidden
-    back = narrow(grad, up)
-    return back, outer(x, back, dtype).t(), outer(grad, hidden, dtype)
-
-
-def _in_turns(
-    x: Tensor, grad: Tensor, up: Tensor, down: Tensor, hidden: Tensor | None, size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``_of_skinny`` returns, ``size`` rows at a time."""
-    seen, behind, back = x.split(size), grad.split(size), []
-    known = [None] * len(seen) if hidden is None else hidden.t().split(size, 1)
-    for rows, grad_rows, own in zip(seen, behind, known, strict=True):
-        inside = torch.mm(down, rows.t()) if own is None else own
-        back.append(torch.mm(up.t(), grad_rows.t()))
-        if len(back) == 1:
-            grad_down, grad_up = torch.mm(back[0], rows), torch.mm(inside, grad_rows)
-        else:
-            grad_down.addmm_(back[-1], rows)
-            grad_up.addmm_(inside, grad_rows)
-    return torch.cat(back, 1).t(), grad_down, grad_up.t()
-
-
-def narrow(x: Tensor, matrix: Tensor) -> Tensor:
-    """``x @ matrix``, (T, C) and (C, J) -> (T, J); on a CPU the transposed product, faster at a small rank."""
-    return torch.mm(matrix.t(), x.t()).t() if on_cpu(x) else torch.mm(x, matrix)
-
-
-def _widened(hidden: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
-    """``hidden @ up.T + bias`` written once. hidden: (T, J), up: (O, J) -> (T, O)."""
-    if bias is None:
-        return torch.mm(hidden, up.t())
-    if not on_cpu(hidden):
-        return torch.addmm(bias, hidden, up.t())
-    hidden = torch.cat([hidden.t(), hidden.new_ones(1, len(hidden))])  # a CPU would write the bias first
-    return torch.mm(hidden.t(), torch.cat([up, bias.unsqueeze(1)], 1).t())
-
-
-def outer(wide: Tensor, small: Tensor, dtype: torch.dtype) -> Tensor:
-    """``wide.T @ small``, (T, C) and (T, J) -> (C, J), in the faster order; ``dtype`` as of ``product``."""
-    if on_cpu(wide):
-        return torch.mm(small.t(), wide).t()
-    return product(wide.t(), small, dtype)
-
-
 def _folds_down(core: Tensor, inner: Tensor | None) -> bool:
     return inner is None or core.shape[0] <= core.shape[1]
 
 
-def _skinny(core: Tensor, inner: Tensor | None, out: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
-    """The form as up (O, J) @ down (J, I); up is None for the identity."""
+def _fold(core: Tensor, inner: Tensor | None, out: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    """The form as up (O, J) @ down (J, I), the core in the factor that leaves the smaller J; up None: the identity."""
     if inner is None:
-        up, down = out, core
-    elif _folds_down(core, inner):
-        up, down = out, torch.mm(core, inner.t())
-    else:
-        up, down = (core if out is None else torch.mm(out, core)), inner.t()
-    return None if up is None else up.to(dtype), down.to(dtype)
+        return out, core
+    if _folds_down(core, inner):
+        return out, torch.mm(core, inner.t())
+    return core if out is None else torch.mm(out, core), inner.t()
 
 
 def _unfold(
@@ -199,15 +200,18 @@ def _unfold(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradients of core, inner and out from those of up and down, in the dtype of the adapter."""
     grad_down = grad_down.to(core.dtype)
-    grad_up = None if grad_up is None else grad_up.to(core.dtype)
+    if grad_up is not None:
+        grad_up = grad_up.to(core.dtype)
     if inner is None:
         return grad_down, None, grad_up
     if _folds_down(core, inner):
         return torch.mm(grad_down, inner), torch.mm(grad_down.t(), core), grad_up
+
     if grad_up is None:
         raise AssertionError("up is a matrix when the core is folded into it")
-    grad_core = grad_up if out is None else torch.mm(out.t(), grad_up)
-    return grad_core, grad_down.t(), None if out is None else torch.mm(grad_up, core.t())
+    if out is None:
+        return grad_up, grad_down.t(), None
+    return torch.mm(out.t(), grad_up), grad_down.t(), torch.mm(grad_up, core.t())
 
 
 def _plain_linear(
@@ -219,4 +223,4 @@ def _plain_linear(
     out: Tensor | None,
     scale: float,
 ) -> Tensor:
-    return F.linear(x, weight, bias) + kernels.linear(None, Tucker(core, (out, inner)), scale, x)
+    return F.linear(x, weight, bias) + plain.linear(None, Tucker(core, (out, inner)), scale, x)

@@ -1,0 +1,295 @@
+"""The one seam for everything that depends on the device: its rates, and the products that are written per device.
+
+No other file asks on which device a tensor lies. On a CPU caches decide, and a call costs little. On a GPU a step is
+priced by its launches, by its passes over activations and by the rate of the tensor cores.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, library
+
+from flora.tucker import form
+
+SUMS_IN_FLOAT32 = hasattr(torch.ops.aten.mm, "dtype")  # a product in half precision may return its float32 sums
+HALF = (torch.bfloat16, torch.float16)
+
+
+class Rates(NamedTuple):
+    """What one kind of device does in a second; only the ratios matter.
+
+    Attributes:
+        wide: operations of a product of two large matrices, or of a convolution.
+        narrow: operations of a product with a side as narrow as a rank.
+        bandwidth: bytes read or written once.
+        launch: seconds of the shortest operation.
+    """
+
+    wide: float
+    narrow: float
+    bandwidth: float
+    launch: float
+
+
+# Of one core with AVX2, fitted to the step times of a grid of layers. Of an H200: products and passes as measured in
+# bfloat16 (full fine-tuning and the narrow products of linear layers over 8,192 tokens).
+CPU = Rates(wide=150e9, narrow=80e9, bandwidth=8e9, launch=0.0)
+GPU_HALF = Rates(wide=650e12, narrow=100e12, bandwidth=2.5e12, launch=3e-6)
+GPU_SINGLE = Rates(wide=45e12, narrow=20e12, bandwidth=2.5e12, launch=3e-6)
+
+
+def on_cpu(x: Tensor) -> bool:
+    """Whether caches decide."""
+    return x.device.type == "cpu"
+
+
+def rates(cpu: bool, element_size: int) -> Rates:
+    """The rates of a class of device, for numbers of that many bytes."""
+    if cpu:
+        return CPU
+    return GPU_HALF if element_size == 2 else GPU_SINGLE
+
+
+# ---- products with a small matrix ----------------------------------------------------------------------------------
+
+
+def product(left: Tensor, right: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """``scale * left @ right`` of two matrices, in ``dtype`` where the device returns its sums unrounded.
+
+    Elsewhere the result has the dtype of the operands.
+    """
+    unrounded = SUMS_IN_FLOAT32 and left.device.type in ("cuda", "meta") and left.dtype in HALF
+    if unrounded and dtype == torch.float32:
+        found: Tensor = torch.mm(left, right, out_dtype=dtype)  # type: ignore[call-overload,unused-ignore]
+        return found if scale == 1 else found.mul_(scale)
+    if scale == 1:
+        return torch.mm(left, right)
+    return torch.addmm(left.new_empty(1, 1), left, right, beta=0, alpha=scale)
+
+
+def project(rows: Tensor, matrix: Tensor) -> Tensor:
+    """``rows @ matrix`` onto few columns; on a CPU the transposed product, which is faster at a small rank.
+
+    Args:
+        rows: shape (T, C).
+        matrix: shape (C, J).
+    """
+    if on_cpu(rows):
+        return torch.mm(matrix.t(), rows.t()).t()
+    return torch.mm(rows, matrix)
+
+
+def outer(rows: Tensor, small: Tensor, dtype: torch.dtype) -> Tensor:
+    """``rows.T @ small``, in the faster order; ``dtype`` as in ``product``.
+
+    Args:
+        rows: shape (T, C).
+        small: shape (T, J).
+        dtype: of the result (C, J), where the device gives it.
+    """
+    if on_cpu(rows):
+        return torch.mm(small.t(), rows).t()
+    return product(rows.t(), small, dtype)
+
+
+def widen(hidden: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """``hidden @ matrix.T + bias``, written once.
+
+    Args:
+        hidden: shape (T, J).
+        matrix: shape (O, J).
+        bias: shape (O,).
+    """
+    if bias is None:
+        return torch.mm(hidden, matrix.t())
+    if not on_cpu(hidden):
+        return torch.addmm(bias, hidden, matrix.t())
+
+    # A CPU would write the bias first and then add; as one more column it costs no pass over the output.
+    ones = hidden.new_ones(1, len(hidden))
+    with_ones = torch.cat([hidden.t(), ones])
+    return torch.mm(with_ones.t(), torch.cat([matrix, bias.unsqueeze(1)], 1).t())
+
+
+def counts_rows(rows: Tensor) -> bool:
+    """Whether the sizes of groups of rows may be read back: on a GPU the host would wait for them."""
+    return on_cpu(rows)
+
+
+def rows_at_a_time(count: int, width: int, x: Tensor) -> int:
+    """How many rows several products in turn should share, so that the rows stay in the cache of a CPU.
+
+    Args:
+        count: of the rows.
+        width: numbers in a row of all operands together.
+        x: one of the operands.
+    """
+    if not on_cpu(x) or x.dtype in HALF:  # in half precision the sums of parts would be rounded
+        return count
+    parts = -(-max(1, count) // max(LEAST_ROWS, CACHED // width))
+    return count if parts <= 1 else BLOCK * -(-count // parts // BLOCK)
+
+
+def empty_narrow(like: Tensor, rows: int, columns: int) -> Tensor:
+    """An empty tensor in the memory layout that ``project`` and ``outer`` leave."""
+    return like.new_empty(columns, rows).t() if on_cpu(like) else like.new_empty(rows, columns)
+
+
+def kept(x: Tensor, *small: Tensor | None) -> Sequence[Tensor | None]:
+    """What to keep of small matrices for backward: a CPU forms them once more, on a GPU that would be a launch each."""
+    return [None] * len(small) if on_cpu(x) else small
+
+
+def writes_planes(channels: int, x: Tensor) -> bool:
+    """Whether so few channels are better written plane by plane and turned around afterwards."""
+    return channels < FEW_CHANNELS and on_cpu(x)
+
+
+FEW_CHANNELS = 16
+CACHED = 2**19  # numbers that the cache of a CPU holds
+LEAST_ROWS = 64  # that are worth a product of their own
+BLOCK = 16  # rows that products work on at a time; others waste a part of the last block
+
+
+# ---- W + dW --------------------------------------------------------------------------------------------------------
+
+
+def add_update(weight: Tensor, factor: Tensor | None, rows: Tensor, scale: float) -> Tensor:
+    """``weight + scale * factor @ rows.T`` in the dtype of the weight.
+
+    In half precision W lies on a coarse grid, and rounding W + dW to the nearest number would lose every dW below half
+    a step. So the sum is formed in float32 and rounded up or down, by a fixed pattern that differs from entry to entry,
+    up the more often the nearer it lies to the upper number. Over many entries the change is right in the mean; where
+    dW is zero, W comes out as it was.
+
+    Args:
+        weight: shape (I, K).
+        factor: shape (I, J), None for the identity.
+        rows: shape (K, J).
+        scale: of the update.
+    """
+    if weight.dtype in HALF and factor is not None:
+        added: Tensor = torch.ops.flora.add_rounded(weight, factor.float(), rows.float(), scale)
+        return added
+    if weight.dtype in HALF:
+        return dither(weight.float().add_(rows.t(), alpha=scale), weight.dtype)
+
+    rows = rows.to(weight.dtype)
+    if factor is None:
+        return torch.add(weight, rows.t(), alpha=scale)
+    return torch.addmm(weight, factor.to(weight.dtype), rows.t(), alpha=scale)
+
+
+def dither(total: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float32 tensor in a half precision, rounded without bias; numbers of that precision stay as they are."""
+    return rounded(total, dtype).to(dtype)
+
+
+def rounded(total: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers of ``dither``, still in float32.
+
+    The low bits, which the narrower format drops, get a number between zero and one step added, and are then cut off.
+    """
+    dropped = 16 if dtype == torch.bfloat16 else 13
+    place = torch.arange(total.numel(), device=total.device, dtype=torch.int32).view(total.shape)
+    mixed = place * -0x61C8864F  # 0x9E3779B1 as a signed number
+    mixed = (mixed ^ ((mixed >> 15) & 0x1FFFF)) * -0x7A143589  # 0x85EBCA77
+
+    noise = (mixed >> (32 - dropped)) & ((1 << dropped) - 1)
+    bits = (total.contiguous().view(torch.int32) + noise) & -(1 << dropped)
+    return bits.view(torch.float32)
+
+
+def _add_rounded(weight: Tensor, factor: Tensor, rows: Tensor, scale: float) -> Tensor:
+    return dither(torch.addmm(weight.float(), factor, rows.t(), alpha=scale), weight.dtype)
+
+
+# ---- the factors of a kernel's modes as one ------------------------------------------------------------------------
+
+
+def kronecker(factors: Sequence[Tensor]) -> Tensor:
+    """The Kronecker product of two or three contiguous matrices (k, r): (prod(k), prod(r))."""
+    if on_cpu(factors[0]):
+        return _kronecker(*factors)
+    found: Tensor = torch.ops.flora.kronecker(*factors)
+    return found
+
+
+def kronecker_gradients(grad: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of those matrices from that of their Kronecker product."""
+    flat = _kronecker_gradients(grad, *factors) if on_cpu(grad) else torch.ops.flora.kronecker_gradients(grad, *factors)
+    parts = flat.split([factor.numel() for factor in factors])
+    return [part.view(factor.shape) for part, factor in zip(parts, factors, strict=True)]
+
+
+def _kronecker(first: Tensor, second: Tensor, third: Tensor | None = None) -> Tensor:
+    factors = [first, second] if third is None else [first, second, third]
+    found = form.kronecker(factors, [factor.shape[1] for factor in factors])
+    if found is None:
+        raise AssertionError("there are factors")
+    return found
+
+
+def _kronecker_gradients(grad: Tensor, first: Tensor, second: Tensor, third: Tensor | None = None) -> Tensor:
+    """The gradients flat, one after the other: each is summed over the indices of the other matrices."""
+    (k1, r1), (k2, r2) = first.shape, second.shape
+    # shape: (k1, k2, k3, r1, r2, r3), the third ones 1 without a third matrix
+    split = grad.reshape(k1, k2, -1, r1, r2, 1 if third is None else third.shape[1])
+    of_pair = split[:, :, 0, :, :, 0] if third is None else torch.einsum("abcxyz,cz->abxy", split, third)
+
+    of_first = torch.einsum("abxy,by->ax", of_pair, second)
+    of_second = torch.einsum("abxy,ax->by", of_pair, first)
+    if third is None:
+        return torch.cat([of_first.flatten(), of_second.flatten()])
+    of_third = torch.einsum("abcxyz,ax,by->cz", split, first, second)
+    return torch.cat([of_first.flatten(), of_second.flatten(), of_third.flatten()])
+
+
+# ---- the same as operations of torch, so that a CUDA device runs each in one launch -------------------------------
+
+
+def _on_gpu(name: str, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The Triton kernel of that name, or the plain operations where Triton is missing."""
+
+    def run(*args: Any) -> Tensor:
+        if not HAS_TRITON:
+            return plain(*args)
+        from flora.layers import gpu
+
+        found: Tensor = getattr(gpu, name)(*args)
+        return found
+
+    return run
+
+
+def _register(name: str, arguments: str, plain: Callable[..., Tensor], shapes: Callable[..., Tensor]) -> None:
+    library.define(f"flora::{name}", f"({arguments}) -> Tensor")
+    library.impl(f"flora::{name}", "default", plain)
+    library.impl(f"flora::{name}", "cuda", _on_gpu(name, plain))
+    library.register_fake(f"flora::{name}", shapes)
+
+
+def _shape_of_sum(weight: Tensor, factor: Tensor, rows: Tensor, scale: float) -> Tensor:
+    return weight.new_empty(weight.shape)
+
+
+def _shape_of_kronecker(first: Tensor, second: Tensor, third: Tensor | None = None) -> Tensor:
+    rows, columns = first.shape[0] * second.shape[0], first.shape[1] * second.shape[1]
+    if third is not None:
+        rows, columns = rows * third.shape[0], columns * third.shape[1]
+    return first.new_empty(rows, columns)
+
+
+def _shape_of_gradients(grad: Tensor, first: Tensor, second: Tensor, third: Tensor | None = None) -> Tensor:
+    return first.new_empty(first.numel() + second.numel() + (0 if third is None else third.numel()))
+
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+MATRICES = "Tensor first, Tensor second, Tensor? third=None"
+_register("add_rounded", "Tensor weight, Tensor factor, Tensor rows, float scale", _add_rounded, _shape_of_sum)
+_register("kronecker", MATRICES, _kronecker, _shape_of_kronecker)
+_register("kronecker_gradients", f"Tensor grad, {MATRICES}", _kronecker_gradients, _shape_of_gradients)

@@ -1,0 +1,224 @@
+"""The summed way: a layer runs once with ``W' = W + s dW``, and the gradient of W' is projected onto core and factors.
+
+That costs what training the weight in full costs, and a few products of small matrices. Both directions go mode by
+mode, the last one first. Each step is one plain product: it contracts the last dimension of what there is and puts the
+mode's full size in front, so nothing has to be rearranged between the steps, and after the first mode the numbers lie
+in the order of the weight:
+
+    core (J1 J2 J3)  ->  (I3 J1 J2)  ->  (I2 I3 J1)  ->  dW (I1 I2 I3)
+
+Backward walks the same steps from the other end, two products for each: one for the factor's gradient, one to go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from flora.layers import device
+from flora.layers.gate import again, without_autocast
+from flora.tucker.form import kronecker
+
+LARGEST_KERNEL = 1024  # pixels of a kernel whose factors are seen as one
+Factors = Sequence[Tensor | None]  # a matrix (I, J) for each mode, None for the identity
+
+
+class Operation(Protocol):
+    """What a layer does with its weight."""
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's output."""
+
+    def gradients(self, grad: Tensor, x: Tensor, weight: Tensor, wants_x: bool) -> tuple[Tensor | None, Tensor]:
+        """The gradients of the input, None where it is not wanted, and of the weight, from that of the output."""
+
+    def bias_gradient(self, grad: Tensor) -> Tensor:
+        """The gradient of the bias."""
+
+
+class Steps(NamedTuple):
+    """How dW is formed: ``dW = factors[0] @ rows[0].T``, and ``rows[n]`` from ``factors[n + 1] @ rows[n + 1].T``.
+
+    Attributes:
+        factors: shape (In, Jn) each, None for the identity.
+        rows: shape (rest, Jn) each, the numbers before that step.
+    """
+
+    factors: tuple[Tensor | None, ...]
+    rows: tuple[Tensor, ...]
+
+
+def run(
+    operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None, core: Tensor, factors: Factors, scale: float
+) -> Tensor:
+    """The layer with ``weight + scale * dW`` in one autograd function that keeps the input and small tensors only.
+
+    Args:
+        operation: of the layer.
+        x: its input, in the dtype that the layer computes in.
+        weight: frozen; it may have another dtype under autocast.
+        bias: of the layer.
+        core: shape (J1, ..., JN).
+        factors: one for each mode of the weight, folded or as it is stored.
+        scale: of the update.
+    """
+    y: Tensor = _Summed.apply(x, weight, bias, operation, scale, core, *factors)  # type: ignore[no-untyped-call]
+    return y
+
+
+def run_plain(
+    operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None, core: Tensor, factors: Factors, scale: float
+) -> Tensor:
+    """The same in plain operations, for a compiler and for gradients of gradients."""
+    modes = _kernel_modes(core, factors)
+    if modes:
+        kernel = kronecker([factors[mode] for mode in modes], [core.shape[mode] for mode in modes])
+        core, factors = _merged(core, factors, kernel)
+    steps = _steps(core, factors)
+
+    changed = _rounded_sum(weight, steps, scale) if weight.dtype in device.HALF else _sum(weight, steps, scale)
+    return operation.run(x, changed.to(x.dtype), bias)
+
+
+def with_update(weight: Tensor, update: Tensor) -> Tensor:
+    """``W + dW`` in the dtype of W, in plain operations; in half precision rounded without bias.
+
+    The gradient passes the rounding by.
+    """
+    if weight.dtype not in device.HALF:
+        return (weight + update).to(weight.dtype)
+    total = weight.float() + update.float()
+    exact = total.detach()
+    return (total + (device.rounded(exact, weight.dtype) - exact)).to(weight.dtype)
+
+
+def _rounded_sum(weight: Tensor, steps: Steps, scale: float) -> Tensor:
+    """``_sum`` in half precision, in operations that a compiler fuses; the gradient passes the rounding by."""
+    rows, factor = steps.rows[0], steps.factors[0]
+    update = rows.t() if factor is None else torch.mm(factor, rows.t())
+    update = update if scale == 1 else scale * update
+    return with_update(weight, update.view(weight.shape) if factor is not None else update.reshape(weight.shape))
+
+
+class _Summed(torch.autograd.Function):
+    """Shapes: x, weight, bias and the output as of the operation, core (J1, ..., JN), factors (In, Jn) or None."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        operation: Operation,
+        scale: float,
+        core: Tensor,
+        *factors: Tensor | None,
+    ) -> Tensor:
+        modes = _kernel_modes(core, factors)
+        form = (core, factors)
+        if modes:
+            form = _merged(core, factors, device.kronecker([factors[mode] for mode in modes]))
+        steps = _steps(*form)
+        y = operation.run(x, _sum(weight, steps, scale).to(x.dtype), bias)
+
+        ctx.operation, ctx.scale, ctx.modes, ctx.count = operation, scale, modes, len(factors)
+        ctx.save_for_backward(x, weight, bias, core, *factors, *steps.factors, *steps.rows)
+        return y
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight, bias, core, *saved = ctx.saved_tensors
+        operation, scale, factors = ctx.operation, ctx.scale, saved[: ctx.count]
+        if torch.is_grad_enabled():
+            return again(ctx, _differentiable, (x, weight, bias, operation, scale, core, *factors), (), grad)
+
+        steps_taken = (len(saved) - ctx.count) // 2
+        steps = Steps(tuple(saved[ctx.count : -steps_taken]), tuple(saved[-steps_taken:]))
+        wants_x = ctx.needs_input_grad[0]
+        used = _sum(weight, steps, scale).to(x.dtype) if wants_x else weight
+        grad_x, grad_weight = operation.gradients(grad, x, used, wants_x)
+
+        grad_core, *grad_factors = _project(grad_weight, steps, scale, core.dtype)
+        if ctx.modes:
+            of_kernel = device.kronecker_gradients(grad_factors.pop(), [factors[mode] for mode in ctx.modes])
+            grad_factors += [None] * (ctx.count - 2)
+            for mode, gradient in zip(ctx.modes, of_kernel, strict=True):
+                grad_factors[mode] = gradient
+
+        grad_bias = operation.bias_gradient(grad) if ctx.needs_input_grad[2] else None
+        return grad_x, None, grad_bias, None, None, grad_core.reshape(core.shape), *grad_factors
+
+
+def _differentiable(
+    x: Tensor, weight: Tensor, bias: Tensor | None, operation: Operation, scale: float, core: Tensor, *factors: Any
+) -> Tensor:
+    return run_plain(operation, x, weight, bias, core, factors, scale)
+
+
+def _kernel_modes(core: Tensor, factors: Factors) -> list[int]:
+    """The modes of a convolution's kernel whose factors may be seen as one; none where that would not be small."""
+    modes = [mode for mode in range(2, len(factors)) if core.shape[mode] > 1 or factors[mode] is not None]
+    if len(modes) not in (2, 3):
+        return []
+
+    size = 1
+    for mode in modes:
+        factor = factors[mode]
+        if factor is None:
+            return []
+        size *= factor.shape[0]
+    return modes if size <= LARGEST_KERNEL else []
+
+
+def _merged(core: Tensor, factors: Factors, kernel: Tensor) -> tuple[Tensor, Factors]:
+    """The form with the factors of the kernel's modes as one, which saves two launches for each of them."""
+    return core.reshape(core.shape[0], core.shape[1], -1), (factors[0], factors[1], kernel)
+
+
+def _steps(core: Tensor, factors: Factors) -> Steps:
+    """The products that form dW, all but the last."""
+    rows: list[Tensor] = []
+    current = core
+    for rank, factor in zip(reversed(core.shape), reversed(factors), strict=True):
+        # shape: (rest, J) -> (I, rest)
+        matrix = current.reshape(-1, rank)
+        rows.insert(0, matrix)
+        if len(rows) < len(factors):
+            current = matrix.t() if factor is None else torch.mm(factor, matrix.t())
+    return Steps(tuple(factors), tuple(rows))
+
+
+def _sum(weight: Tensor, steps: Steps, scale: float) -> Tensor:
+    """``W + s dW``: the last product, into a copy of W."""
+    rows, factor = steps.rows[0], steps.factors[0]
+    matrix = weight.reshape(-1, rows.shape[0])
+    return device.add_update(matrix, factor, rows, scale).view(weight.shape)
+
+
+def _project(grad: Tensor, steps: Steps, scale: float, dtype: torch.dtype) -> list[Any]:
+    """The gradients of the core and of each factor from that of the weight.
+
+    The weight's own gradient is multiplied in its own precision, everything after that in the adapter's.
+    """
+    found: list[Any] = []
+    # shape: (I1, rest)
+    current = grad.reshape(-1, steps.rows[0].shape[0])
+    for mode, (factor, rows) in enumerate(zip(steps.factors, steps.rows, strict=True)):
+        if mode:
+            # shape: (I, rest), from (rest of the mode before, its J)
+            current = current.reshape(-1, rows.shape[0])
+        times = scale if mode == 0 else 1.0
+
+        if factor is None:
+            found.append(None)
+            current = current.t().to(dtype)
+            current = current if times == 1 else times * current
+            continue
+        narrow_rows, narrow_factor = rows.to(current.dtype), factor.to(current.dtype)
+        found.append(device.product(current, narrow_rows, dtype, times).to(dtype))
+        current = device.product(current.t(), narrow_factor, dtype, times).to(dtype)
+    return [current, *found]
