@@ -6,6 +6,7 @@
 #   make lint       ruff and mypy
 #   make bench      the benchmarks
 #   make docs       regenerate what is generated, then run every example of the docs
+#   make site       the documentation as a website in site/; a broken link or a missing docstring fails
 
 PYTHON ?= python3
 VENV := .venv
@@ -17,7 +18,7 @@ OUTPUT ?= outputs/$(CONFIG)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-slow lint bench docs
+.PHONY: help install run test test-slow lint bench docs site
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -60,3 +61,7 @@ bench: $(DEV)
 docs: $(DEV)
 	$(BIN)/python docs/generate.py
 	$(BIN)/python -m pytest tests/test_docs.py
+
+site: $(DEV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict

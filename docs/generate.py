@@ -1,56 +1,60 @@
-"""Writes what is generated into the pages: the tables between the marks ``<!-- layers -->`` and ``<!-- digits -->``.
+"""Writes what is generated into the pages: each table between ``<!-- layers -->`` and ``<!-- /layers -->`` and alike.
 
-Run by ``make docs``; the tests fail where a page is not what this writes.
+Run by ``make docs``. Numbers come from ``benchmarks/results``; the tests fail where a page is not what this writes.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from flora import LAYERS
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "index.md"]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = [ROOT / "README.md", ROOT / "docs" / "index.md", ROOT / "docs" / "recipes.md"]
+REPOSITORY: str | None = None  # the public address of the repository, once it has one: then README's links are absolute
+
 SHORTHANDS = {"linear": "`all`, `all-linear`", "conv": "`all`, `all-conv`", "norm": "by name"}
-DIGITS = ROOT / "benchmarks" / "results" / "digits.json"  # compare.json of `make run`
-
-
 EXPORT = {
     "linear": "LoRA, Kohya, dense",
     "conv": "LoRA and Kohya (not transposed; LoRA with one group only), dense",
     "embedding": "LoRA (not bags), dense",
 }
+# What the others can attach to; tests/test_docs.py tries every layer with PEFT.
+PEFT_LORA = {"linear": "yes", "conv": "not transposed", "embedding": "not bags", "attention": "yes"}
+LYCORIS = {"linear": "`nn.Linear`", "conv": "not transposed", "norm": "`train_norm`"}
+MIB = 2**20
 
 
 def layer_table() -> str:
-    """One row per kind and way: the layers of ``flora.LAYERS``, how they are computed, targeted and exported."""
-    groups: dict[tuple[str, str], list[str]] = {}
+    """One row per kind: the layers of ``flora.LAYERS``, who else can adapt them, how they are exported and targeted."""
+    kinds: dict[str, list[str]] = {}
     for cls, row in LAYERS.items():
-        ways = "rebuild" if row.factored is None else "rebuild, factored"
-        groups.setdefault((row.kind, ways), []).append(f"`{name_of(cls)}`")
+        kinds.setdefault(row.kind, []).append(f"`{name_of(cls)}`")
     lines = [
-        "| kind | layers | exact ways | merge | export besides merged weights | `target_modules` |",
+        "| kind | layers | PEFT's LoRA | LyCORIS | export besides merged weights | `target_modules` |",
         "|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {kind} | {', '.join(names)} | {ways} | yes | {EXPORT.get(kind, 'dense')} | "
-        f"{SHORTHANDS.get(kind, '`all`')} |"
-        for (kind, ways), names in groups.items()
+        f"| {kind} | {', '.join(names)} | {PEFT_LORA.get(kind, 'no')} | {LYCORIS.get(kind, 'no')} | "
+        f"{EXPORT.get(kind, 'dense')} | {SHORTHANDS.get(kind, '`all`')} |"
+        for kind, names in kinds.items()
     ]
-    experts = "stacks of fused experts: LoRA; all: dense"
     lines.append(
-        f"| any parameter | of any number of dimensions | rebuild, factored for stacks of experts | yes | {experts} | "
-        "`target_parameters` |"
+        "| any parameter | of any number of dimensions, such as fused experts | 2-D and 3-D | no | "
+        "stacks of fused experts: LoRA; all: dense | `target_parameters` |"
     )
     return "\n".join(lines)
 
 
 def digits_table() -> str:
     """The comparison that ``make run`` makes, from its result."""
-    report = json.loads(DIGITS.read_text(encoding="utf-8"))
+    report = read("digits")
     lines = ["| method | trainable parameters | test accuracy |", "|---|---|---|"]
     lines += [
         f"| {NAMES[row['method']]} | {row['trainable_parameters']:,} | {row['mean']:.3f} ± {row['std']:.3f} |"
@@ -61,13 +65,104 @@ def digits_table() -> str:
         "",
         f"Mean and standard deviation over the seeds {', '.join(map(str, report['seeds']))}; learning rates chosen on "
         f"validation. Measured on {machine['cores']} CPU cores with torch {versions['torch']}, "
-        f"PEFT {versions['peft']}, commit {report['commit'][:7]}: [digits.json](benchmarks/results/digits.json).",
+        f"PEFT {versions['peft']}, commit {report['commit'][:7]}.",
     ]
     return "\n".join(lines)
 
 
-NAMES = {"frozen": "head only", "flora": "**FLoRA**", "lora": "LoRA (where it can)", "full": "full fine-tuning"}
-TABLES = {"layers": layer_table, "digits": digits_table}
+def quality_table() -> str:
+    """Each task at its smallest budget: FLoRA, the others at the same number of parameters, and full fine-tuning."""
+    shown = ("flora", "lora", "dora", "lycoris", "full")
+    lines = [
+        "| task | parameters | " + " | ".join(NAMES[name] for name in shown) + " |",
+        "|---|---|" + "---|" * len(shown),
+    ]
+    for name, task in TASKS.items():
+        report = read(name)
+        budget = min(report["budgets"])
+        rows = {row["method"]: row for row in report["rows"] if row["budget"] in (budget, None)}
+        cells = [task, f"{budget:,}", *(_score(rows.get(method, {})) for method in shown)]
+        lines.append(f"| {' | '.join(cells)} |")
+    seeds = len(read(next(iter(TASKS)))["seeds"])
+    lines += [
+        "",
+        f"Mean and standard deviation over {seeds} seeds; each method's learning rate is chosen on validation.",
+    ]
+    return "\n".join(lines)
+
+
+def _score(row: dict[str, Any]) -> str:
+    return f"{row['mean']:.3f} ± {row['std']:.3f}" if "mean" in row else "-"
+
+
+def gpu_table() -> str:
+    """Step time and peak memory of one layer and of whole models on a GPU, as a share of full fine-tuning and LoRA."""
+    report = read("gpu")
+    lines = [
+        "| training step, bfloat16 | | frozen | **FLoRA** | LoRA | full fine-tuning |",
+        "|---|---|---|---|---|---|",
+    ]
+    chosen = [row for row in report["rows"] if row["case"] == "Linear 4096 -> 14336"] + report["models"]
+    chosen = [row for row in chosen if "skipped" not in row]
+    for row in chosen:
+        methods = [row["methods"][name] for name in ("frozen", "flora", "lora", "full")]
+        for mode, label in (("eager", "eager"), ("compiled", "`torch.compile`"), ("captured", "CUDA graph")):
+            times = [f"{method['ms'][mode]['median']:.1f} ms" for method in methods]
+            lines.append(f"| {row['case']}, {row['size']} | {label} | {' | '.join(times)} |")
+        peaks = [f"{method['peak']['eager'] / MIB:,.0f} MiB" for method in methods]
+        lines.append(f"| | peak memory, eager | {' | '.join(peaks)} |")
+    versions = report["versions"]
+    lines += [
+        "",
+        f"{report['machine']['device']}, torch {versions['torch']}, PEFT {versions['peft']}, rank "
+        f"{chosen[0]['rank']} for both adapters, commit {report['commit'][:7]}. A step is a forward and a backward "
+        "without an optimiser.",
+        "",
+        *_against_lora(chosen),
+    ]
+    return "\n".join(lines)
+
+
+def _against_lora(rows: list[dict[str, Any]]) -> list[str]:
+    """A sentence per row: how FLoRA compares with LoRA and with full fine-tuning, in time and memory."""
+    lines = []
+    for row in rows:
+        flora, lora, full = (row["methods"][name] for name in ("flora", "lora", "full"))
+        times = {mode: flora["ms"][mode]["median"] / lora["ms"][mode]["median"] for mode in ("eager", "captured")}
+        against_full = flora["ms"]["eager"]["median"] / full["ms"]["eager"]["median"]
+        memory = flora["peak"]["eager"] / lora["peak"]["eager"]
+        lines.append(
+            f"* {row['case']}: {times['eager']:.2f} times LoRA's step in eager mode, {times['captured']:.2f} as a CUDA "
+            f"graph, with {memory:.2f} of its peak memory; {against_full:.2f} times the step of full fine-tuning."
+        )
+    return lines
+
+
+def read(name: str) -> dict[str, Any]:
+    """A result of the benchmarks."""
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+NAMES = {
+    "frozen": "head only",
+    "flora": "**FLoRA**",
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "lycoris": "LyCORIS LoCon, Tucker",
+    "full": "full fine-tuning",
+}
+TASKS = {
+    "quality-cifar": "images (inverted, blurred CIFAR-10 with ResNet-20), accuracy",
+    "quality-hippocampus": "volumes (hippocampus MRI, 3-D U-Net), Dice",
+    "quality-sst2": "text (SST-2 with a 22 M encoder), accuracy",
+}
+TABLES: dict[str, Callable[[], str]] = {
+    "layers": layer_table,
+    "digits": digits_table,
+    "quality": quality_table,
+    "gpu": gpu_table,
+}
 
 
 def name_of(cls: type) -> str:
@@ -84,11 +179,33 @@ def render(page: str) -> str:
     """The page with its generated parts as they are now."""
     for mark, table in TABLES.items():
         pattern = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.DOTALL)
-        page = pattern.sub(partial(_between, table()), page)
+        if pattern.search(page):
+            page = pattern.sub(partial(_between, table()), page)
     return page
+
+
+def absolute(page: str, repository: str | None) -> str:
+    """The page with links to files of the repository written out, as a package index needs them.
+
+    Example:
+        >>> absolute("[guide](docs/index.md) ![](docs/a.png) [x](https://x.org)", "https://git.org/me/it")
+        '[guide](https://git.org/me/it/blob/main/docs/index.md) ![](https://git.org/me/it/raw/main/docs/a.png) [x](https://x.org)'
+    """
+    if repository is None:
+        return page
+
+    def written_out(match: re.Match[str]) -> str:
+        picture, text, target = match.groups()
+        kind = "raw" if picture else "blob"
+        return f"{picture}[{text}]({repository}/{kind}/main/{target})"
+
+    return re.sub(r"(!?)\[([^\]]*)\]\((?!https?:|#)([^)]+)\)", written_out, page)
 
 
 if __name__ == "__main__":
     for path in PAGES:
-        path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")
+        text = render(path.read_text(encoding="utf-8"))
+        if path.name == "README.md":
+            text = absolute(text, REPOSITORY)
+        path.write_text(text, encoding="utf-8")
         print(f"written {path.relative_to(ROOT)}")

@@ -72,6 +72,27 @@ def evaluate(args: argparse.Namespace) -> int:
     return 0 if same else 1
 
 
+def predict(args: argparse.Namespace) -> int:
+    """Run a trained folder on new inputs: files, folders of files, or texts.
+
+    Prints a line for each input: class and score, boxes, the written text. Label maps (PNG, NIfTI), pictures with boxes
+    and generated pictures are written to DIR, with predictions.json, which has every number.
+
+    Examples:
+      flora predict outputs/vision_classify photo.jpg more-photos/
+      flora predict outputs/volume_segment scan.nii.gz --out masks
+      flora predict outputs/text_causal "Name three rivers."
+      flora predict outputs/multimodal_chat photo.jpg --prompt "What is this?"
+    """
+    from flora.runs.predicting import predict, result_line
+
+    out = Path(args.out) if args.out else None
+    results = predict(Path(args.folder), args.inputs, out, args.prompt, run_recipe_file=args.run_recipe_file)
+    for result in results:
+        print(result_line(result))
+    return 0
+
+
 def compare(args: argparse.Namespace) -> int:
     """Compare methods on one task, with several seeds, adapters at matched trainable parameters.
 
@@ -267,6 +288,7 @@ OVERRIDES = argument("overrides", nargs="*", metavar="key=value", help="replaces
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": train,
     "eval": evaluate,
+    "predict": predict,
     "compare": compare,
     "plan": plan,
     "inspect": inspect,
@@ -286,6 +308,13 @@ ARGUMENTS: dict[str, list[Argument]] = {
         FOLDER,
         OVERRIDES,
         argument("--split", default="test", help="train, validation or test (the default)"),
+        RUN_RECIPE_FILE,
+    ],
+    "predict": [
+        FOLDER,
+        argument("inputs", nargs="+", metavar="INPUT", help="a file, a folder of files, or a text"),
+        argument("--out", metavar="DIR", help="where files are written (default: FOLDER/predictions)"),
+        argument("--prompt", metavar="TEXT", help="the question about each file, for recipes that take one"),
         RUN_RECIPE_FILE,
     ],
     "compare": [

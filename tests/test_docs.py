@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
 import flora
+import flora_cli
+from flora.recipes import config_names
+from flora.runs.settings import read, split_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-PYTHON_BLOCKS = {"README.md": 2, "index.md": 9}  # by page; a page that is not named has none
-LANGUAGES = {"python", "console"}  # console blocks are shown, not run
+PYTHON_BLOCKS = {  # by page; a page that is not named has none
+    "README.md": 1, "choosing.md": 4, "index.md": 6, "llms.md": 1, "own_network.md": 3, "volumes.md": 1,
+}  # fmt: skip
+LANGUAGES = {"python", "console", "bibtex"}  # of the console blocks, the commands of flora are parsed
 
 
 def blocks(page: Path, language: str) -> list[tuple[int, str]]:
@@ -47,20 +58,111 @@ def test_the_blocks_of_a_page_run_one_after_the_other(
 
 
 def test_every_block_is_counted_and_marked() -> None:
-    assert len(PAGES) == 9
+    assert len(PAGES) == 16
     assert {page.name: n for page in PAGES if (n := len(blocks(page, "python")))} == PYTHON_BLOCKS
     for page in PAGES:
         fences = BLOCK.findall(page.read_text(encoding="utf-8"))
         assert {language for language, _ in fences} <= LANGUAGES, page.name
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/index.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/recipes.md"])
 def test_what_is_generated_is_up_to_date(name: str) -> None:
     page = (ROOT / name).read_text(encoding="utf-8")
-    assert generator().render(page) == page, "run `make docs`"
-    table = page.partition("<!-- layers -->")[2].partition("<!-- /layers -->")[0]
-    listed = re.findall(r"`\w+\.(\w+)`", table)
+    written = generator()
+    assert ROOT / name in written.PAGES
+    if name == "README.md":
+        page = written.absolute(page, written.REPOSITORY)
+    assert written.render(page) == page, "run `make docs`"
+
+
+def test_the_table_of_layers_has_every_layer() -> None:
+    table = generator().layer_table()
+    # The column of the layers; another one names a layer that LyCORIS knows.
+    listed = re.findall(r"`\w+\.(\w+)`", " ".join(line.split("|")[2] for line in table.splitlines()))
     assert sorted(listed) == sorted(cls.__name__ for cls in flora.LAYERS)
+
+
+LAYERS: dict[type, Callable[[type], nn.Module]] = {
+    nn.Embedding: lambda cls: cls(7, 8),
+    nn.EmbeddingBag: lambda cls: cls(7, 8),
+    nn.Bilinear: lambda cls: cls(8, 8, 6),
+    nn.MultiheadAttention: lambda cls: cls(8, 2),
+    nn.GroupNorm: lambda cls: cls(2, 8),
+}
+
+
+def test_what_peft_can_adapt_is_what_the_table_says() -> None:
+    """LoRA of the installed PEFT is put on one layer of each class."""
+    said = generator().PEFT_LORA
+    wrong = []
+    for cls, row in flora.LAYERS.items():
+        if "Conv" in cls.__name__ and cls.__module__.startswith("torch"):
+            layer = cls(8, 8, 3)
+        elif row.kind == "norm" and cls is not nn.GroupNorm:
+            layer = cls(8)
+        else:
+            layer = LAYERS.get(cls, lambda cls: cls(8, 8))(cls)
+        try:
+            transposed = cls.__name__ == "Conv1D"
+            get_peft_model(nn.Sequential(layer), LoraConfig(r=2, target_modules=["0"], fan_in_fan_out=transposed))
+            can = True
+        except ValueError:
+            can = False
+        told = said.get(row.kind, "no")
+        excepted = (told == "not transposed" and "Transpose" in cls.__name__) or (
+            told == "not bags" and "Bag" in cls.__name__
+        )
+        if can != (told != "no" and not excepted):
+            wrong.append((cls.__name__, told, can))
+    assert not wrong
+
+
+def test_links_of_the_readme_are_absolute_where_there_is_an_address() -> None:
+    page = "[guide](docs/index.md) ![picture](docs/a.png) [x](https://x.org) [here](#here)"
+    assert generator().absolute(page, None) == page
+    assert generator().absolute(page, "https://git.example/me/it") == (
+        "[guide](https://git.example/me/it/blob/main/docs/index.md) "
+        "![picture](https://git.example/me/it/raw/main/docs/a.png) [x](https://x.org) [here](#here)"
+    )
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Every `$ flora ...` of the pages, as arguments."""
+    return [
+        (page.name, shlex.split(line.partition("flora ")[2], comments=True))
+        for page in PAGES
+        for _, source in blocks(page, "console")
+        for line in source.splitlines()
+        if line.startswith("$ flora ")
+    ]
+
+
+@pytest.mark.parametrize(("page", "words"), commands())
+def test_every_command_is_one_that_the_parser_takes(page: str, words: list[str]) -> None:
+    args = flora_cli.parse(words)
+    config = getattr(args, "config", None)
+    if config in config_names():
+        read(config, split_flags(args.overrides)[1])
+    elif config is not None:
+        assert config.endswith(".yaml")
+
+
+def test_the_website_has_every_page_and_every_public_name() -> None:
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = set(re.findall(r"^  - .*: (\w+\.md)$", site, re.MULTILINE))
+    assert pages == {page.name for page in (ROOT / "docs").glob("*.md")}
+    described = re.findall(r"^::: flora\.(\w+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(described) == sorted(flora.__all__)
+
+
+@pytest.mark.slow
+def test_the_website_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "site" / "api" / "index.html").is_file()
 
 
 def test_the_guide_names_every_field() -> None:

@@ -23,9 +23,10 @@ from transformers import (
 )
 
 from flora import FloraConfig
+from flora.data.chats import prompt_of, read_record
 from flora.data.samples import locate
 from flora.recipes import text_causal
-from flora.recipes.text_causal import Task, compute_metrics, load_data, prompt_of
+from flora.recipes.text_causal import Task, compute_metrics, load_data
 from flora.runs import training as training_module
 from flora.runs.settings import read
 from flora.runs.training import make_trainer, train, training_arguments
@@ -58,6 +59,13 @@ def jsonl(folder: Path, records: list[Any]) -> Path:
         ([1], "expected a JSON object, got list"),
         ({"instruction": "a", "output": " "}, "'output' is empty or not there; the record has 'instruction', 'output'"),
         ({"question": "a", "output": "b"}, "'instruction' is empty or not there; the record has 'question', 'output'"),
+        ({"question": "a", "answer": "b"}, "expected messages, conversations, prompt and completion, instruction and"),
+        ({"prompt": "a", "completion": ""}, "'completion' is empty or not there"),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c"},
+            "it has 'chosen' and 'rejected': preferences",
+        ),
+        ({"conversations": [{"from": "bot", "value": "a"}]}, "a turn is from 'bot', expected human"),
         ({"instruction": "a", "output": 7}, "'output' is no text: 7"),
         ({"messages": [{"role": "user", "content": "a"}]}, "the messages must end with a question and the assistant's"),
         ({"messages": [{"role": "user"}]}, "lacks 'content'"),
@@ -90,7 +98,7 @@ def test_a_list_in_one_file(tmp_path: Path) -> None:
 
 def test_one_kind_of_records_that_the_tokenizer_can_write(tmp_path: Path) -> None:
     chat = {"messages": [{"role": "user", "content": "hot"}, {"role": "assistant", "content": "cold"}]}
-    with pytest.raises(ValueError, match="has records with messages and records with instructions"):
+    with pytest.raises(ValueError, match="records of the kinds conversation and instruction; give one kind"):
         load_data(task(jsonl(tmp_path, [*GOOD, chat])), 0)
     with pytest.raises(ValueError, match="the tokenizer of sample:text/llama has no chat template"):
         load_data(task(jsonl(tmp_path, [chat] * 5)), 0)
@@ -165,6 +173,57 @@ def test_accuracy_by_hand() -> None:
     labels = np.array([[-100, 5, 6, 7], [-100, 8, -100, -100]])
     right = np.array([[1, 1, 0, 1], [1, 0, -100, -100]])
     assert compute_metrics(EvalPrediction(right, labels)) == {"token_accuracy": 0.5}
+
+
+MESSAGES = [{"role": "user", "content": "hot"}, {"role": "assistant", "content": "cold"}]
+
+
+@pytest.mark.parametrize(
+    ("record", "names", "kind", "columns"),
+    [
+        ({"messages": MESSAGES}, None, "conversation", {"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}),
+        (
+            {"conversations": [{"from": "human", "value": "hot"}, {"from": "gpt", "value": "cold"}]},
+            None, "conversation", {"prompt": MESSAGES[:1], "completion": MESSAGES[1:]},
+        ),
+        (
+            {"prompt": MESSAGES[:1], "completion": MESSAGES[1:]},
+            None, "conversation", {"prompt": MESSAGES[:1], "completion": MESSAGES[1:]},
+        ),
+        ({"prompt": "a", "completion": "b"}, None, "completion", {"prompt": "a", "completion": "b"}),
+        (
+            {"question": "a", "answer": "b"}, {"prompt": "question", "completion": "answer"},
+            "completion", {"prompt": "a", "completion": "b"},
+        ),
+        ({"instruction": "a", "output": "b"}, None, "instruction", {"prompt": prompt_of("a", ""), "completion": "b"}),
+        ({"text": "a b"}, None, "text", {"text": "a b"}),
+        ({"body": "a b"}, {"text": "body"}, "text", {"text": "a b"}),
+    ],
+)  # fmt: skip
+def test_each_format_of_records(record: Any, names: Any, kind: str, columns: dict[str, Any]) -> None:
+    assert read_record(json.dumps(record), names) == (kind, columns)
+
+
+def test_a_mapping_of_columns_that_we_do_not_have() -> None:
+    with pytest.raises(ValueError, match="task.columns has 'question', expected keys among messages"):
+        Task(columns={"question": "prompt"})
+
+
+def test_who_asks_later_uses_the_frame_that_was_taught(tmp_path: Path) -> None:
+    data = load_data(task(jsonl(tmp_path, GOOD)), 0)
+    asked = [{"role": "user", "content": "Say a."}]
+    text = data.processor.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert text == prompt_of("Say a.", "")
+    given = [{"prompt": "hot", "completion": "cold"}] * 9
+    (tmp_path / "plain").mkdir()
+    data = load_data(task(jsonl(tmp_path / "plain", given)), 0)
+    talk = [*asked, {"role": "assistant", "content": "a"}]
+    assert data.processor.apply_chat_template(talk, tokenize=False) == "Say a.a</s>"
+
+
+def test_every_token_of_plain_text_is_learnt(tmp_path: Path) -> None:
+    trainer = trainer_of(jsonl(tmp_path, [{"text": "hot cold big small"}] * 9), tmp_path / "run")
+    assert set(answers(trainer, trainer.eval_dataset)) == {"hot cold big small </s>"}
 
 
 class Kill(TrainerCallback):

@@ -12,11 +12,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import nibabel
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+from flora.data.samples import locate
 from flora.recipes import config_names
+from flora.runs.predicting import predict, result_line
 from flora.runs.settings import Settings, read
 from flora.runs.training import evaluate, train
 from flora.storage.atomic import read_json
@@ -55,6 +60,8 @@ def test_trains_and_measures_the_same_and_resumes_bit_for_bit(name: str, tmp_pat
     assert same is True
     assert found == pytest.approx(metrics["test"], rel=1e-6)
 
+    check_predictions(name, output, metrics["test"])
+
     checkpoint = min(output.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
     assert int(checkpoint.name.partition("-")[2]) < metrics["steps"]
     again.mkdir()
@@ -65,6 +72,47 @@ def test_trains_and_measures_the_same_and_resumes_bit_for_bit(name: str, tmp_pat
     weights, expected = load_file(again / ADAPTER), load_file(output / ADAPTER)
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
+
+
+TEXTS = {  # what a recipe that reads no files predicts on
+    "digits": [str(number) for number in range(20)],
+    "diffusion": ["a photo of sks dog"],
+    "text_glue": ["the film was fine and lovely , more fine than the last"],
+    "text_causal": ["Say the word hot twice ."],
+}
+
+
+def check_predictions(name: str, output: Path, measured: dict[str, float]) -> None:
+    """What a trained folder makes of the test files, against what was measured on these."""
+    settings = read(str(output / "config.yaml"))
+    recipe = settings.recipe
+    if recipe in TEXTS:
+        inputs = TEXTS[recipe]
+    else:
+        root = Path(locate(settings.task.data))
+        endings = (".png", ".wav", ".nii.gz")
+        files = sorted(str(file) for file in root.rglob("*") if file.name.endswith(endings))
+        inputs = [file for file in files if "/test/" in file or "/imagesT" in file] or files[:2]
+    prompt = "what is the colour of the square ?" if recipe == "multimodal_chat" else None
+    results = predict(output, inputs, prompt=prompt)
+    assert [result["input"] for result in results] == inputs
+    assert read_json(output / "predictions" / "predictions.json") == results
+    assert all(result_line(result).startswith(result["input"]) for result in results)
+
+    if recipe in ("vision_classify", "audio_classify"):
+        right = [result["class"] == Path(result["input"]).parent.name for result in results]
+        assert sum(right) / len(right) == pytest.approx(measured["accuracy"])
+    for result in results:
+        assert Path(result.get("file", output)).exists()
+        assert 0 <= result.get("score", 0) <= 1
+        if recipe == "vision_segment":
+            with Image.open(result["file"]) as found, Image.open(result["input"]) as given:
+                assert found.size == given.size
+            assert sum(result["classes"].values()) == pytest.approx(1, abs=1e-3)
+        if recipe == "volume_segment":
+            found, given = (nibabel.load(result[key]) for key in ("file", "input"))
+            assert found.shape == given.shape[:3]
+            np.testing.assert_allclose(found.affine, given.affine)
 
 
 def test_every_recipe_has_a_tiny_config() -> None:

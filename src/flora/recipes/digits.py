@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,8 +32,9 @@ from transformers import (
     set_seed,
 )
 
+from flora.data.results import ranked
 from flora.errors import UserError
-from flora.recipes import Data
+from flora.recipes import Data, Request
 from flora.storage.atomic import cache_folder, staged_folder
 from flora.storage.progress import hidden_bars, show_loss
 
@@ -121,6 +123,19 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """The accuracy."""
     logits = cast("np.ndarray", prediction.predictions)
     return {"accuracy": float(accuracy_score(prediction.label_ids, logits.argmax(-1)))}
+
+
+def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[str, Any]]:
+    """Gives the digit on a test image, which is told by its number."""
+    test = Digits(splits()["test"], rotation=task.rotation, invert=task.invert)
+
+    def answer(request: Request) -> dict[str, Any]:
+        if not request.given.isdecimal() or int(request.given) >= len(test):
+            raise UserError(f"{request.given!r}: expected the number of a test image, 0 to {len(test) - 1}")
+        pixels = test[int(request.given)]["pixel_values"][None].to(model.device)
+        return ranked(model(pixel_values=pixels).logits[0], [str(digit) for digit in range(10)])
+
+    return answer
 
 
 def base_folder(task: Task) -> Path:

@@ -8,6 +8,7 @@ columns. The loss is on the answers, each with the token that ends it.
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,11 +22,11 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, PreTraine
 from trl import SFTConfig  # type: ignore[attr-defined]
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from flora.data.records import check_image, load_pretrained, parsed, records, sift, with_held_out
+from flora.data.records import IMAGES, check_image, load_pretrained, parsed, records, sift, with_held_out
 from flora.data.samples import locate
 from flora.errors import UserError
-from flora.recipes import Data
-from flora.recipes.text_causal import AnswerTrainer, compute_metrics
+from flora.recipes import Data, Request
+from flora.recipes.text_causal import AnswerTrainer, compute_metrics, generated
 
 __all__ = ["ARGUMENTS", "METRIC", "TRAINER", "Task", "compute_metrics", "load_base", "load_data"]
 METRIC = "token_accuracy"
@@ -151,6 +152,26 @@ def load_data(task: Task, seed: int) -> Data:
 def load_base(task: Task) -> PreTrainedModel:
     """The model, in the precision that it is stored in."""
     return cast("PreTrainedModel", load_pretrained(LlavaForConditionalGeneration, locate(task.model)))
+
+
+INPUT_FILES = IMAGES
+
+
+def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[str, Any]]:
+    """Answers the question ``prompt`` about an image."""
+    processor = load_pretrained(AutoProcessor, str(folder))
+
+    def answer(request: Request) -> dict[str, Any]:
+        if not request.prompt:
+            raise UserError("this recipe answers questions about images: give one, --prompt 'What is this?'")
+        with Pillow.open(request.given) as opened:
+            image = opened.convert("RGB")
+        content = [{"type": "image"}, {"type": "text", "text": request.prompt}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}])
+        inputs = processor(text=text, images=[image], return_tensors="pt", add_special_tokens=False).to(model.device)
+        return {"text": generated(model, processor.tokenizer, dict(inputs))}
+
+    return answer
 
 
 @dataclass

@@ -1,36 +1,38 @@
-"""Instruction tuning: a language model learns to answer, with TRL's SFTTrainer; the loss is on the answers only.
+"""A language model learns from text, with TRL's SFTTrainer; where there are questions, the loss is on the answers only.
 
-Data: a hub data set, or local .json, .jsonl, .csv or .tsv with instruction, input and output, or with the messages of a
-conversation, of which the last one is the answer. The ``training`` keys of the config are those of TRL's SFTConfig:
-``max_length`` cuts examples, ``packing`` packs them, ``bf16`` and ``activation_checkpointing`` are on unless set.
+Data: a hub data set, or local .json, .jsonl, .csv or .tsv in one of the formats of ``flora.data.chats``: messages,
+ShareGPT's conversations, prompt and completion, Alpaca's instruction and output, or plain text. The ``training`` keys
+of the config are those of TRL's SFTConfig: ``max_length`` cuts examples, ``packing`` packs them, ``bf16`` and
+``activation_checkpointing`` are on unless set.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from datasets import Dataset
+from peft import prepare_model_for_kbit_training
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, EvalPrediction, PreTrainedModel
 from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 
-from flora.data.records import load_pretrained, parsed, records, sift, with_held_out
+from flora.data.chats import COLUMNS, chat_template, read_record
+from flora.data.records import load_pretrained, records, sift, with_held_out
 from flora.data.samples import locate
 from flora.errors import UserError
-from flora.recipes import Data
+from flora.recipes import Data, Request
 
 METRIC = "token_accuracy"
 ARGUMENTS = SFTConfig
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv")
-INTRODUCTION = {  # by whether there is an input: the frame of Alpaca, which commonsense-170k is written for
-    True: "Below is an instruction that describes a task, paired with an input that provides further context. ",
-    False: "Below is an instruction that describes a task. ",
-}
-REQUEST = "Write a response that appropriately completes the request.\n\n"
+LONGEST_ANSWER = 256  # tokens that a prediction writes at most
 
 
 @dataclass
@@ -39,52 +41,26 @@ class Task:
 
     Args:
         model: the base language model: a hub id or a local folder.
-        data: a hub id, a file, or a folder with train, validation and test as .jsonl, .json, .csv or .tsv; records have
-            instruction, output and perhaps input, or messages (a list of role and content; the last is the answer).
-        held_out: share of the training data to test on, and to choose on, where there is no such split.
+        data: A hub id, a file, or a folder with train, validation and test as .jsonl, .json, .csv or .tsv. Records have
+            messages, conversations, prompt and completion, instruction and output (perhaps input), or text.
+        columns: What the data call these, where they have other names, such as {prompt: question, completion: answer}.
+        load_in_4bit: Whether the base weights are kept in 4 bits (NF4 of bitsandbytes), as QLoRA does.
+        held_out: The share of the training data to test on, and to choose on, where there is no such split.
         bad_data: "error" stops at a record that cannot be used, "skip" leaves such records out and says how many.
     """
 
     model: str = "yahma/llama-7b-hf"
     data: str = "zwhe99/commonsense_170k"
+    columns: dict[str, str] | None = None
+    load_in_4bit: bool = False
     held_out: float = 0.02
     bad_data: Literal["error", "skip"] = "error"
 
     def __post_init__(self) -> None:
         if not 0 < self.held_out < 0.5:
             raise UserError(f"task.held_out is {self.held_out}, expected a share between 0 and 0.5")
-
-
-def prompt_of(instruction: str, given: str) -> str:
-    """What the model is asked, up to where its answer starts."""
-    lead = f"### Input:\n{given}\n\n" if given else ""
-    return f"{INTRODUCTION[bool(given)]}{REQUEST}### Instruction:\n{instruction}\n\n{lead}### Response:\n"
-
-
-def example(record: object) -> dict[str, Any]:
-    """A record as TRL takes it: prompt and completion, as texts or, of a conversation, as messages.
-
-    Raises:
-        ValueError: a key is missing, a text is empty, or the conversation does not end with the assistant.
-    """
-    row = parsed(record)
-    if "messages" not in row:
-        texts = {key: row.get(key) or "" for key in ("instruction", "input", "output")}
-        if strange := [key for key, text in texts.items() if not isinstance(text, str)]:
-            raise UserError(f"{strange[0]!r} is no text: {texts[strange[0]]!r}")
-        if empty := [key for key in ("instruction", "output") if not texts[key].strip()]:
-            raise UserError(f"{empty[0]!r} is empty or not there; the record has {', '.join(map(repr, row))}")
-        return {"prompt": prompt_of(texts["instruction"], texts["input"]), "completion": texts["output"]}
-    if not isinstance(row["messages"], list):
-        raise UserError(f"expected a list of messages, got {type(row['messages']).__name__}")
-    messages = [parsed(message, ["role", "content"]) for message in row["messages"]]
-    for message in messages:
-        if not isinstance(message["content"], str) or not message["content"].strip():
-            raise UserError(f"a message of the {message['role']} is empty or no text: {message['content']!r}")
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise UserError("the messages must end with a question and the assistant's answer")
-    plain = [{"role": message["role"], "content": message["content"]} for message in messages]
-    return {"prompt": plain[:-1], "completion": plain[-1:]}
+        if unknown := set(self.columns or {}) - set(COLUMNS):
+            raise UserError(f"task.columns has {min(unknown)!r}, expected keys among {', '.join(COLUMNS)}")
 
 
 def load_data(task: Task, seed: int) -> Data:
@@ -95,20 +71,69 @@ def load_data(task: Task, seed: int) -> Data:
     """
     parts = records(locate(task.data), ENDINGS, ("instruction", "input", "output"))
     tokenizer = load_pretrained(AutoTokenizer, locate(task.model))
-    good = {key: sift(part, example, bad=task.bad_data, what=f"{key} records") for key, part in parts.items()}
-    rows = with_held_out({key: [example(item.value) for item in part] for key, part in good.items()}, task.held_out)
-    chat = {isinstance(row["prompt"], list) for part in rows.values() for row in part}
-    if len(chat) > 1:
-        raise UserError("task.data has records with messages and records with instructions; give one kind")
-    if True in chat and not tokenizer.chat_template:
-        raise UserError(f"task.data has messages, but the tokenizer of {task.model} has no chat template for them")
+    read = partial(read_record, names=task.columns)
+    good = {key: sift(part, read, bad=task.bad_data, what=f"{key} records") for key, part in parts.items()}
+    found = {key: [read(item.value) for item in part] for key, part in good.items()}
+
+    kinds = sorted({record.kind for part in found.values() for record in part})
+    if len(kinds) > 1:
+        raise UserError(f"task.data has records of the kinds {' and '.join(kinds)}; give one kind")
+    teach_template(tokenizer, kinds[0], task.model)
+    rows = with_held_out({key: [record.columns for record in part] for key, part in found.items()}, task.held_out)
     train, validation, test = (Dataset.from_list(part) for part in rows.values())
     return Data(train, validation, test, processor=tokenizer)
 
 
+def teach_template(tokenizer: Any, kind: str, model: str) -> None:
+    """Gives the tokenizer the chat template that fits the records, so that it is saved and served with the adapter.
+
+    Raises:
+        ValueError: The records are conversations, and the model has no template for these.
+    """
+    if kind == "conversation":
+        if not tokenizer.chat_template:
+            raise UserError(f"task.data has messages, but the tokenizer of {model} has no chat template for them")
+        return
+    adds_bos = tokenizer.bos_token is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    tokenizer.chat_template = chat_template(kind, tokenizer.bos_token if adds_bos else "", tokenizer.eos_token or "")
+
+
 def load_base(task: Task) -> PreTrainedModel:
-    """The language model, in the precision that it is stored in."""
-    return cast("PreTrainedModel", load_pretrained(AutoModelForCausalLM, locate(task.model)))
+    """The language model, in the precision that it is stored in, or in 4 bits."""
+    if not task.load_in_4bit:
+        return cast("PreTrainedModel", load_pretrained(AutoModelForCausalLM, locate(task.model)))
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_use_double_quant=True,
+    )
+    try:
+        model = load_pretrained(AutoModelForCausalLM, locate(task.model), quantization_config=quantization)
+    except ImportError as error:
+        raise UserError(f"task.load_in_4bit needs bitsandbytes: pip install bitsandbytes ({error})") from None
+    return cast("PreTrainedModel", prepare_model_for_kbit_training(model, use_gradient_checkpointing=False))
+
+
+def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[str, Any]]:
+    """Answers a text, asked in the way that the model was taught; the likeliest token each time."""
+    tokenizer = load_pretrained(AutoTokenizer, str(folder))
+
+    def answer(request: Request) -> dict[str, Any]:
+        messages = [{"role": "user", "content": request.given}]
+        options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+        inputs = tokenizer.apply_chat_template(messages, **options).to(model.device)
+        return {"text": generated(model, tokenizer, dict(inputs))}
+
+    return answer
+
+
+def generated(model: Any, tokenizer: Any, inputs: dict[str, Any]) -> str:
+    """What the model writes after a prompt, without the prompt."""
+    options = {"max_new_tokens": LONGEST_ANSWER, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+    tokens = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+    return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
 
 class AnswerTrainer(SFTTrainer):

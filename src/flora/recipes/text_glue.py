@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -29,9 +30,10 @@ from transformers import (
 )
 
 from flora.data.records import Item, load_pretrained, parsed, records, sift, with_held_out
+from flora.data.results import ranked
 from flora.data.samples import locate
 from flora.errors import UserError
-from flora.recipes import Data
+from flora.recipes import Data, Request
 
 METRIC = "score"
 
@@ -191,6 +193,22 @@ class GlueTrainer(Trainer):
 
 
 TRAINER = GlueTrainer
+
+
+def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[str, Any]]:
+    """Gives the class of a text, or the score of a pair; the two texts of a pair are separated by ``|||``."""
+    tokenizer = load_pretrained(AutoTokenizer, str(folder))
+    kind = KINDS[task.name]
+
+    def answer(request: Request) -> dict[str, Any]:
+        texts = [text.strip() for text in request.given.split("|||")]
+        if len(texts) != len(kind.texts) or not all(texts):
+            raise UserError(f"{request.given!r}: expected {' ||| '.join(kind.texts)}, as the task {task.name} has them")
+        options = {"truncation": True, "max_length": task.max_length, "return_tensors": "pt"}
+        logits = model(**tokenizer(*texts, **options).to(model.device)).logits[0]
+        return ranked(logits, kind.labels) if kind.labels else {"score": round(float(logits), 4)}
+
+    return answer
 
 
 def compute_metrics(prediction: EvalPrediction, name: str = "rte") -> dict[str, float]:

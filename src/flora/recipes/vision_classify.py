@@ -5,6 +5,7 @@ The head is made anew for the classes of the data; list it in ``adapter.modules_
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Ev
 
 from flora.data.images import ImageTask, Prepared, Source, crop_and_mirror, hub_column, hub_images, read_image
 from flora.data.records import (
+    IMAGES,
     Item,
     class_folders,
     head_options,
@@ -29,9 +31,10 @@ from flora.data.records import (
     split_paths,
     with_held_out,
 )
+from flora.data.results import class_names, ranked
 from flora.data.samples import locate
 from flora.errors import UserError
-from flora.recipes import Data
+from flora.recipes import Data, Request
 
 METRIC = "accuracy"
 CROP = 0.7  # the least part of each side that a random crop keeps
@@ -133,6 +136,22 @@ def load_base(task: Task) -> PreTrainedModel:
     labels = task.labels or read_parts(task)[1]
     model = load_pretrained(AutoModelForImageClassification, locate(task.model), **head_options(labels))
     return cast("PreTrainedModel", model)
+
+
+INPUT_FILES = IMAGES
+
+
+def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[str, Any]]:
+    """Gives the class of an image and its score."""
+    processor = load_pretrained(AutoImageProcessor, str(folder), backend="pil")
+    names = class_names(model.config)
+
+    def answer(request: Request) -> dict[str, Any]:
+        image = read_image(Path(request.given)).convert("RGB")
+        inputs = processor(image, return_tensors="pt").to(model.device)
+        return ranked(model(pixel_values=inputs["pixel_values"]).logits[0], names)
+
+    return answer
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -20,9 +21,10 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection, EvalPr
 
 from flora.data.coco import Example, Part, examples, find_files, read_coco, read_rows
 from flora.data.images import ImageTask, Prepared, read_image
-from flora.data.records import head_options, hub, is_local, load_pretrained, with_held_out
+from flora.data.records import IMAGES, head_options, hub, is_local, load_pretrained, with_held_out
+from flora.data.results import class_names, with_boxes
 from flora.data.samples import locate
-from flora.recipes import Data
+from flora.recipes import Data, Request
 
 METRIC = "map"
 PADDING = -100  # in the tensors of boxes of a batch, whose images have differently many
@@ -127,6 +129,35 @@ class Detection(Trainer):
 
 
 TRAINER = Detection
+
+
+INPUT_FILES = IMAGES
+CONFIDENT = 0.3  # the least score of a box that a prediction lists
+
+
+def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[str, Any]]:
+    """Lists the boxes in an image with class and score, and writes the image with the boxes drawn."""
+    processor = load_pretrained(AutoImageProcessor, str(folder), backend="pil")
+    names = class_names(model.config)
+
+    def answer(request: Request) -> dict[str, Any]:
+        image = read_image(Path(request.given)).convert("RGB")
+        inputs = processor(image, return_tensors="pt").to(model.device)
+        sizes = [(image.height, image.width)]
+        found = processor.post_process_object_detection(model(**inputs), threshold=CONFIDENT, target_sizes=sizes)[0]
+        boxes = [
+            {
+                "class": names[int(label)],
+                "score": round(float(score), 4),
+                "box": [round(side, 1) for side in corners.tolist()],
+            }
+            for label, score, corners in zip(found["labels"], found["scores"], found["boxes"], strict=True)
+        ]
+        path = request.file(".png")
+        with_boxes(image, boxes).save(path)
+        return {"boxes": boxes, "file": str(path)}
+
+    return answer
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:

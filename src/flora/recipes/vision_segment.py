@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,9 +33,11 @@ from flora.data.records import (
     split_paths,
     with_held_out,
 )
+from flora.data.results import class_names as model_classes
+from flora.data.results import label_map
 from flora.data.samples import locate
 from flora.errors import UserError
-from flora.recipes import Data
+from flora.recipes import Data, Request
 
 METRIC = "miou"
 IGNORED = 255  # the label of pixels that neither the loss nor a metric looks at
@@ -165,6 +168,28 @@ class Segmentation(Trainer):
 
 
 TRAINER = Segmentation
+
+
+INPUT_FILES = IMAGES
+
+
+def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[str, Any]]:
+    """Writes the label map of an image as a PNG, with the numbers of the training maps, and lists the classes."""
+    processor = load_pretrained(AutoImageProcessor, str(folder), backend="pil")
+    names = model_classes(model.config)
+
+    def answer(request: Request) -> dict[str, Any]:
+        image = read_image(Path(request.given)).convert("RGB")
+        outputs = model(pixel_values=processor(image, return_tensors="pt")["pixel_values"].to(model.device))
+        sizes = [(image.height, image.width)]
+        found = processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)[0].cpu().numpy()
+        path = request.file(".png")
+        label_map(found + task.reduce_labels).save(path)
+        shares = np.bincount(found.ravel(), minlength=len(names)) / found.size
+        seen = {names[index]: round(float(shares[index]), 4) for index in np.argsort(-shares) if shares[index] > 0}
+        return {"file": str(path), "classes": seen}
+
+    return answer
 
 
 def pixel_counts(found: Tensor, labels: Tensor, classes: int) -> Tensor:

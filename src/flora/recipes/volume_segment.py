@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, cast
 import nibabel
 import numpy as np
 import torch
+from monai.inferers.utils import sliding_window_inference
 from monai.metrics.meandice import compute_dice
 from torch import Tensor
 from torch.nn.functional import pad
@@ -28,7 +30,7 @@ from flora.data.records import Bad, Item, is_local, load_pretrained, sift, with_
 from flora.data.samples import locate
 from flora.data.volume_unet import VolumeUNet, VolumeUNetConfig
 from flora.errors import UserError
-from flora.recipes import Data
+from flora.recipes import Data, Request
 from flora.storage.atomic import cache_folder, staged_folder
 from flora.storage.progress import hidden_bars
 
@@ -85,15 +87,34 @@ def read_pair(pair: Pair, config: VolumeUNetConfig) -> tuple[Tensor, Tensor]:
     image, labels = (read_array(path) for path in pair)
     if image.ndim not in (3, 4) or image.shape[:3] != labels.shape:
         raise UserError(f"the image has size {image.shape}, its labels {labels.shape}")
-    volume = torch.tensor(image.astype(np.float32)).reshape(*labels.shape, -1).movedim(-1, 0)
+    volume = normalised(image, config)
+    if bad := sorted(set(np.unique(labels).tolist()) - set(range(config.classes))):
+        raise UserError(f"the labels have {bad[0]:g}, expected whole numbers from 0 to {config.classes - 1}")
+    return volume, torch.tensor(labels.astype(np.int64))
+
+
+def normalised(image: np.ndarray, config: VolumeUNetConfig) -> Tensor:
+    """The image as the network takes it: each channel with mean 0 and standard deviation 1.
+
+    Args:
+        image: Voxels, shape (*size,) or (*size, channels).
+        config: Of the network.
+
+    Returns:
+        shape (channels, *size).
+
+    Raises:
+        ValueError: The image has other channels than the network takes, or voxels that are no numbers.
+    """
+    if image.ndim not in (3, 4):
+        raise UserError(f"the image has {image.ndim} dimensions, expected 3, or 4 with the channels last")
+    volume = torch.tensor(image.astype(np.float32)).reshape(*image.shape[:3], -1).movedim(-1, 0)
     if len(volume) != config.num_channels:
         raise UserError(f"the image has {len(volume)} channels, the network takes {config.num_channels}")
     if not torch.isfinite(volume).all():
         raise UserError(f"{int((~torch.isfinite(volume)).sum())} voxels are NaN or infinite")
-    if bad := sorted(set(np.unique(labels).tolist()) - set(range(config.classes))):
-        raise UserError(f"the labels have {bad[0]:g}, expected whole numbers from 0 to {config.classes - 1}")
     std, mean = torch.std_mean(volume, dim=(1, 2, 3), correction=0, keepdim=True)
-    return (volume - mean) / std.clamp_min(1e-6), torch.tensor(labels.astype(np.int64))
+    return (volume - mean) / std.clamp_min(1e-6)
 
 
 class Volumes(Dataset[dict[str, Tensor]]):
@@ -184,6 +205,51 @@ def load_base(task: Task) -> VolumeUNet:
     return cast(
         "VolumeUNet", load_pretrained(VolumeUNet, network_folder(task)).to(memory_format=torch.channels_last_3d)
     )
+
+
+INPUT_FILES = NIFTI
+
+
+def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[str, Any]]:
+    """Writes the labels of a volume as NIfTI, on the very grid and in the orientation of the input."""
+
+    def answer(request: Request) -> dict[str, Any]:
+        source = cast("Any", nibabel).load(request.given)
+        upright = cast("Any", nibabel).as_closest_canonical(source)
+        volume = normalised(read_array(Path(request.given)), model.config)
+        labels = classes_of(model, volume, task.patch)
+
+        # Back from right, anterior, superior to the axes that the file has.
+        there = nibabel.orientations.io_orientation(source.affine)
+        back = nibabel.orientations.ornt_transform(nibabel.orientations.io_orientation(upright.affine), there)
+        mask = nibabel.Nifti1Image(labels.astype(np.uint8), upright.affine).as_reoriented(back)
+        path = request.file(".nii.gz")
+        nibabel.save(mask, path)
+        counts = np.bincount(labels.ravel(), minlength=model.config.classes)
+        return {"file": str(path), "voxels": {str(number): int(count) for number, count in enumerate(counts)}}
+
+    return answer
+
+
+def classes_of(model: Any, volume: Tensor, patch: list[int] | None) -> np.ndarray:
+    """The class of each voxel.
+
+    Args:
+        model: The network.
+        volume: The image, shape (channels, *size).
+        patch: The size of the windows that are slid over the volume; None takes it in one piece.
+    """
+    window = patch or model.config.padded(list(volume.shape[1:]))
+    logits = sliding_window_inference(
+        volume[None].to(model.device),
+        window,
+        1,
+        lambda part: model(pixel_values=part).logits,
+        mode="gaussian",
+        padding_mode="constant",
+        cval=float(volume.min()),
+    )
+    return cast("np.ndarray", logits[0].argmax(0).cpu().numpy())
 
 
 def preprocess_logits(logits: Tensor, labels: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ METRICS = "metrics.json"  # written last: a run that has it is finished
 STATE = "trainer_state.json"
 CARD = "README.md"
 CURVE = "loss.png"
+PREDICTIONS = "predictions"
 CHECKPOINTS = "checkpoint-*"
 
 WEIGHTS = (ADAPTER, "model.safetensors", "model.safetensors.index.json")
@@ -48,8 +49,8 @@ PROCESSOR = (
     "*token*", "*vocab*", "merges.txt", "normalizer.json", "*.model", "*processor_config.json", "chat_template*",
 )  # fmt: skip
 NAMES = (
-    CONFIG, LABELS, ADAPTER, ADAPTER_CONFIG, METRICS, STATE, CARD, CHECKPOINTS, "*.png", "runs", PART, f".*{PART}",
-    *PROCESSOR,
+    CONFIG, LABELS, ADAPTER, ADAPTER_CONFIG, METRICS, STATE, CARD, CHECKPOINTS, "*.png", PREDICTIONS, "runs", PART,
+    f".*{PART}", *PROCESSOR,
 )  # fmt: skip
 RUN = Kind("a run", lambda folder: (folder / CONFIG).is_file(), NAMES)
 

@@ -30,7 +30,8 @@ class TuckerDelta(nn.Module):
         roles: the role of each (folded) dimension, for ``init``; by default the outputs first, then what is summed
             over.
         init_weights: False starts from a random, non-zero core.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Raises:
         ValueError: ranks, shape or fold do not fit each other.

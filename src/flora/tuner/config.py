@@ -50,7 +50,8 @@ class FloraConfig(PeftConfig):
         exclude_modules: names, suffixes or a regular expression to leave out.
         target_parameters: names or suffixes of raw parameters of any number of dimensions, such as fused experts
             (``mlp.experts.gate_up_proj``).
-        layers_to_transform, layers_pattern: as in PEFT.
+        layers_to_transform: as in PEFT.
+        layers_pattern: as in PEFT.
         modules_to_save: modules trained in full and saved with the adapter, such as a new head.
         bias: "none", "all" or "tucker_only" (the biases of adapted layers).
         trainable_token_indices: as in PEFT.
