@@ -14,6 +14,8 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from flora import FloraConfig
+from flora.layers.entries import Entries
+from flora.layers.patterns import names_of
 
 # INTERFACE: the fields that users rely on, beside what PeftConfig has.
 FIELDS = {
@@ -80,28 +82,32 @@ def test_a_tuple_of_ranks_is_a_list() -> None:
 # ---- patterns and scale --------------------------------------------------------------------------------------------
 
 
+def entries(**fields: Any) -> Entries:
+    return Entries(vars(FloraConfig(**fields)))
+
+
 def test_rank_pattern_wins_over_r() -> None:
-    config = FloraConfig(r=8, rank_pattern={"layer.1.conv": [4, 3, 2, 2], r"head\.\d": 2})
-    assert config.rank_for("model.layer.1.conv") == [4, 3, 2, 2]
-    assert config.rank_for("layer.1.conv") == [4, 3, 2, 2]
-    assert config.rank_for("layer.11.conv") == 8
-    assert config.rank_for("model.head.3") == 2
+    asked = entries(r=8, rank_pattern={"layer.1.conv": [4, 3, 2, 2], r"head\.\d": 2})
+    assert asked.rank(names_of("model.layer.1.conv")) == [4, 3, 2, 2]
+    assert asked.rank(names_of("layer.1.conv")) == [4, 3, 2, 2]
+    assert asked.rank(names_of("layer.11.conv")) == 8
+    assert asked.rank(names_of("model.head.3")) == 2
 
 
 def test_scale_pattern_wins_over_scale() -> None:
-    config = FloraConfig(scale=4.0, scale_pattern={"conv": 0.5})
-    assert (config.scale_for("a.conv"), config.scale_for("a.lin")) == (0.5, 4.0)
+    asked = entries(scale=4.0, scale_pattern={"conv": 0.5})
+    assert (asked.scale(names_of("a.conv")), asked.scale(names_of("a.lin"))) == (0.5, 4.0)
 
 
 def test_scale_is_one_unless_given() -> None:
-    assert FloraConfig().scale_for("lin") == 1.0
-    assert FloraConfig(scale=0.0).scale_for("lin") == 0.0
+    assert entries().scale(names_of("lin")) == 1.0
+    assert entries(scale=0.0).scale(names_of("lin")) == 0.0
 
 
 def test_alpha_is_divided_by_the_rank_of_each_layer() -> None:
-    config = FloraConfig(r=8, alpha=16, rank_pattern={"wide": 32})
-    assert config.scale_for("a.narrow") == 2.0
-    assert config.scale_for("a.wide") == 0.5
+    asked = entries(r=8, alpha=16, rank_pattern={"wide": 32})
+    assert asked.scale(names_of("a.narrow")) == 2.0
+    assert asked.scale(names_of("a.wide")) == 0.5
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------

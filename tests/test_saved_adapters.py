@@ -18,15 +18,6 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 COUNT = 94
 PLACES = [(name, place) for name, case in CASES.items() for place in case.adapters(FOLDER / name)]
 
-# What flora.load of 0.1.0 itself gets wrong; PEFT loads these weights as they were.
-MISREAD = {
-    # The scale of an attention's out_proj is looked up as that of layer.out_proj, where scale_pattern names layer.
-    ("attention_scale_pattern", "layer.out_proj.weight"),
-    # A fold of the user's own is lost where the config also records a layout: the layout's fold, or none, is taken.
-    ("fold_of_an_embedding", "layer.weight"),
-    ("fold_of_an_attention", "layer.in_proj_weight"),
-}
-
 each_case = pytest.mark.parametrize("name", CASES)
 each_adapter = pytest.mark.parametrize(
     ("name", "place"), PLACES, ids=[str(place.relative_to(FOLDER)) for _, place in PLACES]
@@ -102,10 +93,9 @@ def test_dense_updates_from_the_file(name: str, place: Path) -> None:
     case = CASES[name]
     before, merged = weights_of(case.base()), part(load_file(place / EXPECTED), "merged.")
     adapter = flora.load(place)
-    misread = {key for case_name, key in MISREAD if case_name == name}
-    assert misread <= adapter.weights.keys() <= merged.keys()
-    expected = {key: value - before[key] for key, value in merged.items() if key not in misread}
-    found = {key: entry.dense().to(case.dtype) for key, entry in adapter.weights.items() if key not in misread}
+    assert adapter.weights.keys() <= merged.keys()
+    expected = {key: value - before[key] for key, value in merged.items()}
+    found = {key: entry.dense().to(case.dtype) for key, entry in adapter.weights.items()}
     for key, (rows, values) in adapter.token_rows.items():
         found[key] = torch.zeros_like(before[key])
         found[key][rows] = values - before[key][rows]

@@ -40,7 +40,7 @@ FOREIGN: dict[str, set[str]] = {
     "errors": set(),
     "tucker": {"einops"},
     "storage": {"safetensors", "tqdm", "transformers"},
-    "layers": {"transformers", "triton"},
+    "layers": {"regex", "transformers", "triton"},
     "tuner": {"peft", "safetensors", "transformers"},
     "convert": {
         "diffusers",

@@ -22,10 +22,11 @@ from torch import nn
 from flora.comparison.authors import AuthorsScheme
 from flora.comparison.matching import Costs, match_ranks
 from flora.layers.axes import KERNELS, roles_of
+from flora.layers.entries import Entries
+from flora.layers.patterns import exact_pattern, names_of
 from flora.runs.training import trainable
 from flora.tucker.ranks import resolve
 from flora.tuner.config import FloraConfig
-from flora.tuner.targets import exact_pattern
 
 LOKR_FACTORS = (-1, 16, 8, 4, 2)  # how LoKr splits a matrix, from its default, the cheapest, to the dearest
 PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -125,6 +126,7 @@ def authors(base: nn.Module, request: Request) -> nn.Module:
     """
     modules = dict(base.named_modules())
     config = FloraConfig(**request.adapter)
+    entries = Entries(vars(config))
     names = [
         name
         for name in targets(base, request.adapter)
@@ -145,7 +147,7 @@ def authors(base: nn.Module, request: Request) -> nn.Module:
     base.requires_grad_(False)
     for name, rank in ranks.items():
         parent, _, leaf = name.rpartition(".")
-        scheme = AuthorsScheme(modules[name], ranks_of(name, rank), config.scale_for(name), zero=True)
+        scheme = AuthorsScheme(modules[name], ranks_of(name, rank), entries.scale(names_of(name)), zero=True)
         setattr(base.get_submodule(parent), leaf, scheme)
     return train_head(base, request.head)
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from flora.errors import UserError
 from flora.layers.layout import Layout, fold_groups, from_shape, is_usual
-from flora.layers.names import GIVE_BASE, TOKEN_ROWS, match_pattern
+from flora.layers.names import GIVE_BASE, TOKEN_ROWS
+from flora.layers.patterns import match_pattern
 from flora.tucker.fold import Fold
 from flora.tucker.form import Tucker
 

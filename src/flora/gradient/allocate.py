@@ -6,17 +6,16 @@ and none gets more than a few times its share.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from flora.convert.extraction.allocation import Choice, choices_of_energy, spend
 from flora.gradient.collect import Place
 from flora.gradient.sketch import Directions
+from flora.layers.patterns import exact_pattern
 from flora.tucker.form import count_params
 from flora.tuner.config import FloraConfig
 from flora.tuner.parameter import ParamWrapper
-from flora.tuner.targets import exact_pattern
 
 MOST = 4  # times what equal ranks would give a weight, at most
 
@@ -83,7 +82,6 @@ def write_ranks(config: FloraConfig, allocation: Allocation, modules: Sequence[s
     config.budget = None
     out = {name.rpartition(".")[0] for name in allocation.left_out}
     if out:
-        # A regular expression holds for whole names; those of a list would also hold for longer ones that end so.
-        stay = [name for name in modules if name not in out]
-        config.target_modules = "|".join(re.escape(name) for name in stay)
+        # Plain names would also hold for longer ones that end so.
+        config.target_modules = {exact_pattern(name) for name in modules if name not in out}
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None

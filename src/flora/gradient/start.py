@@ -40,6 +40,7 @@ from flora.tuner import targets
 from flora.tuner.config import FloraConfig
 from flora.tuner.merging import base_weight
 from flora.tuner.parameter import ParamWrapper
+from flora.tuner.resolution import Resolution
 
 BATCHES = 12
 STEPS = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3)  # relative sizes of the step that are tried
@@ -230,14 +231,13 @@ def _choose_ranks(
     """What the gradients are, and the ranks that the budget buys where they are."""
     sites = [_site(place) for place in places]
     once = {(site.name, *site.row.weights(site.module)): site for site in sites}
-    free = targets.weights_to_spend_on(config, list(once.values()), probe)
+    resolution = Resolution(config, once.values())
+    free = resolution.open_weights(config.budget or 0, probe)
     solved = solve_budget(free.weights, free.budget, config.kernel_r) if free.weights else {}
-    equal = {
-        place.name: solved[pattern] for place in places if (pattern := targets.exact_pattern(place.name)) in solved
-    }
+    equal = {place.name: solved[place.name] for place in places if place.name in solved}
     reach = {}
-    for place, site in zip(places, sites, strict=True):
-        own = targets.targets_of(config, site)[place.weight].ranks
+    for place in places:
+        own = resolution.weights[place.name].target.ranks
         ranks = equal.get(place.name, own)
         reach[place.name] = max(8, 2 * max(_below(ranks, place.shape)))
 

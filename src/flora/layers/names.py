@@ -1,4 +1,4 @@
-"""The names PEFT gives to tensors and patterns: between a key in an adapter file and a weight of the base model."""
+"""The names PEFT gives to tensors: between a key in an adapter file and a weight of the base model."""
 
 from __future__ import annotations
 
@@ -55,16 +55,6 @@ def check_prefix(keys: Iterable[str], source: Path) -> None:
             f"{source} has foreign keys: {foreign[0]!r}{f' and {len(foreign) - 1} more' if foreign[1:] else ''} do not "
             f"begin with {PREFIX!r}; it is not an adapter that PEFT saved"
         )
-
-
-def match_pattern(patterns: Iterable[str], name: str) -> str | None:
-    """The first key of ``rank_pattern`` and the like that holds for a module, as PEFT matches them."""
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
-
-
-def exact_pattern(name: str) -> str:
-    """A pattern that holds for this name and no other."""
-    return f"^{re.escape(name)}"
 
 
 def nested(name: str, places: Mapping[str, int]) -> str:

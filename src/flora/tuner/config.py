@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
-from flora.errors import UserError
+from flora.errors import UserError, WrongTypeError
+from flora.layers.entries import Entries, check_entries, check_number
+from flora.layers.layout import layout_from_json
 from flora.tucker.initialize import INITIALIZERS
-from flora.tucker.ranks import check_rank, check_request
+from flora.tucker.ranks import check_rank
+from flora.tuner.selection import Selection
 
-Value = TypeVar("Value")
 PATHS = ("auto", "rebuild", "factored")
 BIASES = ("none", "all", "tucker_only")
-DEFAULT_SCALE = 1.0
 
 
 def one_of(value: object, allowed: Iterable[str], what: str) -> None:
@@ -80,11 +80,11 @@ class FloraConfig(PeftConfig):
     dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the adapter's input."})
     init: str = field(default="zero_first", metadata={"help": "A key of flora.INITIALIZERS."})
     init_weights: bool = field(default=True, metadata={"help": "False: a random, non-identity start, for tests."})
-    target_modules: list[str] | str | None = field(
+    target_modules: list[str] | set[str] | str | None = field(
         default=None,
         metadata={"help": "Names, suffixes, a regular expression, 'all-linear', 'all-conv' or 'all'."},
     )
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
+    exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
     target_parameters: list[str] | None = field(default=None, metadata={"help": "Raw parameters to adapt."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
@@ -121,12 +121,11 @@ class FloraConfig(PeftConfig):
             setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
         if isinstance(self.r, tuple):
             self.r = list(self.r)
-        check_request(self.r)
+        check_entries(vars(self))
         if self.kernel_r is not None:
             check_rank(self.kernel_r, "kernel_r")
-        for key, rank in self.rank_pattern.items():
-            check_request(rank, f"rank_pattern[{key!r}]")
-        self._check_scale()
+        self._check_spending()
+        self._check_types()
         one_of(self.init, INITIALIZERS, "init")
         one_of(self.path, PATHS, "path")
         one_of(self.bias, BIASES, "bias")
@@ -158,41 +157,59 @@ class FloraConfig(PeftConfig):
                 raise UserError(f"{weights} is truncated or corrupt: {error}; copy or download it again") from None
         return cast(PeftConfig, super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs))
 
-    def _check_scale(self) -> None:
+    def _check_spending(self) -> None:
+        """``scale`` and ``alpha``, ``budget`` and rank lists: what cannot stand together."""
         if self.scale is not None and self.alpha is not None:
             raise UserError(
                 f"scale={self.scale} and alpha={self.alpha} are both given; scale is the constant s itself, alpha sets "
                 "s = alpha / r: give one of them"
             )
-        if self.budget is not None and not self.budget > 0:
-            raise UserError(f"budget must be a fraction below 1 or a count from 1, got {self.budget}")
+        if self.budget is not None:
+            check_number(self.budget, "budget")
+            if not self.budget > 0:
+                raise UserError(f"budget must be a fraction below 1 or a count from 1, got {self.budget}")
+
         listed = isinstance(self.r, list) or any(isinstance(rank, list) for rank in self.rank_pattern.values())
         if self.alpha is not None and (listed or self.budget is not None):
             raise UserError("alpha sets s = alpha / r and needs one int r; with rank lists or a budget, give scale")
 
-    def rank_for(self, module: str, weight: str = "weight") -> int | list[int]:
-        """The rank request for a weight of a module, from ``rank_pattern`` or ``r``."""
-        return _match(self.rank_pattern, module, weight, self.r)
+    def _check_types(self) -> None:
+        for name in ("init_weights", "inference_mode"):
+            if not isinstance(getattr(self, name), bool):
+                raise WrongTypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        check_number(self.dropout, "dropout")
 
-    def scale_for(self, module: str, weight: str = "weight") -> float:
-        """The scale s for a weight of a module, from ``scale_pattern``, ``scale`` or ``alpha / r``."""
-        default = self.scale if self.scale is not None else DEFAULT_SCALE
-        if self.alpha is not None:
-            rank = self.rank_for(module, weight)
-            if isinstance(rank, list):
-                raise UserError(f"alpha needs an int rank, but {module} has the ranks {rank}; give scale")
-            default = self.alpha / rank
-        return _match(self.scale_pattern, module, weight, default)
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            _check_names(getattr(self, name), name, or_one=True)
+        for name in ("target_parameters", "modules_to_save"):
+            _check_names(getattr(self, name), name, or_one=False)
+        _check_indices(self.layers_to_transform, "layers_to_transform")
+        rows = self.trainable_token_indices
+        for indices in rows.values() if isinstance(rows, Mapping) else [rows]:
+            _check_indices(indices, "trainable_token_indices")
 
-    def fold_for(self, module: str, weight: str = "weight") -> str | None:
-        """How a weight of a module is seen as an N-d tensor, as far as the config says."""
-        return _match(self.fold, module, weight, "") or None
+        if self.layout is not None and not isinstance(self.layout, Mapping):
+            raise WrongTypeError(f"layout must map weights to what their dimensions mean, got {self.layout!r}")
+        for name, entry in (self.layout or {}).items():
+            layout_from_json(name, entry)
+
+        # Building them raises for a key that is no regular expression.
+        Entries(vars(self))
+        Selection(vars(self))
 
 
-def _match(patterns: dict[str, Value], module: str, weight: str, default: Value) -> Value:
-    """The value of the first pattern that matches ``module.weight`` or else ``module``, as PEFT matches them."""
-    for name in (f"{module}.{weight}", module):
-        key = get_pattern_key(list(patterns), name)
-        if key in patterns:
-            return patterns[key]
-    return default
+def _check_names(value: object, field: str, *, or_one: bool) -> None:
+    if value is None or (or_one and isinstance(value, str)):
+        return
+    wanted = "a list of names or one regular expression" if or_one else "a list of names"
+    listed = isinstance(value, (list, tuple, set, frozenset))
+    if not listed or not all(isinstance(name, str) and name for name in cast(Iterable[Any], value)):
+        raise WrongTypeError(f"{field} must be {wanted}, got {value!r} of type {type(value).__name__}")
+
+
+def _check_indices(value: object, field: str) -> None:
+    if value is None:
+        return
+    for index in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise WrongTypeError(f"{field} must be a list of whole numbers, got {value!r}")

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -16,12 +16,22 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from flora.errors import UserError
+from flora.layers.patterns import exact_pattern
 from flora.tucker.form import Tucker, concatenate
 from flora.tuner import targets as find
 from flora.tuner.config import FloraConfig
 from flora.tuner.layer import BASE, FloraLayer
 from flora.tuner.parameter import ParamWrapper
 from flora.tuner.reading import ADAPTER_PER_SAMPLE
+from flora.tuner.resolution import Resolution
+from flora.tuner.selection import Selection
+
+
+class Injecting(NamedTuple):
+    """Of the adapter that is being injected: which modules it selects, and its fields as PEFT must not see them."""
+
+    selection: Selection
+    shown: dict[str, Any]
 
 
 class FloraModel(BaseTuner):
@@ -31,13 +41,18 @@ class FloraModel(BaseTuner):
     tuner_layer_cls = FloraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
+    # What the config of the adapter that is being injected means, from the check of its targets until the last of them
+    # has its layer.
+    _resolution: Resolution | None = None
+    _injecting: Injecting | None = None
+
     # ---- injection -------------------------------------------------------------------------------------------------
 
     def _prepare_adapter_config(self, peft_config: FloraConfig, model_config: dict[str, Any]) -> FloraConfig:
         """Fills in the targets: the model type's own, or every layer of the kinds a shorthand stands for."""
         wanted = peft_config.target_modules
         if isinstance(wanted, str) and wanted.lower() in find.SHORTHANDS:
-            peft_config.target_modules = find.expand(wanted.lower(), self.model)  # type: ignore[assignment]
+            peft_config.target_modules = find.expand(wanted.lower(), self.model)
             return peft_config
         if wanted is None and peft_config.target_parameters:
             return peft_config
@@ -45,16 +60,28 @@ class FloraModel(BaseTuner):
 
     def _prepare_model(self, peft_config: FloraConfig, model: nn.Module) -> None:
         """Resolves every target and its ranks, so that a bad request raises here, with the model untouched."""
-        sites = find.find_sites(peft_config, model, self._check_target_module_exists)
+        find.check_saved(peft_config, model)
+        selection = Selection(vars(peft_config))
+        sites = find.find_sites(peft_config, model, selection)
+        self._resolution = Resolution(peft_config, sites)
         if not sites:
             find.explain_no_match(peft_config, model)
             return
-        find.record_folds(peft_config, sites)
-        find.record_layouts(peft_config, sites)
-        find.spend_budget(peft_config, sites, model)
-        find.warn_if_larger(peft_config, sites)
+
+        if peft_config.budget is not None:
+            self._resolution.spend(peft_config.budget, model)
         find.warn_unmatched(peft_config, model)
-        find.warn_unmatched_patterns(peft_config, sites)
+        self._resolution.warn()
+        find.name_embeddings_in_full(peft_config, sites, model)
+        self._resolution.record(peft_config)
+        shown = {name: getattr(peft_config, name) for name in ("rank_pattern", "target_modules", "target_parameters")}
+        self._injecting = Injecting(selection, shown)
+        _hide_from_peft(peft_config, sites)
+
+    def _check_target_module_exists(self, peft_config: FloraConfig, key: str) -> Any:
+        """PEFT asks for each module of the model; during an injection the config's names are sorted out already."""
+        selection = Selection(vars(peft_config)) if self._injecting is None else self._injecting.selection
+        return selection(key)
 
     def _create_and_replace(
         self,
@@ -75,7 +102,7 @@ class FloraModel(BaseTuner):
             quantization = get_quantization_kwargs(self.model)
             layer = target if isinstance(target, FloraLayer) else FloraLayer(target, quantization=quantization)
             site = find.Site(current_key, base, layer.row)
-        cast(FloraLayer, layer).update_layer(adapter_name, peft_config, find.targets_of(peft_config, site))
+        cast(FloraLayer, layer).update_layer(adapter_name, peft_config, cast(Resolution, self._resolution).of(site))
         cast(FloraLayer, layer).place = current_key
         if layer is not target:
             if adapter_name not in self.active_adapters:
@@ -98,15 +125,17 @@ class FloraModel(BaseTuner):
                 inner.register_forward_pre_hook(_called)
             outer = inner
 
-    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's injection; then the first step with gradients is watched for layers that it does not reach."""
         if not any(isinstance(module, FloraLayer) for module in model.modules()):
             self._trained = {name for name, value in model.named_parameters() if value.requires_grad}
-        with (
-            warnings.catch_warnings()
-        ):  # PEFT does not know keys that name a weight; ours are checked in _prepare_model
-            warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
-            super().inject_adapter(model, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            if self._injecting is not None:
+                vars(config).update(self._injecting.shown)
+            self._resolution = self._injecting = None
         if warn_if_uncalled not in model._forward_hooks.values():
             model.register_forward_hook(warn_if_uncalled)
 
@@ -196,7 +225,7 @@ class FloraModel(BaseTuner):
         config = cast(FloraConfig, copy.deepcopy(self.peft_config[adapters[0]]))
         config.r, config.alpha, config.scale, config.scale_pattern, config.init_weights = 8, None, 1.0, {}, True
         config.rank_pattern = {
-            find.exact_pattern(f"{name.replace('.base_layer', '')}.{weight}"): list(form.ranks)
+            exact_pattern(f"{name.replace('.base_layer', '')}.{weight}"): list(form.ranks)
             for (name, weight), form in forms.items()
         }
         self.peft_config[adapter_name] = config
@@ -263,6 +292,20 @@ def _find_misfit(own: Mapping[str, torch.Size], given: Mapping[str, Tensor], pre
             here = f"of shape {tuple(value.shape)} in the file, but the base model needs {tuple(own[key])}"
             return f"{layer!r} has {tensor!r} {here}"
     return None
+
+
+def _hide_from_peft(config: FloraConfig, sites: Sequence[find.Site]) -> None:
+    """Changes, for the time of an injection, what PEFT would match in its own way.
+
+    It searches every module's name for every key of ``rank_pattern``, without a limit of time; it shortens a long list
+    of targets, to one that can mean other modules; and it wraps raw parameters inside ``modules_to_save`` too.
+    """
+    config.rank_pattern = {}
+    if isinstance(config.target_modules, set):
+        config.target_modules = frozenset(config.target_modules)  # type: ignore[assignment]
+    if config.target_parameters and config.modules_to_save:
+        raw = [site for site in sites if site.row.kind == "parameter"]
+        config.target_parameters = [f"{site.name}.{leaf}" for site in raw for leaf in site.row.weights(site.module)]
 
 
 def _copy_form(live: Tucker, form: Tucker) -> None:

@@ -1,36 +1,32 @@
-"""Which weights a config means, with which ranks: resolved and checked in full before the model is changed."""
+"""Which modules and raw parameters a config targets: found and checked before the model is changed."""
 
 from __future__ import annotations
 
 import difflib
-import math
-import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer, NoMatchingPeftModuleError
 from peft.utils import AuxiliaryTrainingWrapper
-from peft.utils.other import get_pattern_key
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 from transformers import PreTrainedModel
 
 from flora.errors import UserError
-from flora.layers.axes import roles_of
-from flora.layers.layout import is_usual, of_module
+from flora.layers.patterns import exact_pattern
 from flora.layers.table import Layer, parameter, refusal, weight_shape
-from flora.tucker.fold import parse_fold
-from flora.tucker.form import count_params
-from flora.tucker.ranks import Weight, resolve, solve_budget
-from flora.tuner.adapted import Target, row_for
+from flora.tuner.adapted import row_for
 from flora.tuner.config import FloraConfig
+from flora.tuner.selection import Names, Selection, ends_of, list_of
 
 SHORTHANDS = {
     "all": ("linear", "conv", "embedding", "bilinear", "attention", "recurrent"),
     "all-linear": ("linear",),
     "all-conv": ("conv",),
 }
+# What PEFT adds to modules_to_save by itself, whether the model has it or not.
+HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
 @dataclass(frozen=True)
@@ -44,17 +40,17 @@ class Site:
 
 def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module that could be a target: adapted layers unwrapped, what is inside them left out."""
-    inside: list[str] = []
+    inside = None  # what is inside a module follows it at once
     for name, module in model.named_modules():
-        if any(name.startswith(prefix) for prefix in inside):
+        if inside is not None and name.startswith(inside):
             continue
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            inside.append(f"{name}.")
+            inside = f"{name}."
         yield name, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def expand(shorthand: str, model: nn.Module) -> set[str]:
-    """The names that "all", "all-linear" or "all-conv" stands for, the output head of a transformers model excepted.
+    """The list that "all", "all-linear" or "all-conv" stands for, the output head of a transformers model excepted.
 
     Raises:
         NoMatchingPeftModuleError: nothing in the model is of these kinds.
@@ -83,7 +79,7 @@ def expand(shorthand: str, model: nn.Module) -> set[str]:
             f"target_modules={shorthand!r} matches nothing: {type(model).__name__} has no layer of kind "
             f"{' or '.join(kinds)} that can be adapted outside its head"
         )
-    return names
+    return list_of(names, [name for name, _ in model.named_modules() if name not in names])
 
 
 def refusal_for(module: nn.Module) -> str | None:
@@ -100,15 +96,20 @@ def raw_parameter(name: str, module: nn.Module, leaf: str) -> Site:
     return Site(name, module, Layer("parameter", lambda _: {leaf: axes}))
 
 
-def find_sites(config: FloraConfig, model: nn.Module, matches: Callable[[FloraConfig, str], object]) -> list[Site]:
+def find_sites(config: FloraConfig, model: nn.Module, selection: Selection) -> list[Site]:
     """Every module and raw parameter that the config targets.
+
+    Args:
+        config: of the adapter.
+        model: the base model, with or without other adapters.
+        selection: of the config.
 
     Raises:
         ValueError: a target cannot be adapted; names it and says why.
     """
     sites = []
     for name, module in modules_of(model):
-        if name and matches(config, name):
+        if name and selection(name):
             row, reason = row_for(module), refusal_for(module)
             if row is None or reason is not None:
                 raise UserError(f"Target module {name} ({type(module).__name__}) is not supported: {reason}")
@@ -118,110 +119,22 @@ def find_sites(config: FloraConfig, model: nn.Module, matches: Callable[[FloraCo
                     f"target the attention module {name.rpartition('.')[0]} itself"
                 )
             sites.append(Site(name, module, row))
-    wanted = config.target_parameters or []
+    wanted, in_full = Names(config.target_parameters, "target_parameters"), []
     for name, module in modules_of(model):
         for leaf, _ in module.named_parameters(recurse=False) if name else ():
-            full = f"{name}.{leaf}"
-            if any(full == key or full.endswith(f".{key}") for key in wanted):
-                sites.append(raw_parameter(name, module, leaf))
-    _check_ties(sites, model)
-    return sites
-
-
-def targets_of(config: FloraConfig, site: Site) -> dict[str, Target]:
-    """For each weight of a site: its shape, fold, ranks and scale.
-
-    Raises:
-        ValueError, TypeError: ranks or fold do not fit the weight; the message names it and its dimensions.
-    """
-    targets = {}
-    for weight, axes in site.row.weights(site.module).items():
-        shape, name = weight_shape(site.module, weight), f"{site.name}.{weight}"
-        pattern = config.fold_for(site.name, weight) or site.row.folds(site.module).get(weight)
-        fold = parse_fold(pattern, shape, name) if pattern else None
-        sizes, names = (fold.shape, fold.axes) if fold else (shape, axes)
-        roles = roles_of(axes, fold)
-        ranks = resolve(sizes, config.rank_for(site.name, weight), config.kernel_r, axes=names, roles=roles, name=name)
-        targets[weight] = Target(shape, ranks, config.scale_for(site.name, weight), roles, fold)
-    return targets
-
-
-def record_folds(config: FloraConfig, sites: list[Site]) -> None:
-    """Writes the folds that layers have by default into the config, so that a saved adapter says how to read it."""
-    for site in sites:
-        for weight, pattern in site.row.folds(site.module).items():
-            if config.fold_for(site.name, weight) is None:
-                config.fold[exact_pattern(f"{site.name}.{weight}")] = pattern
-
-
-def exact_pattern(name: str) -> str:
-    """A pattern for one weight and no other whose name ends like it (``conv.weight`` is also a suffix of others)."""
-    return f"^{re.escape(name)}"
-
-
-def record_layouts(config: FloraConfig, sites: list[Site]) -> None:
-    """Writes into the config what the dimensions of a weight mean, where its name and shape do not tell."""
-    config.layout = {}
-    for site in sites:
-        found = of_module(site.module)
-        for weight in site.row.weights(site.module):
-            name = f"{site.name}.{weight}"
-            if weight in found and not is_usual(name, found[weight]):
-                config.layout[name] = found[weight].to_json()
-
-
-class Free(NamedTuple):
-    """What a budget is left for, after the user's own entries."""
-
-    weights: dict[str, Weight]  # by the pattern that holds for this weight alone
-    budget: int
-
-
-def weights_to_spend_on(config: FloraConfig, sites: list[Site], model: nn.Module) -> Free:
-    """The weights whose ranks the user left open, and how many parameters there are for them."""
-    # ZeRO-3 has partitioned what has a ds_shape.
-    total = sum(math.prod(getattr(value, "ds_shape", value.shape)) for value in model.parameters())
-    asked = config.budget or 0
-    budget = int(asked * total) if asked < 1 else int(asked)
-    free: dict[str, Weight] = {}
-
-    for site in sites:
-        for weight, target in targets_of(config, site).items():
-            sizes = target.fold.shape if target.fold else target.shape
-            if config.rank_for(site.name, weight) is config.r:
-                free[exact_pattern(f"{site.name}.{weight}")] = Weight(sizes, target.roles)
+            if not wanted.has(f"{name}.{leaf}"):
+                continue
+            if selection.is_saved(name):
+                in_full.append(f"{name}.{leaf}")
             else:
-                budget -= count_params(sizes, target.ranks)
-    return Free(free, budget)
-
-
-def spend_budget(config: FloraConfig, sites: list[Site], model: nn.Module) -> None:
-    """Solves the ranks that the budget buys, after the user's own entries, and writes them into ``rank_pattern``."""
-    if config.budget is None:
-        return
-    free = weights_to_spend_on(config, sites, model)
-    solved = solve_budget(free.weights, free.budget, config.kernel_r) if free.weights else {}
-    config.rank_pattern = {
-        **config.rank_pattern,
-        **{pattern: list(ranks) for pattern, ranks in solved.items()},
-    }
-    config.budget = None
-
-
-def warn_if_larger(config: FloraConfig, sites: list[Site]) -> None:
-    """Warns when an adapter costs more than the weight it changes."""
-    larger = []
-    for site in sites:
-        for weight, target in targets_of(config, site).items():
-            sizes = target.fold.shape if target.fold else target.shape
-            if count_params(sizes, target.ranks) > math.prod(sizes):
-                larger.append(f"{site.name}.{weight}")
-    if larger:
+                sites.append(raw_parameter(name, module, leaf))
+    if in_full:
         warnings.warn(
-            f"the adapter has more parameters than the weight itself in {len(larger)} of {len(sites)} layers "
-            f"(first: {larger[0]}); lower r or exclude them",
+            f"{', '.join(in_full)} of target_parameters is inside modules_to_save: it is trained in full, not adapted",
             stacklevel=2,
         )
+    _check_ties(sites, model)
+    return sites
 
 
 def explain_no_match(config: FloraConfig, model: nn.Module) -> None:
@@ -240,21 +153,51 @@ def warn_unmatched(config: FloraConfig, model: nn.Module) -> None:
     if not isinstance(config.target_modules, set):
         return
     names = [name for name, _ in modules_of(model)]
-    leaves = {part for name in names for part in (name, *(name[at + 1 :] for at, c in enumerate(name) if c == "."))}
-    unmatched = sorted(config.target_modules - leaves)
+    meant = {end for name in names for end in (exact_pattern(name), *ends_of(name))}
+    unmatched = sorted(config.target_modules - meant)
     if unmatched:
         warnings.warn(f"target_modules {unmatched} match nothing{near_names(unmatched, model)}", stacklevel=2)
 
 
-def warn_unmatched_patterns(config: FloraConfig, sites: list[Site]) -> None:
-    """Warns about keys of the pattern fields that match no adapted weight, by its module's name or its own."""
-    names = [name for site in sites for w in site.row.weights(site.module) for name in (site.name, f"{site.name}.{w}")]
-    for field in ("rank_pattern", "scale_pattern", "fold"):
-        unmatched = [
-            key for key in getattr(config, field) if not any(get_pattern_key([key], name) == key for name in names)
-        ]
-        if unmatched:
-            warnings.warn(f"{field} keys {unmatched} match no adapted weight and are ignored", stacklevel=2)
+def check_saved(config: FloraConfig, model: nn.Module) -> None:
+    """What ``modules_to_save`` names has to be in the model; in a file that is loaded, it is only warned of.
+
+    Raises:
+        UserError: a name matches nothing, so that the module would neither be trained nor saved.
+    """
+    names = [name for name, _ in modules_of(model)]
+    guessed = HEADS.get(str(getattr(config.task_type, "value", config.task_type)), ())
+    unmatched = [
+        key
+        for key in dict.fromkeys(config.modules_to_save or ())
+        if key not in guessed and not any(name.endswith(key) for name in names)
+    ]
+    if not unmatched:
+        return
+
+    words = sorted({name.rpartition(".")[2] for name in names if name} | set(names))
+    near = [f"{word!r}" for key in unmatched for word in difflib.get_close_matches(key, words, n=3)]
+    hint = f"did you mean {' or '.join(near)}?" if near else "print(model) lists the names"
+    text = f"modules_to_save {unmatched} match no module of {type(model).__name__}; {hint}"
+    if not config.inference_mode:
+        raise UserError(text)
+    warnings.warn(text, stacklevel=2)
+
+
+def name_embeddings_in_full(config: FloraConfig, sites: list[Site], model: nn.Module) -> None:
+    """Writes targets called ``embed_tokens`` or ``lm_head`` by their full names.
+
+    PEFT goes by the bare names: it would save the whole frozen embedding beside the adapter.
+    """
+    names = {site.name for site in sites if site.row.kind != "parameter"}
+    embeddings = {name for name in names if name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES}
+    wanted = config.target_modules
+    if isinstance(wanted, str) and embeddings:
+        config.target_modules = list_of(names, [name for name, _ in model.named_modules() if name not in names])
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    if isinstance(wanted, set) and wanted & set(EMBEDDING_LAYER_NAMES):
+        listed = {exact_pattern(name) for name in embeddings if name.rpartition(".")[2] in wanted}
+        config.target_modules = (wanted - set(EMBEDDING_LAYER_NAMES)) | listed
 
 
 def near_names(unmatched: list[str], model: nn.Module) -> str:

@@ -26,11 +26,11 @@ from flora.layers.names import (
     PREFIX,
     TOKEN_ROWS,
     check_prefix,
-    match_pattern,
     module_of,
     nested,
     wrapped_modules,
 )
+from flora.layers.patterns import match_pattern
 from flora.storage.tensors import CONFIG, NOTE, WEIGHTS, read_json, read_tensors, write_json, write_tensors
 from flora.tucker.form import Tucker
 

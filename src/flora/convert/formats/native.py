@@ -14,22 +14,17 @@ from torch import Tensor
 
 from flora.convert.adapter import Adapter, Entry
 from flora.errors import UserError
+from flora.layers.entries import Entries
 from flora.layers.layout import Layout, from_shape, is_raw, layout_from_json
-from flora.layers.names import (
-    PREFIX,
-    TOKEN_ROWS,
-    check_prefix,
-    exact_pattern,
-    match_pattern,
-    module_of,
-    nested,
-    wrapped_modules,
-)
+from flora.layers.names import PREFIX, TOKEN_ROWS, check_prefix, module_of, nested, wrapped_modules
+from flora.layers.patterns import exact_pattern, names_of
 from flora.storage.tensors import CONFIG, NOTE, WEIGHTS, read_json, read_tensors, write_json, write_tensors
 from flora.tucker.form import Tucker, mode_product
 
 _KEY = re.compile(r"(?:(?P<module>.*)\.)?tucker_(?P<weight>[^.]+)\.(?P<part>core|factor_(?P<mode>\d+))")
-_ATTENTION_OUT = "out_proj_weight"  # the one adapted weight of a layer that is not the layer's own: out_proj.weight
+# The one adapted weight of a layer that is not the layer's own, and its name in a file.
+_ATTENTION_OUT = "out_proj.weight"
+_ATTENTION_OUT_KEY = "out_proj_weight"
 
 
 def detect(path: Path) -> bool:
@@ -53,30 +48,30 @@ def read(path: Path) -> Adapter:
     wrapped = wrapped_modules(tensors)
     parts: dict[str, dict[str, Tensor]] = {}
     extras: dict[str, Tensor] = {}
-    inner: set[str] = set()
+    names: dict[str, tuple[str, ...]] = {}
     for key, value in tensors.items():
         found = _KEY.fullmatch(key.removeprefix(PREFIX))
         if found is None:
             if ".original_module." not in key:  # bias="all" also saves the frozen twin of a module in modules_to_save
                 extras[module_of(key, wrapped)] = value
             continue
-        leaf = "out_proj.weight" if found["weight"] == _ATTENTION_OUT else found["weight"]
-        name = module_of(f"{found['module']}.{leaf}" if found["module"] else leaf, wrapped)
-        inner.update({name} if leaf != found["weight"] else ())
-        parts.setdefault(name, {})[found["part"]] = value
+        leaf = _ATTENTION_OUT if found["weight"] == _ATTENTION_OUT_KEY else found["weight"]
+        spoken = names_of(module_of(found["module"] or "", wrapped), leaf)
+        names[spoken[0]] = spoken
+        parts.setdefault(spoken[0], {})[found["part"]] = value
     if not parts:
         raise UserError(
             f"{path / WEIGHTS} has no Tucker tensors (keys with '.tucker_<weight>.core'); it is empty or not ours"
         )
-    weights = {name: _entry(name, tensors, config, recorded) for name, tensors in sorted(parts.items())}
-    for name in inner:
-        weights[name] = replace(weights[name], layout=Layout("attention", ("out", "in")))
+    entries = Entries(config)
+    weights = {name: _entry(names[name], tensors, entries, recorded) for name, tensors in sorted(parts.items())}
     return Adapter(weights, extras, config)
 
 
 def _entry(
-    name: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], recorded: Mapping[str, Any] | None
+    names: tuple[str, ...], parts: Mapping[str, Tensor], entries: Entries, recorded: Mapping[str, Any] | None
 ) -> Entry:
+    name = names[0]
     if "core" not in parts:
         raise UserError(f"{name} has factors but no core in {WEIGHTS}; the file is incomplete, copy it again")
     core = parts["core"]
@@ -87,36 +82,23 @@ def _entry(
         form = Tucker(core, tuple(modes.get(mode) for mode in range(core.ndim)))
     except ValueError as error:
         raise UserError(f"{name}: {error}") from None
-    return Entry(form, scale_for(config, name), _layout(name, form, config, recorded))
+    is_inner = name == f"{names[-1]}.{_ATTENTION_OUT}"
+    return Entry(form, entries.scale(names), _layout(names, form, entries, recorded, is_inner=is_inner))
 
 
-def _layout(name: str, form: Tucker, config: Mapping[str, Any], recorded: Mapping[str, Any] | None) -> Layout | None:
-    """What the file's metadata or the config record (the usual layouts are left out), and the folds of the config."""
-    fold = _lookup(config.get("fold") or {}, name)
+def _layout(
+    names: tuple[str, ...], form: Tucker, entries: Entries, recorded: Mapping[str, Any] | None, *, is_inner: bool
+) -> Layout | None:
+    """What the file's metadata or the config record (the usual layouts are left out), and the fold of the config."""
+    name, fold = names[0], entries.fold(names)
+    if is_inner:
+        return Layout("attention", ("out", "in"), fold=fold)
+    if recorded is not None and name in recorded:
+        layout = layout_from_json(name, recorded[name])
+        return layout if fold is None else replace(layout, fold=fold)
     if recorded is None and fold is None:
         return None
-    if recorded is not None and name in recorded:
-        return layout_from_json(name, recorded[name])
     return replace(from_shape(name, Entry(form, layout=Layout("", (), fold=fold)).shape), fold=fold)
-
-
-def _lookup(patterns: Mapping[str, Any], name: str) -> Any:
-    """The value of the pattern that holds for a weight, by its full name or by its module's."""
-    key = match_pattern(patterns, name) or match_pattern(patterns, name.rpartition(".")[0])
-    return None if key is None else patterns[key]
-
-
-def scale_for(config: Mapping[str, Any], name: str) -> float:
-    """The scale of one weight, from ``scale_pattern``, ``scale`` or ``alpha / r``."""
-    listed = _lookup(config.get("scale_pattern") or {}, name)
-    if listed is not None:
-        return float(listed)
-    if config.get("alpha") is None:
-        return 1.0 if config.get("scale") is None else float(config["scale"])
-    rank = _lookup(config.get("rank_pattern") or {}, name) or config.get("r", 8)
-    if not isinstance(rank, int):
-        raise UserError(f"alpha in {CONFIG} needs an int rank, but {name} has the ranks {rank}")
-    return float(config["alpha"]) / rank
 
 
 def whole_modes(form: Tucker) -> Tucker:
@@ -134,9 +116,9 @@ def write(adapter: Adapter, folder: Path) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
-    owners = {name.rpartition(".")[0] for name in adapter.weights}
-    tensors: dict[str, Tensor] = {PREFIX + _inside(name, owners): value for name, value in adapter.extras.items()}
     layouts = {name: entry.layout for name, entry in adapter.weights.items()}
+    owners = {name.rpartition(".")[0]: _owner_module(name, layout) for name, layout in layouts.items()}
+    tensors: dict[str, Tensor] = {PREFIX + _inside(name, owners): value for name, value in adapter.extras.items()}
     forms = {name: whole_modes(entry.form) for name, entry in adapter.weights.items()}
     for name, form in forms.items():
         stem = PREFIX + _stem(name, layouts)
@@ -163,7 +145,7 @@ def _stem(name: str, layouts: Mapping[str, Layout | None]) -> str:
     """The path of a weight's tensors in the file."""
     layout, leaf = layouts[name], name.rpartition(".")[2]
     if layout is not None and layout.kind == "attention" and leaf == "weight":
-        return f"{_dotted(_owner_module(name, layout))}tucker_{_ATTENTION_OUT}"
+        return f"{_dotted(_owner_module(name, layout))}tucker_{_ATTENTION_OUT_KEY}"
     raw = {
         other: 0 if known is None else known.place
         for other, known in layouts.items()
@@ -203,7 +185,8 @@ def _config(adapter: Adapter, forms: Mapping[str, Tucker]) -> dict[str, Any]:
         "r": 8,
         "kernel_r": None,
         **{key: value for key, value in kept.items() if key not in _RESOLVED},
-        "target_modules": modules or None,
+        # A name without a dot would also mean every deeper module of that name.
+        "target_modules": [name if "." in name else exact_pattern(name) for name in modules] or None,
         "target_parameters": parameters or None,
         "peft_type": "TUCKER",
         "inference_mode": True,
@@ -219,10 +202,15 @@ def _owner(name: str) -> str:
     return exact_pattern(name if name.endswith("out_proj.weight") else name.removesuffix(".weight"))
 
 
-def _inside(name: str, owners: set[str]) -> str:
-    """The key of a whole tensor: a bias of an adapted layer is inside its wrapper."""
-    module, _, leaf = name.rpartition(".")
-    return f"{module}.base_layer.{leaf}" if module in owners else name
+def _inside(name: str, owners: Mapping[str, str]) -> str:
+    """The key of a whole tensor: a bias of an adapted layer is inside its wrapper.
+
+    Args:
+        name: of the tensor in the base model.
+        owners: a module with an adapted weight -> the module that is wrapped.
+    """
+    wrapper = owners.get(name.rpartition(".")[0])
+    return name if wrapper is None else f"{wrapper}.base_layer.{name.removeprefix(f'{wrapper}.')}"
 
 
 def _bias(adapter: Adapter) -> str:

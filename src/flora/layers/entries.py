@@ -1,0 +1,105 @@
+"""What a config says of one weight: its rank, its scale and its fold. The tuner and every reader of a file ask here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flora.errors import UserError, WrongTypeError
+from flora.layers.patterns import Patterns
+from flora.tucker.ranks import Ranks, check_request
+
+DEFAULT_RANK = 8
+DEFAULT_SCALE = 1.0
+LARGEST = 3.4e38  # of float32
+
+
+class Entries:
+    """The fields of a config that speak of single weights, checked and ready to be asked.
+
+    Args:
+        config: ``r``, ``scale``, ``alpha``, ``rank_pattern``, ``scale_pattern`` and ``fold``, as ``FloraConfig`` or the
+            ``adapter_config.json`` of a file has them; what is missing has its default.
+
+    Raises:
+        UserError, WrongTypeError: a field has a value that cannot be used; the message names it.
+
+    Example:
+        >>> entries = Entries({"r": 8, "alpha": 16, "rank_pattern": {"attn": 4}})
+        >>> entries.scale(("layers.0.attn.out_proj.weight", "layers.0.attn.out_proj", "layers.0.attn"))
+        4.0
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        check_entries(config)
+        given = config.get("r")
+        self.r: Ranks = DEFAULT_RANK if given is None else given
+        self.given_scale: float | None = config.get("scale")
+        self.alpha: float | None = config.get("alpha")
+        self.ranks: Patterns[Ranks] = Patterns(config.get("rank_pattern") or {}, "rank_pattern")
+        self.scales: Patterns[float] = Patterns(config.get("scale_pattern") or {}, "scale_pattern")
+        self.folds: Patterns[str] = Patterns(config.get("fold") or {}, "fold")
+
+    def rank(self, names: Sequence[str]) -> Ranks:
+        """The rank request for a weight: of ``rank_pattern``, else ``r``."""
+        found = self.ranks.find(names)
+        return self.r if found is None else found.value
+
+    def scale(self, names: Sequence[str]) -> float:
+        """The constant s for a weight: of ``scale_pattern``, else ``alpha / rank``, else ``scale``, else 1.
+
+        Raises:
+            UserError: ``alpha`` is to be divided by a list of ranks.
+        """
+        found = self.scales.find(names)
+        if found is not None:
+            return float(found.value)
+        if self.alpha is None:
+            return DEFAULT_SCALE if self.given_scale is None else float(self.given_scale)
+
+        rank = self.rank(names)
+        if not isinstance(rank, int):
+            raise UserError(f"alpha needs an int rank, but {names[-1]} has the ranks {list(rank)}; give scale")
+        return self.alpha / rank
+
+    def fold(self, names: Sequence[str]) -> str | None:
+        """How a weight is seen as an N-d tensor, as far as the config says."""
+        found = self.folds.find(names)
+        return None if found is None else found.value or None
+
+
+def check_entries(config: Mapping[str, Any]) -> None:
+    """Raises a UserError that names the field unless the values of the fields can be used."""
+    if config.get("r") is not None:
+        check_request(config["r"])
+    for field in ("rank_pattern", "scale_pattern", "fold"):
+        _check_table(config.get(field), field)
+
+    for key, rank in (config.get("rank_pattern") or {}).items():
+        check_request(rank, f"rank_pattern[{key!r}]")
+    for key, scale in (config.get("scale_pattern") or {}).items():
+        check_number(scale, f"scale_pattern[{key!r}]")
+    for key, fold in (config.get("fold") or {}).items():
+        if not isinstance(fold, str):
+            raise WrongTypeError(f"fold[{key!r}] must be a text such as '(heads dim) in, heads=12', got {fold!r}")
+    for field in ("scale", "alpha"):
+        if config.get(field) is not None:
+            check_number(config[field], field)
+
+
+def check_number(value: object, field: str) -> None:
+    """Raises unless ``value`` is a finite number that float32 can hold."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise WrongTypeError(f"{field} must be a number, got {value!r} of type {type(value).__name__}")
+    if not math.isfinite(value) or abs(value) > LARGEST:
+        raise UserError(f"{field} must be a finite number of at most {LARGEST:g}, got {value}")
+
+
+def _check_table(value: object, field: str) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise WrongTypeError(
+            f"{field} must map names or regular expressions to values, got {value!r} of type {type(value).__name__}"
+        )
