@@ -12,6 +12,16 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    HubertConfig,
+    HubertForCTC,
+    MambaConfig,
+    MambaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from convert_cases import random_adapter
 from flora.convert import load, save
@@ -152,6 +162,74 @@ def test_biases_and_norms_are_reported_and_carried(tmp_path: Path) -> None:
     save(carried, tmp_path / "adapter")
     again = PeftModel.from_pretrained(build("gpt2"), tmp_path / "adapter").eval()
     assert torch.allclose(logits(again, "gpt2"), logits(model, "gpt2"), atol=1e-4)
+
+
+def vit() -> nn.Module:
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 20}
+    return ViTForImageClassification(ViTConfig(image_size=14, patch_size=7, num_labels=3, **sizes))
+
+
+def convnext() -> nn.Module:
+    return ConvNextForImageClassification(
+        ConvNextConfig(num_stages=2, hidden_sizes=[6, 10], depths=[1, 2], image_size=32, num_labels=3)
+    )
+
+
+def mamba() -> nn.Module:
+    sizes = {"hidden_size": 12, "state_size": 5, "num_hidden_layers": 1}
+    return MambaForCausalLM(MambaConfig(vocab_size=41, tie_word_embeddings=False, use_cache=False, **sizes))
+
+
+def hubert() -> nn.Module:
+    convolutions = {"conv_dim": (7, 7), "conv_stride": (2, 3), "conv_kernel": (5, 3), "num_feat_extract_layers": 2}
+    convolutions |= {"num_conv_pos_embeddings": 6, "num_conv_pos_embedding_groups": 2}
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 20}
+    return HubertForCTC(HubertConfig(vocab_size=29, apply_spec_augment=False, **convolutions, **sizes))
+
+
+IMAGES = {"pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))}
+CARRIED = {
+    "vit": (vit, {"pixel_values": IMAGES["pixel_values"][..., :14, :14]}),
+    "convnext": (convnext, IMAGES),
+    "mamba": (mamba, {"input_ids": torch.tensor([[5, 9, 14, 2], [7, 30, 21, 3]])}),
+    "hubert": (hubert, {"input_values": torch.randn(2, 401, generator=torch.Generator().manual_seed(1))}),
+}
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_a_fine_tune_of_everything_is_carried_and_loads_into_peft(name: str, tmp_path: Path) -> None:
+    """Bare parameters too, beside adapted layers: class tokens, layer scales, state matrices; and weight norms."""
+    build, inputs = CARRIED[name]
+    torch.manual_seed(2)
+    base = build().eval()
+    base.save_pretrained(tmp_path / "base")
+    tuned_model = build().eval()
+    with torch.no_grad():
+        for (key, value), start in zip(tuned_model.named_parameters(), base.parameters(), strict=True):
+            value.copy_(start + 0.1 * torch.randn(value.shape) / max(1, value[0].numel()) ** 0.5)
+            assert not torch.equal(value, start), key
+    tuned_model.save_pretrained(tmp_path / "tuned")
+
+    found = extract(tmp_path / "base", tmp_path / "tuned", rank=100, carry=True)
+    save(found, tmp_path / "adapter")
+    model = PeftModel.from_pretrained(type(base).from_pretrained(tmp_path / "base"), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        expected, plain = tuned_model(**inputs).logits, base(**inputs).logits
+        assert torch.allclose(model(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(plain, expected, atol=1e-2)
+    again = load(tmp_path / "adapter", base=base)
+    assert again.weights.keys() == found.weights.keys()
+    assert again.extras.keys() == found.extras.keys()
+
+
+def test_what_no_adapter_can_carry_is_named(tmp_path: Path) -> None:
+    for folder, number in (("base", 1.0), ("tuned", 2.0)):
+        (tmp_path / folder).mkdir()
+        tensors = {"net.weight": torch.ones(3, 5) * number, "logit_scale": torch.tensor(number)}
+        save_file(tensors, tmp_path / folder / "model.safetensors")
+    with pytest.raises(ValueError, match="logit_scale differs, and no adapter can carry it"):
+        extract(tmp_path / "base", tmp_path / "tuned", rank=2, carry=True)
+    assert extract(tmp_path / "base", tmp_path / "tuned", rank=2).whole == ["logit_scale"]
 
 
 @pytest.mark.parametrize("request_", [{"rank": 2}, {"budget": 700}])

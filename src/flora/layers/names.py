@@ -47,6 +47,26 @@ def module_of(path: str, wrapped: Collection[str]) -> str:
     return ".".join(kept)
 
 
+def in_file(name: str, wrappers: Mapping[str, int]) -> str:
+    """The inverse of :func:`module_of`: the name of something in the base model as an adapter file has it.
+
+    Args:
+        name: of a module or a tensor.
+        wrappers: the modules that PEFT has put wrappers around, and how many; what is inside such a module is inside
+            all of its wrappers.
+
+    Example:
+        >>> in_file("vit.embeddings.projection.bias", {"vit.embeddings": 2, "vit.embeddings.projection": 1})
+        'vit.embeddings.base_layer.base_layer.projection.base_layer.bias'
+    """
+    parts = name.split(".")
+    made = parts[:1]
+    for end, part in enumerate(parts[1:], start=1):
+        made += ["base_layer"] * wrappers.get(".".join(parts[:end]), 0)
+        made.append(part)
+    return ".".join(made)
+
+
 def check_prefix(keys: Iterable[str], source: Path) -> None:
     """Raises a ValueError if a key is not one that PEFT writes."""
     foreign = [key for key in keys if not key.startswith(PREFIX)]

@@ -23,7 +23,7 @@ from flora.convert.formats.filemap import FileMap
 from flora.convert.report import table
 from flora.errors import UserError
 from flora.layers.axes import roles_of
-from flora.layers.layout import Layout, from_shape
+from flora.layers.layout import Layout, from_shape, is_raw
 from flora.storage.checkpoint import Checkpoint
 from flora.tucker.decomposition import decompose
 from flora.tucker.fold import parse_fold
@@ -49,13 +49,16 @@ class Extracted(Adapter):
 
     Attributes:
         rows: one per weight that changed and can be decomposed.
-        whole: the biases, norms and new tensors that differ; in ``extras`` if they were carried.
+        whole: the biases, norms, bare parameters and new tensors that differ; in ``extras``, or adapted whole, if they
+            were carried.
         unchanged: how many weights are the same in both models.
+        carried: whether what is in ``whole`` was taken along.
     """
 
     rows: list[Row] = field(default_factory=list)
     whole: list[str] = field(default_factory=list)
     unchanged: int = 0
+    carried: bool = False
 
     @property
     def error(self) -> float:
@@ -74,7 +77,7 @@ class Extracted(Adapter):
             f"total: {self.num_params:,} parameters, relative error {self.error:.3e}; unchanged: {self.unchanged}"
         )
         if self.whole:
-            state = "carried whole" if self.extras else "NOT in the adapter (carry=True, --carry takes them along)"
+            state = "carried whole" if self.carried else "NOT in the adapter (carry=True, --carry takes them along)"
             lines.append(
                 f"changed besides: {len(self.whole)} biases, norms or new tensors, {state}: {', '.join(self.whole[:5])}"
             )
@@ -191,14 +194,20 @@ class _Job:
 
         They are those of two dimensions and more, inside a module, that are no mere token or table.
         """
-        fused = {}
-        for name, shape in {} if self.model is None else self.model.shapes.items():
-            if name not in self.base and "." in name and _is_matrix_like(name, shape):
-                with suppress(ValueError):  # tied to another, which is there
-                    fused[name] = self.files.find(name, shape)
-        taken = {key for keys in fused.values() for key in keys}
+        apart = {}
+        for name, shape in self.shapes.items():
+            inside = "." in name and ".parametrizations." not in name
+            if name not in self.base and inside and _is_matrix_like(name, shape):
+                with suppress(UserError):  # tied to another, which is there
+                    apart[name] = self.files.find(name, shape)
+        taken = {key for keys in apart.values() for key in keys}
         plain = [key for key in self.base if key not in taken and "." in key]
-        return {**{key: [key] for key in plain if _is_matrix_like(key, self.base.shape(key))}, **fused}
+        return {**{key: [key] for key in plain if _is_matrix_like(key, self.base.shape(key))}, **apart}
+
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of every weight of the model, parametrised ones too; empty where the model is not known."""
+        return {} if self.model is None else {**self.model.shapes, **self.files.parametrised()}
 
     @property
     def parts(self) -> set[str]:
@@ -212,7 +221,7 @@ class _Job:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a weight as the model has it."""
-        return self.base.shape(name) if name in self.base or self.model is None else tuple(self.model.shapes[name])
+        return self.base.shape(name) if name in self.base else self.shapes[name]
 
     def form_shape(self, name: str) -> tuple[int, ...]:
         """Of the N-d tensor that is decomposed."""
@@ -314,23 +323,86 @@ def _fit(delta: Tensor, ranks: Ranks) -> tuple[Tucker | None, float]:
 
 
 def _whole(job: _Job, result: Extracted, carry: bool) -> None:
-    """Finds the other tensors that differ; a module whose tensors are carried is carried as a whole."""
+    """Finds the other tensors that differ, and takes them along if asked."""
     decomposed = job.parts
-    for name in job.tuned:
-        if name in decomposed:
-            continue
-        if name not in job.base or not torch.equal(job.base.get(name), job.tuned.get(name)):
+    others = {job.files.name_of(key): key for key in job.tuned if key not in decomposed}
+    for name, key in others.items():
+        if key not in job.base or not torch.equal(job.base.get(key), job.tuned.get(key)):
             result.whole.append(name)
-    if not carry:
-        return
-    adapted = {name.rpartition(".")[0] for name in result.weights}
-    owners = {name.rpartition(".")[0] for name in result.whole} - adapted
-    for name in job.tuned:
-        if name in result.whole or (name.rpartition(".")[0] in owners and name not in decomposed):
-            value = job.tuned.get(name)
-            if value.is_floating_point() and not torch.isfinite(value).all():
-                raise UserError(f"{name} has NaN or infinite entries in {job.tuned.path}")
-            result.extras[name] = value.clone()
+    if carry:
+        _carry(job, result, others)
+        result.carried = True
+
+
+def _carry(job: _Job, result: Extracted, others: Mapping[str, str]) -> None:
+    """Takes along every tensor in ``result.whole``, in the way in which an adapter can hold it.
+
+    * a bias goes by itself (``bias`` of the config);
+    * the tensors of a module without others inside, such as a norm, replace that module's (``modules_to_save``), the
+      unchanged ones too;
+    * any other parameter, such as the class token of a ViT, is an adapted weight (``target_parameters``) whose form
+      keeps every mode whole: its module holds adapted layers, and cannot be replaced.
+
+    Args:
+        job: the two models.
+        result: where they go.
+        others: the name of each tensor that is not decomposed -> its file entry.
+
+    Raises:
+        UserError: a tensor is none of these, or has NaN.
+    """
+    adapted = {name.rpartition(".")[0] for name in result.weights if not _is_bare(name, job.layouts.get(name))}
+    layers = {name.rpartition(".")[0] for name in job.places}
+    holders = _holders({*job.shapes, *others, *result.weights})
+    replaced = set()
+    for name in result.whole:
+        module, _, leaf = name.rpartition(".")
+        new = others[name] not in job.base
+        if module in adapted and "bias" in leaf:
+            result.extras[name] = _finite(job, name, others[name])
+        elif module and module not in holders and module not in layers:
+            replaced.add(module)
+        elif leaf == "bias":
+            result.extras[name] = _finite(job, name, others[name])
+        elif module and module not in adapted and not new and _is_parameter(job, name):
+            delta = _finite(job, name, others[name]).float() - job.base.get(others[name]).float()
+            form = Tucker(delta, (None,) * delta.ndim)
+            result.weights[name] = Entry(form, 1.0, job.layouts.get(name))
+        else:
+            raise UserError(
+                f"{name} differs, and no adapter can carry it: it is a buffer, a new tensor or a single number of a "
+                "module that holds others; extract without --carry, or keep the tuned model"
+            )
+    for name, key in others.items():
+        if name.rpartition(".")[0] in replaced:
+            result.extras[name] = _finite(job, name, key)
+
+
+def _holders(names: Iterable[str]) -> set[str]:
+    """The modules that hold other modules: those of which a tensor is more than one step inside."""
+    found = set()
+    for name in names:
+        parts = name.split(".")
+        found.update(".".join(parts[:end]) for end in range(len(parts) - 1))
+    return found
+
+
+def _is_bare(name: str, layout: Layout | None) -> bool:
+    """Whether a weight is a parameter of a module that is no layer, such as the state matrix of a Mamba."""
+    return is_raw(name, layout) and (layout is None or layout.kind not in ("attention", "recurrent"))
+
+
+def _is_parameter(job: _Job, name: str) -> bool:
+    """Whether a tensor is a parameter of one dimension or more; a model that is not known may have it as a buffer."""
+    shape = job.shapes.get(name)
+    return shape is not None and len(shape) > 0
+
+
+def _finite(job: _Job, name: str, key: str) -> Tensor:
+    value = job.tuned.get(key)
+    if value.is_floating_point() and not torch.isfinite(value).all():
+        raise UserError(f"{name} has NaN or infinite entries in {job.tuned.path}")
+    return value.clone()
 
 
 def _fingerprint(job: _Job, request: Mapping[str, object]) -> str:

@@ -68,6 +68,14 @@ class FileMap:
         """The file entry that holds a tensor in one piece, or None if there is none."""
         return self._entry_of.get(name) or (name if name in self.checkpoint else None)
 
+    def name_of(self, key: str) -> str:
+        """The name in the model of a tensor that the files have in one piece."""
+        return self._name_of.get(key, key)
+
+    @cached_property
+    def _name_of(self) -> dict[str, str]:
+        return {key: name for name, key in self._entry_of.items()}
+
     def find(self, name: str, shape: tuple[int, ...]) -> list[str]:
         """The entries that a weight is made of.
 
@@ -183,6 +191,15 @@ class FileMap:
         if owner is None or not is_parametrized(owner, leaf):
             return None
         return cast("ParametrizationList", cast("nn.ModuleDict", owner.parametrizations)[leaf])
+
+    def parametrised(self) -> dict[str, tuple[int, ...]]:
+        """The parametrised weights of the model, which are no parameters of it, and their shapes."""
+        found = {}
+        for module, owner in [] if self.model is None else self.model.named_modules():
+            if is_parametrized(owner):
+                for leaf in cast("nn.ModuleDict", owner.parametrizations):
+                    found[f"{module}.{leaf}"] = tuple(getattr(owner, leaf).shape)
+        return found
 
     def _originals(self, name: str, parametrization: ParametrizationList) -> dict[str, str]:
         """The name of each tensor of a parametrization -> its file entry.

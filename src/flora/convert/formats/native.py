@@ -16,7 +16,7 @@ from flora.convert.adapter import Adapter, Entry
 from flora.errors import UserError
 from flora.layers.entries import Entries
 from flora.layers.layout import Layout, from_shape, is_raw, layout_from_json
-from flora.layers.names import PREFIX, TOKEN_ROWS, check_prefix, module_of, nested, wrapped_modules
+from flora.layers.names import PREFIX, TOKEN_ROWS, check_prefix, in_file, module_of, nested, wrapped_modules
 from flora.layers.patterns import exact_pattern, names_of
 from flora.storage.tensors import CONFIG, NOTE, WEIGHTS, read_json, read_tensors, write_json, write_tensors
 from flora.tucker.form import Tucker, mode_product
@@ -117,11 +117,12 @@ def write(adapter: Adapter, folder: Path) -> None:
         OSError: the folder cannot be written.
     """
     layouts = {name: entry.layout for name, entry in adapter.weights.items()}
-    owners = {name.rpartition(".")[0]: _owner_module(name, layout) for name, layout in layouts.items()}
-    tensors: dict[str, Tensor] = {PREFIX + _inside(name, owners): value for name, value in adapter.extras.items()}
+    raw = _raw_places(layouts)
+    wrappers = _wrappers(layouts, raw)
+    tensors: dict[str, Tensor] = {PREFIX + in_file(name, wrappers): value for name, value in adapter.extras.items()}
     forms = {name: whole_modes(entry.form) for name, entry in adapter.weights.items()}
     for name, form in forms.items():
-        stem = PREFIX + _stem(name, layouts)
+        stem = PREFIX + _stem(name, layouts, raw, wrappers)
         tensors[f"{stem}.core"] = form.core
         tensors.update({f"{stem}.factor_{mode}": f for mode, f in enumerate(form.factors) if f is not None})
     folder.mkdir()
@@ -141,17 +142,30 @@ _RESOLVED = (  # fields of a config that the names, ranks and scales of its weig
 _ROWS = ("attention", "recurrent")  # kinds of modules that hold several adapted parameters in one wrapper
 
 
-def _stem(name: str, layouts: Mapping[str, Layout | None]) -> str:
+def _raw_places(layouts: Mapping[str, Layout | None]) -> dict[str, int]:
+    """Each raw parameter -> its place among those of its module."""
+    return {
+        name: 0 if layout is None else layout.place
+        for name, layout in layouts.items()
+        if not name.endswith("weight") and "." in name and (layout is None or layout.kind not in _ROWS)
+    }
+
+
+def _wrappers(layouts: Mapping[str, Layout | None], raw: Mapping[str, int]) -> Counter[str]:
+    """How many wrappers PEFT puts around each module: one around a layer, one for each raw parameter of a module."""
+    layers = {_owner_module(name, layout) for name, layout in layouts.items() if name not in raw}
+    return Counter([*layers, *(name.rpartition(".")[0] for name in raw)])
+
+
+def _stem(name: str, layouts: Mapping[str, Layout | None], raw: Mapping[str, int], wrappers: Mapping[str, int]) -> str:
     """The path of a weight's tensors in the file."""
     layout, leaf = layouts[name], name.rpartition(".")[2]
     if layout is not None and layout.kind == "attention" and leaf == "weight":
-        return f"{_dotted(_owner_module(name, layout))}tucker_{_ATTENTION_OUT_KEY}"
-    raw = {
-        other: 0 if known is None else known.place
-        for other, known in layouts.items()
-        if not other.endswith("weight") and "." in other and (known is None or known.kind not in _ROWS)
-    }
-    return f"{_dotted(nested(name, raw) if name in raw else name.rpartition('.')[0])}tucker_{leaf}"
+        return f"{_dotted(in_file(_owner_module(name, layout), wrappers))}tucker_{_ATTENTION_OUT_KEY}"
+    module = in_file(name.rpartition(".")[0], wrappers)
+    if name in raw:
+        module += nested(name, raw).removeprefix(name.rpartition(".")[0])
+    return f"{_dotted(module)}tucker_{leaf}"
 
 
 def _dotted(module: str) -> str:
@@ -200,17 +214,6 @@ def _config(adapter: Adapter, forms: Mapping[str, Tucker]) -> dict[str, Any]:
 def _owner(name: str) -> str:
     """The pattern for a weight: its module's name, but for the inner weight of an attention."""
     return exact_pattern(name if name.endswith("out_proj.weight") else name.removesuffix(".weight"))
-
-
-def _inside(name: str, owners: Mapping[str, str]) -> str:
-    """The key of a whole tensor: a bias of an adapted layer is inside its wrapper.
-
-    Args:
-        name: of the tensor in the base model.
-        owners: a module with an adapted weight -> the module that is wrapped.
-    """
-    wrapper = owners.get(name.rpartition(".")[0])
-    return name if wrapper is None else f"{wrapper}.base_layer.{name.removeprefix(f'{wrapper}.')}"
 
 
 def _bias(adapter: Adapter) -> str:
