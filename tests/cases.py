@@ -179,6 +179,7 @@ CASES: dict[str, Row] = {
     "batch norm 1d": Row(lambda: nn.BatchNorm1d(7), x(5, 7, 3), [7], factored=False),
     "batch norm 3d": Row(lambda: nn.BatchNorm3d(5), x(2, 5, 3, 2, 7), [5], factored=False),
     "layer norm": Row(lambda: nn.LayerNorm(11), x(3, 11), [11], factored=False),
+    "layer norm, two dimensions": Row(lambda: nn.LayerNorm((5, 7)), x(3, 5, 7), [3, 2], factored=False),
     "batch norm": Row(lambda: nn.BatchNorm2d(7), x(5, 7, 3, 2), [7], factored=False),
     "experts": Row(
         Experts,

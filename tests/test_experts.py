@@ -162,6 +162,28 @@ def test_what_a_stack_understands_and_what_it_forms() -> None:
     assert lazy.shape == dense.shape
 
 
+OPERATORS: dict[str, Any] = {
+    "1 - w": lambda w: 1 - w, "w - 1": lambda w: w - 1, "w * 2": lambda w: w * 2, "w / 2": lambda w: w / 2,
+    "2 / w": lambda w: 2 / w, "-w": lambda w: -w, "w ** 2": lambda w: w**2, "abs": abs, "w > 0": lambda w: w > 0,
+    "w == w": lambda w: w == w, "w + w": lambda w: w + w, "w @ x": lambda w: w @ torch.ones(7),
+    "list": lambda w: torch.stack(list(w)), "%": lambda w: w % 2, "in": lambda w: torch.tensor(0.0 in w),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_stack_answers_operators_as_a_tensor(name: str) -> None:
+    lazy, dense = stack()
+    assert torch.allclose(OPERATORS[name](lazy).float(), OPERATORS[name](dense).float(), atol=1e-5)
+
+
+def test_a_stack_passes_for_a_tensor() -> None:
+    lazy, dense = stack()
+    assert isinstance(lazy, Tensor)
+    assert len(lazy) == 3
+    assert (lazy.dtype, lazy.shape, lazy.is_floating_point()) == (dense.dtype, dense.shape, True)
+    assert lazy.dense() is lazy.dense()
+
+
 @pytest.mark.parametrize("sizes", [(70, 0, 131), (3, 5, 0), (66, 64, 65)], ids=str)
 @pytest.mark.parametrize("whole", ["neither", "left", "right", "both"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -159,9 +159,96 @@ def test_safe_merge_refuses_nan_and_leaves_the_weights() -> None:
     with torch.no_grad():
         layers(model)["base_model.model.stem"].delta("default").core.fill_(float("nan"))
     before = model.base_model.model.stem.base_layer.weight.clone()
-    with pytest.raises(ValueError, match="NaN or infinite entries; the base weight was left as it is"):
+    with pytest.raises(ValueError, match="NaN or infinite entries in stem; the base weight was left as it is"):
         model.merge_adapter(safe_merge=True)
     assert torch.equal(model.base_model.model.stem.base_layer.weight, before)
+
+
+@pytest.mark.parametrize("leave", [False, True])
+def test_a_refused_safe_merge_leaves_every_layer_as_it_was(leave: bool) -> None:
+    model = adapted()
+    last = list(layers(model).values())[-1]
+    with torch.no_grad():
+        last.delta("default").core.fill_(float("inf"))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"NaN or infinite entries in {last.place}"):
+        model.merge_and_unload(safe_merge=True) if leave else model.merge_adapter(safe_merge=True)
+    assert not any(layer.merged for layer in layers(model).values())
+    assert len(layers(model)) == 4
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+class One(nn.Module):
+    """One layer, called ``layer``."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Any:
+        out = self.layer(x)
+        return out[0] if isinstance(out, tuple) else out
+
+
+NORMED = {
+    "spectral": lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(5, 7, 3)),
+    "orthogonal": lambda: nn.utils.parametrizations.orthogonal(nn.Linear(7, 7)),
+}
+
+
+@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", NORMED)
+def test_a_parametrization_that_cannot_hold_the_merged_weight_is_taken_off(
+    name: str, training: bool, safe: bool
+) -> None:
+    torch.manual_seed(0)
+    base = One(NORMED[name]())
+    model = get_peft_model(base, flora.FloraConfig(r=2, target_modules=["layer"], init_weights=False))
+    x = torch.randn(2, 5, 7, 7) if name == "spectral" else torch.randn(3, 7)
+    out = model.eval()(x)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model.train(training)
+    with pytest.warns(UserWarning, match=r"takes the parametrization off layer\.weight"):
+        model.merge_adapter(safe_merge=safe)
+    assert torch.allclose(model.eval()(x), out, atol=1e-5)
+    model.train(training).unmerge_adapter()
+    assert torch.allclose(model.eval()(x), out, atol=1e-5)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.allclose(value, before[key], atol=1e-6) for key, value in after.items())
+    with pytest.warns(UserWarning, match="takes the parametrization off"):
+        plain = model.merge_and_unload(safe_merge=safe)
+    assert type(plain.layer) in (nn.Conv2d, nn.Linear)
+    assert torch.allclose(plain.eval()(x), out, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:the adapter has more parameters than the weight")
+@pytest.mark.parametrize(
+    ("build", "names"),
+    [
+        (lambda: nn.LSTM(7, 5), {"bias_ih_l0", "bias_hh_l0"}),
+        (lambda: nn.GRU(7, 5, num_layers=2), {"bias_ih_l0", "bias_hh_l0", "bias_ih_l1", "bias_hh_l1"}),
+        (lambda: nn.LSTMCell(7, 5), {"bias_ih", "bias_hh"}),
+        (lambda: nn.Linear(7, 5), {"bias"}),
+        (lambda: nn.Linear(7, 5, bias=False), set()),
+    ],
+)
+def test_biases_of_adapted_layers_train_and_are_saved(build: Any, names: set[str], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = One(build())
+    fresh = copy.deepcopy(base)
+    fields: dict[str, Any] = {"bias": "tucker_only", "init_weights": False}
+    model = get_peft_model(base, flora.FloraConfig(r=2, target_modules=["layer"], **fields))
+    layer = layers(model)["base_model.model.layer"]
+    assert set(layer.biases()) == names
+    for value in layer.biases().values():
+        assert value.requires_grad
+        nn.init.normal_(value)
+    out = model(torch.ones(3, 7))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(fresh, tmp_path, adapter_name="other")
+    assert torch.equal(again(torch.ones(3, 7)), out)
 
 
 @pytest.mark.filterwarnings("ignore:the adapter has more parameters than the weight")

@@ -138,7 +138,13 @@ def _conv_rows() -> dict[type[nn.Module], Layer]:
     return rows
 
 
-_NORM = Layer("norm", _one("channels"))
+def _norm_weights(module: Any) -> dict[str, Axes]:
+    """One scale for each channel; a layer norm over several dimensions has one for each of their entries."""
+    dims = len(getattr(module, "normalized_shape", (1,)))
+    return {"weight": ("channels",) if dims == 1 else tuple(f"channels{mode}" for mode in range(dims))}
+
+
+_NORM = Layer("norm", _norm_weights)
 
 LAYERS: dict[type[nn.Module], Layer] = {
     nn.Linear: Layer("linear", _one("out", "in"), _linear, plain.linear, linear.linear),
@@ -192,6 +198,11 @@ def refusal(module: nn.Module) -> str | None:
         if owner._parameters.get(leaf) is None:
             if leaf in owner._parameters:
                 return f"it has no {name} (affine=False)"
+            if hasattr(owner, f"{leaf}_mask"):
+                return (
+                    f"its {name} is pruned: it is masked before every forward; make that permanent first, with "
+                    f"torch.nn.utils.prune.remove(module, {leaf!r})"
+                )
             return (
                 f"its {name} is recomputed before every forward (old-style weight_norm or spectral_norm); use "
                 "torch.nn.utils.parametrizations instead, or remove the norm first"

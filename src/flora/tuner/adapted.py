@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
@@ -97,6 +97,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self.reached = False  # called or read by a forward
         self.told_of_dropout = False
         self._backup: dict[str, Tensor] = {}  # the weights as they were, when merged safely
+        self._taken_off: dict[str, Any] = {}  # parametrizations that could not hold a merged weight
         self._disable_adapters = False
         self.cast_input_dtype_enabled = True
 
@@ -136,6 +137,21 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters or self.merged:
             return []
         return [adapter for adapter in self.active_adapters if adapter in self.settings]
+
+    def to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        """Those of the adapters (by default the active ones) that this layer has and that are not merged yet."""
+        return [name for name in check_adapters_to_merge(self, adapter_names) if name in self.settings]
+
+    def biases(self) -> dict[str, nn.Parameter]:
+        """The biases of the base layer, and of the submodules that hold an adapted weight, by dotted name."""
+        base = self.get_base_layer()
+        owners = dict.fromkeys(("", *(weight.rpartition(".")[0] for weight in self.attributes)))
+        return {
+            name: value
+            for path in owners
+            for name, value in base.get_submodule(path).named_parameters(path, recurse=False)
+            if "bias" in name.rpartition(".")[2] and name not in self.attributes
+        }
 
     def stored(self, weight: str) -> Tensor:
         """A weight of the base layer as it is stored; one that accelerate has offloaded is brought back."""

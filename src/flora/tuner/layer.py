@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor
 
 from flora.errors import UserError
@@ -121,7 +120,7 @@ class FloraLayer(AdaptedLayer):
         Raises:
             ValueError: with ``safe_merge``, the result has NaN or infinite entries; the weights are as they were.
         """
-        adapters = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.settings]
+        adapters = self.to_merge(adapter_names)
         if adapters:
             merging.merge(self, adapters, safe_merge)
 

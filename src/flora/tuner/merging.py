@@ -1,30 +1,59 @@
-"""Writing the updates of adapters into the base weights, and taking them out again."""
+"""Writing the updates of adapters into the base weights, and taking them out again.
+
+A weight of a parametrization (``torch.nn.utils.parametrizations``) is written through its right inverse where that
+gives the weight back: weight norm does. Spectral norm, orthogonal and the like cannot hold any other weight than their
+own, so the parametrization is taken off, the weight written as it is, and unmerging puts the parametrization on again.
+"""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from flora.errors import UserError
 from flora.layers.table import parameter
 from flora.tuner.adapted import AdaptedLayer
 
+ROUNDINGS = 8  # by how many roundings a right inverse may miss the weight
+
+
+class Parametrization(NamedTuple):
+    """What was taken off a weight: the modules of its parametrization, and the tensors that it was made from."""
+
+    modules: list[nn.Module]
+    originals: dict[str, Tensor]
+
+
+def merged_weights(layer: AdaptedLayer, adapters: list[str]) -> dict[str, Tensor]:
+    """Weight -> ``W + s dW`` of adapters that the layer has, in the dtype of W."""
+    with torch.no_grad():
+        before = {weight: base_weight(layer, weight) for weight in layer.attributes}
+        return {weight: (old + layer.dense(adapters, weight)).to(old.dtype) for weight, old in before.items()}
+
+
+def check_finite(merged: Iterable[Tensor], adapters: list[str], place: str) -> None:
+    """Raises a ``UserError`` if a merged weight has NaN or infinite entries."""
+    if not all(torch.isfinite(value).all() for value in merged):
+        raise UserError(
+            f"NaNs detected in the merged weights. The adapter {adapters[0]} seems to be broken: merging "
+            f"{', '.join(adapters)} would give NaN or infinite entries in {place or 'a layer'}; the base weight was "
+            "left as it is"
+        )
+
 
 def merge(layer: AdaptedLayer, adapters: list[str], safe_merge: bool) -> None:
     """Adds the updates of adapters that the layer has to its base weights; see ``FloraLayer.merge``."""
-    before = {weight: base_weight(layer, weight) for weight in layer.attributes}
-    with torch.no_grad():
-        merged = {weight: (old + layer.dense(adapters, weight)).to(old.dtype) for weight, old in before.items()}
-
+    merged = merged_weights(layer, adapters)
     if safe_merge:
-        if not all(torch.isfinite(value).all() for value in merged.values()):
-            raise UserError(
-                f"NaNs detected in the merged weights. The adapter {adapters[0]} seems to be broken: merging "
-                f"{', '.join(adapters)} would give NaN or infinite entries; the base weight was left as it is"
-            )
+        check_finite(merged.values(), adapters, layer.place)
         if not layer.merged and layer.quantization_backend is None:
-            layer._backup = before
+            layer._backup = {weight: base_weight(layer, weight) for weight in layer.attributes}
 
     for weight, value in merged.items():
         _write(layer, weight, value)
@@ -39,7 +68,11 @@ def unmerge(layer: AdaptedLayer) -> None:
             if old is None:
                 value = base_weight(layer, weight)
                 old = (value - layer.dense(layer.merged_adapters, weight)).to(value.dtype)
-            _write(layer, weight, old)
+            taken_off = layer._taken_off.pop(weight, None)
+            if taken_off is None:
+                _write(layer, weight, old)
+            else:
+                _put_on(layer, weight, old, taken_off)
     layer._backup = {}
     layer.merged_adapters.clear()
 
@@ -52,7 +85,12 @@ def base_weight(layer: AdaptedLayer, weight: str) -> Tensor:
             # for the state dict puts it back.
             layer.get_base_layer().state_dict()
         return layer.get_base_weight()
-    return parameter(layer.get_base_layer(), weight).detach()
+
+    owner, leaf = _owner(layer, weight)
+    if not parametrize.is_parametrized(owner, leaf):
+        return parameter(layer.get_base_layer(), weight).detach()
+    with _at_rest(owner.parametrizations[leaf]):  # type: ignore[index]
+        return getattr(owner, leaf).detach()  # type: ignore[no-any-return]
 
 
 def _write(layer: AdaptedLayer, weight: str, value: Tensor) -> None:
@@ -60,9 +98,80 @@ def _write(layer: AdaptedLayer, weight: str, value: Tensor) -> None:
     if layer.quantization_backend is not None:
         layer.set_base_weight(value)
         return
-    path, _, leaf = weight.rpartition(".")
-    owner = layer.get_base_layer().get_submodule(path)
-    if parametrize.is_parametrized(owner, leaf):
-        setattr(owner, leaf, value)  # through the parametrization's right inverse
-    else:
+    owner, leaf = _owner(layer, weight)
+    if not parametrize.is_parametrized(owner, leaf):
         getattr(owner, leaf).data = value
+    elif not _write_through(owner, leaf, value):
+        layer._taken_off[weight] = _take_off(owner, leaf, value)
+        warnings.warn(
+            f"merging takes the parametrization off {layer.place}.{weight}: it cannot hold W + s dW. The merged layer "
+            "computes the right thing with a plain weight",
+            stacklevel=2,
+        )
+
+
+def _owner(layer: AdaptedLayer, weight: str) -> tuple[nn.Module, str]:
+    """The module that holds a weight, and the weight's name there."""
+    path, _, leaf = weight.rpartition(".")
+    return layer.get_base_layer().get_submodule(path), leaf
+
+
+# ---- parametrized weights ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _at_rest(parametrizations: Iterable[nn.Module]) -> Iterator[None]:
+    """Spectral norm takes a step of its power iteration whenever the weight is read in training; not in here."""
+    training = {module: module.training for each in parametrizations for module in each.modules()}
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _write_through(owner: nn.Module, leaf: str, value: Tensor) -> bool:
+    """Writes a weight by the right inverse; where that does not give the weight back, leaves all as it was: False."""
+    lists = owner.parametrizations[leaf]  # type: ignore[index]
+    before = {name: tensor.detach().clone() for name, tensor in lists.state_dict(keep_vars=True).items()}
+    try:
+        with _at_rest(lists):
+            setattr(owner, leaf, value)
+            miss = (getattr(owner, leaf) - value).abs().max()
+        if miss <= ROUNDINGS * torch.finfo(value.dtype).eps * value.abs().max():
+            return True
+    except (ValueError, RuntimeError, NotImplementedError):  # it takes no such weight, or has no right inverse
+        pass
+    with torch.no_grad():
+        for name, tensor in lists.state_dict(keep_vars=True).items():
+            tensor.data = before[name]
+    return False
+
+
+def _take_off(owner: nn.Module, leaf: str, value: Tensor) -> Parametrization:
+    """Puts a plain weight in the place of a parametrized one."""
+    lists = owner.parametrizations[leaf]  # type: ignore[index]
+    modules = list(lists)
+    originals = {name: tensor.detach().clone() for name, tensor in lists.named_parameters(recurse=False)}
+    wanted = any(tensor.requires_grad for tensor in lists.parameters(recurse=False))
+    with _at_rest(modules):
+        parametrize.remove_parametrizations(owner, leaf, leave_parametrized=True)
+    getattr(owner, leaf).data = value
+    getattr(owner, leaf).requires_grad_(wanted)
+    return Parametrization(modules, originals)
+
+
+def _put_on(layer: AdaptedLayer, weight: str, value: Tensor, taken_off: Parametrization) -> None:
+    """Restores the parametrization of a weight."""
+    owner, leaf = _owner(layer, weight)
+    wanted = getattr(owner, leaf).requires_grad
+    getattr(owner, leaf).data = value
+    with _at_rest(taken_off.modules):
+        for module in taken_off.modules:
+            parametrize.register_parametrization(owner, leaf, module, unsafe=True)
+    lists = owner.parametrizations[leaf]  # type: ignore[index]
+    for name, tensor in lists.named_parameters(recurse=False):
+        tensor.data = taken_off.originals[name]
+        tensor.requires_grad_(wanted)

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
@@ -21,10 +21,14 @@ from flora.tucker.form import Tucker, concatenate
 from flora.tuner import targets as find
 from flora.tuner.config import FloraConfig
 from flora.tuner.layer import BASE, FloraLayer
+from flora.tuner.merging import check_finite, merged_weights
 from flora.tuner.parameter import ParamWrapper
 from flora.tuner.reading import ADAPTER_PER_SAMPLE
 from flora.tuner.resolution import Resolution
 from flora.tuner.selection import Selection
+
+
+BIAS_OF_LAYERS = "tucker_only"  # the word of the config for the biases of adapted layers
 
 
 class Injecting(NamedTuple):
@@ -34,10 +38,27 @@ class Injecting(NamedTuple):
     shown: dict[str, Any]
 
 
+class Place(NamedTuple):
+    """Where a module stands in the tree."""
+
+    parent: nn.Module
+    name: str
+
+
+def places_of(model: nn.Module) -> dict[int, list[Place]]:
+    """The places of each module that stands in several, by its id: nnU-Net's blocks do, weights and all."""
+    places: dict[int, list[Place]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            places.setdefault(id(child), []).append(Place(parent, name))
+    return {key: found for key, found in places.items() if len(found) > 1}
+
+
 class FloraModel(BaseTuner):
     """The tuner that PEFT builds from a ``FloraConfig``."""
 
     prefix = "tucker_"
+    _places: dict[int, list[Place]] = {}  # while modules are replaced
     tuner_layer_cls = FloraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
@@ -111,8 +132,12 @@ class FloraModel(BaseTuner):
             self._turn_off_fast_paths(current_key)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Puts one module in the place of another; device and dtype are settled in ``FloraLayer.update_layer``."""
-        setattr(parent, child_name, new_module)
+        """Puts one module in the place of another, in all its places if it has several.
+
+        Device and dtype are settled in ``FloraLayer.update_layer``.
+        """
+        for place in self._places.get(id(child), [Place(parent, child_name)]):
+            setattr(place.parent, place.name, new_module)
 
     def _turn_off_fast_paths(self, key: str) -> None:
         """Encoders of torch read their layers' weights in eval without calling them, unless one has a hook."""
@@ -130,17 +155,45 @@ class FloraModel(BaseTuner):
         if not any(isinstance(module, FloraLayer) for module in model.modules()):
             self._trained = {name for name, value in model.named_parameters() if value.requires_grad}
         config = self.peft_config[adapter_name]
+        self._places = places_of(model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             if self._injecting is not None:
                 vars(config).update(self._injecting.shown)
             self._resolution = self._injecting = None
+            self._places = {}
         if warn_if_uncalled not in model._forward_hooks.values():
             model.register_forward_hook(warn_if_uncalled)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = cast(nn.Module, super()._unload_and_optionally_merge(*args, **kwargs))
+    # ---- merging and leaving -------------------------------------------------------------------------------------
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """PEFT's own; a safe merge looks at every layer before it writes to the first."""
+        if safe_merge:
+            self._check_merge(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _check_merge(self, adapter_names: list[str] | None) -> None:
+        for layer in self._layers():
+            wanted = layer.active_adapters if adapter_names is None else adapter_names
+            adapters = [name for name in wanted if name in layer.settings and name not in layer.merged_adapters]
+            if adapters:
+                with onload_layer(layer):  # type: ignore[no-untyped-call]
+                    check_finite(merged_weights(layer, adapters).values(), adapters, layer.place)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge and safe_merge:
+            self._check_merge(adapter_names)
+        self._places = places_of(self.model)
+        model = cast(nn.Module, super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names))
+        self._places = {}
         stop_watching(model)
         return model
 
@@ -151,6 +204,43 @@ class FloraModel(BaseTuner):
             return
         for name, value in self.unload().named_parameters():
             value.requires_grad_(name in self._trained)
+
+    # ---- biases --------------------------------------------------------------------------------------------------
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        """PEFT's own, but for "tucker_only": PEFT takes ``layer.bias``, which of an LSTM is a switch."""
+        configs = [self.peft_config[adapter] for adapter in self.active_adapters]
+        wanted = any(config.bias == BIAS_OF_LAYERS for config in configs)
+        before = {id(config): config.bias for config in configs}
+        for config in configs:
+            config.bias = "none" if config.bias == BIAS_OF_LAYERS else config.bias
+        try:
+            super()._mark_only_adapters_as_trainable(model)
+        finally:
+            for config in configs:
+                config.bias = before[id(config)]
+        for layer in self._layers() if wanted else ():
+            for value in layer.biases().values():
+                value.requires_grad = True
+
+    @classmethod
+    def _get_learnable_bias_state_dict(
+        cls, model: nn.Module, state_dict: dict[str, Tensor], config: FloraConfig
+    ) -> dict[str, Tensor]:
+        """The biases that are saved with the adapter: those of "tucker_only" by our own rule."""
+        if config.bias != BIAS_OF_LAYERS:
+            return super()._get_learnable_bias_state_dict(model, state_dict, config)
+        found = {}
+        for name, layer in model.named_modules():
+            if not isinstance(layer, FloraLayer):
+                continue
+            path = f"{name.removeprefix('_fsdp_wrapped_module.')}.base_layer".lstrip(".")
+            inside = layer.base_layer
+            while isinstance(inside, FloraLayer):
+                path, inside = f"{path}.base_layer", inside.base_layer
+            keys = [f"{path}.{bias}" for bias in layer.biases()]
+            found.update({key: state_dict[key] for key in keys if key in state_dict})
+        return found
 
     # ---- an adapter per sample -----------------------------------------------------------------------------------
 
@@ -186,6 +276,9 @@ class FloraModel(BaseTuner):
                 handle.remove()
 
     # ---- whole adapters ------------------------------------------------------------------------------------------
+
+    def _layers(self) -> list[FloraLayer]:
+        return [module for module in self.model.modules() if isinstance(module, FloraLayer)]
 
     def _layers_with(self, adapter: str) -> dict[str, FloraLayer]:
         return {

@@ -60,6 +60,12 @@ class ExpertStack:
     def __init__(self, weight: Tensor, terms: Sequence[Term]) -> None:
         self.weight = weight
         self.terms = tuple(terms)
+        self._sum: Tensor | None = None
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        """It passes for a tensor: layers ask ``isinstance(weight, torch.Tensor)`` before they use its dtype."""
+        return Tensor
 
     @classmethod
     def of(cls, weight: Tensor, forms: Sequence[tuple[Tucker, float]]) -> ExpertStack:
@@ -93,11 +99,13 @@ class ExpertStack:
         return ExpertStack(self.weight[index], terms)
 
     def dense(self) -> Tensor:
-        """W + dW, formed after all."""
-        total = self.weight
-        for term in self.terms:
-            total = total + term.dense().to(total.dtype)
-        return total
+        """W + dW, formed after all, once for each stack."""
+        if self._sum is None:
+            total = self.weight
+            for term in self.terms:
+                total = total + term.dense().to(total.dtype)
+            self._sum = total
+        return self._sum
 
     def after(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x @ (W + dW) + bias``."""
@@ -168,6 +176,12 @@ class ExpertStack:
         args, kwargs = tree_map_only(ExpertStack, ExpertStack.dense, (args, kwargs))
         return func(*args, **kwargs)
 
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    def __matmul__(self, other: Any) -> Any:
+        return torch.matmul(self, other)  # type: ignore[call-overload]
+
     def __rmatmul__(self, x: Tensor) -> Tensor:
         return self.after(x)
 
@@ -177,6 +191,25 @@ class ExpertStack:
         if name in ("shape", "ndim", "dtype", "device", "size", "dim", "data_ptr", "requires_grad", "is_cuda"):
             return getattr(self.weight, name)
         return getattr(self.dense(), name)
+
+
+def _by_dense(name: str) -> Callable[..., Any]:
+    """An operator that the sum W + dW answers."""
+
+    def operator(self: ExpertStack, *others: Any) -> Any:
+        others = tree_map_only(ExpertStack, ExpertStack.dense, others)
+        return getattr(self.dense(), name)(*others)
+
+    return operator
+
+
+# Python looks operators up on the class, past __getattr__. Comparisons too: ``__eq__`` of a tensor is by entry.
+for _name in (
+    "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "floordiv", "rfloordiv", "mod", "pow", "rpow",
+    "neg", "pos", "abs", "invert", "lt", "le", "gt", "ge", "eq", "ne", "iter", "float", "int", "bool", "contains",
+):  # fmt: skip
+    if hasattr(Tensor, f"__{_name}__"):
+        setattr(ExpertStack, f"__{_name}__", _by_dense(f"__{_name}__"))
 
 
 def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Any:
