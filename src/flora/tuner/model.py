@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -23,10 +22,11 @@ from flora.tuner.config import FloraConfig
 from flora.tuner.layer import BASE, FloraLayer
 from flora.tuner.merging import check_finite, merged_weights
 from flora.tuner.parameter import ParamWrapper
+from flora.tuner.places import Place, places_of
 from flora.tuner.reading import ADAPTER_PER_SAMPLE
 from flora.tuner.resolution import Resolution
 from flora.tuner.selection import Selection
-
+from flora.tuner.watching import stop_watching, watch
 
 BIAS_OF_LAYERS = "tucker_only"  # the word of the config for the biases of adapted layers
 
@@ -36,22 +36,6 @@ class Injecting(NamedTuple):
 
     selection: Selection
     shown: dict[str, Any]
-
-
-class Place(NamedTuple):
-    """Where a module stands in the tree."""
-
-    parent: nn.Module
-    name: str
-
-
-def places_of(model: nn.Module) -> dict[int, list[Place]]:
-    """The places of each module that stands in several, by its id: nnU-Net's blocks do, weights and all."""
-    places: dict[int, list[Place]] = {}
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            places.setdefault(id(child), []).append(Place(parent, name))
-    return {key: found for key, found in places.items() if len(found) > 1}
 
 
 class FloraModel(BaseTuner):
@@ -163,8 +147,7 @@ class FloraModel(BaseTuner):
                 vars(config).update(self._injecting.shown)
             self._resolution = self._injecting = None
             self._places = {}
-        if warn_if_uncalled not in model._forward_hooks.values():
-            model.register_forward_hook(warn_if_uncalled)
+        watch(model)
 
     # ---- merging and leaving -------------------------------------------------------------------------------------
 
@@ -415,27 +398,3 @@ def _pass_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str
 
 def _called(module: nn.Module, args: Any) -> None:
     """A hook that does nothing: that a module has one keeps torch's fast paths from going round it."""
-
-
-def stop_watching(model: nn.Module) -> None:
-    """Takes the hook ``warn_if_uncalled`` off again."""
-    for key, hook in list(model._forward_hooks.items()):
-        if hook is warn_if_uncalled:
-            del model._forward_hooks[key]
-
-
-def warn_if_uncalled(model: nn.Module, args: Any, output: Any) -> None:
-    """A forward hook on the base model: after its first forward with gradients, names layers that it did not reach."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return
-    stop_watching(model)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, FloraLayer)}
-    silent = [name for name, layer in layers.items() if not layer.reached]
-    if silent:
-        shown = ", ".join(silent[:5]) + (f" and {len(silent) - 5} more" if len(silent) > 5 else "")
-        warnings.warn(
-            f"{len(silent)} of {len(layers)} adapted layers were neither called nor read in the first step with "
-            f"gradients, so they do not train: {shown}. This input did not reach them, or their parent goes round "
-            "them: a weight that is quantised or sharded is read without its adapter",
-            stacklevel=2,
-        )
