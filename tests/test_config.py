@@ -22,7 +22,7 @@ FIELDS = {
     "r", "kernel_r",
     "layout", "scale", "alpha", "dropout", "init", "init_weights", "target_modules", "exclude_modules",
     "target_parameters", "layers_to_transform", "layers_pattern", "modules_to_save", "bias", "trainable_token_indices",
-    "rank_pattern", "scale_pattern", "fold", "budget", "path",
+    "rank_pattern", "scale_pattern", "fold", "budget", "way", "freeze_batch_norm",
 }  # fmt: skip
 
 KEPT: list[dict[str, Any]] = [
@@ -30,7 +30,7 @@ KEPT: list[dict[str, Any]] = [
     {"r": 16, "kernel_r": None, "scale": 4.0, "target_modules": "all"},
     {"r": [4, 3, 2, 2], "target_modules": ["conv2", "conv1"], "exclude_modules": ["head"]},
     {"r": (4, 3), "target_modules": r".*\.(q|v)_proj"},
-    {"r": 8, "alpha": 16, "dropout": 0.1, "init": "paper_llm", "path": "rebuild", "bias": "tucker_only"},
+    {"r": 8, "alpha": 16, "dropout": 0.1, "init": "paper_llm", "way": "summed", "bias": "tucker_only"},
     {"target_modules": ["a"], "rank_pattern": {"a.b": 3, "c": [2, 5]}, "scale_pattern": {"a.b": 0.5}},
     {"target_modules": ["a"], "layers_to_transform": [0, 2], "layers_pattern": "h", "modules_to_save": ["head"]},
     {"target_modules": "all-linear", "budget": 0.01, "init_weights": False, "task_type": "SEQ_CLS"},
@@ -64,6 +64,20 @@ def test_pickled_and_copied_it_is_equal(given: dict[str, Any]) -> None:
         assert twin.peft_type is config.peft_type is PeftType("TUCKER")
     listed = {key: sorted(value) if isinstance(value, set) else value for key, value in asdict(config).items()}
     assert FloraConfig(**{**listed, "peft_type": None}) == config
+
+
+@pytest.mark.parametrize(("old", "new"), [("auto", "auto"), ("rebuild", "summed"), ("factored", "beside")])
+def test_the_old_words_for_a_way_are_read(old: str, new: str, tmp_path: Path) -> None:
+    config = FloraConfig(path=old)
+    assert config.way == FloraConfig(way=old).way == new  # type: ignore[arg-type]
+    config.save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_config.json"
+    written = json.loads(file.read_text())
+    assert (written["way"], "path" in written) == (new, False)
+
+    del written["way"]
+    file.write_text(json.dumps({**written, "path": old}))
+    assert PeftConfig.from_pretrained(str(tmp_path)) == config
 
 
 def test_the_table_of_configs_is_whole() -> None:
@@ -146,13 +160,44 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     ({"init": "zzz"}, ValueError, "init is 'zzz', expected one of zero_first, orthogonal, paper_conv, paper_nlu"),
     (
-        {"path": "factor"},
+        {"way": "besides"},
         ValueError,
-        "path is 'factor', expected one of auto, rebuild, factored; did you mean 'factored'?",
+        "way is 'besides', expected one of auto, summed, beside; did you mean 'beside'?",
     ),
     ({"bias": "lora_only"}, ValueError, "bias is 'lora_only', expected one of none, all, tucker_only; did you mean"),
     ({"budget": 0}, ValueError, "budget must be a fraction below 1 or a count from 1, got 0"),
     ({"budget": -5}, ValueError, "budget must be a fraction below 1 or a count from 1, got -5"),
+    ({"budget": float("inf")}, ValueError, "budget must be a finite number of at most 3.4e+38, got inf"),
+    ({"budget": "1000"}, TypeError, "budget must be a number, got '1000' of type str"),
+    ({"scale": float("nan")}, ValueError, "scale must be a finite number of at most 3.4e+38, got nan"),
+    ({"scale": 1e39}, ValueError, "scale must be a finite number of at most 3.4e+38, got 1e+39"),
+    ({"scale": True}, TypeError, "scale must be a number, got True of type bool"),
+    ({"scale": "2"}, TypeError, "scale must be a number, got '2' of type str"),
+    ({"alpha": float("nan")}, ValueError, "alpha must be a finite number of at most 3.4e+38, got nan"),
+    ({"scale_pattern": {"a": float("inf")}}, ValueError, "scale_pattern['a'] must be a finite number of at most"),
+    ({"scale_pattern": {"a": "much"}}, TypeError, "scale_pattern['a'] must be a number, got 'much' of type str"),
+    ({"scale_pattern": {"a": [1.0]}}, TypeError, "scale_pattern['a'] must be a number, got [1.0] of type list"),
+    ({"scale_pattern": [1.0]}, TypeError, "scale_pattern must map names or regular expressions to values, got [1.0]"),
+    ({"rank_pattern": {3: 2}}, TypeError, "rank_pattern must map names or regular expressions to values, got {3: 2}"),
+    ({"fold": {"a": 3}}, TypeError, "fold['a'] must be a text such as '(heads dim) in, heads=12', got 3"),
+    ({"fold": "(a b) c, a=2"}, TypeError, "fold must map names or regular expressions to values, got '(a b) c, a=2'"),
+    ({"dropout": "much"}, TypeError, "dropout must be a number, got 'much' of type str"),
+    ({"dropout": float("nan")}, ValueError, "dropout must be a finite number of at most 3.4e+38, got nan"),
+    ({"init_weights": "no"}, TypeError, "init_weights must be true or false, got 'no'"),
+    ({"freeze_batch_norm": 1}, TypeError, "freeze_batch_norm must be true or false, got 1"),
+    ({"target_modules": 7}, TypeError, "target_modules must be a list of names or one regular expression, got 7 of"),
+    ({"target_modules": ["a", 7]}, TypeError, "target_modules must be a list of names or one regular expression, got"),
+    ({"modules_to_save": "head"}, TypeError, "modules_to_save must be a list of names, got 'head' of type str"),
+    ({"target_parameters": "experts.up"}, TypeError, "target_parameters must be a list of names, got 'experts.up' of"),
+    ({"layers_to_transform": ["0"]}, TypeError, "layers_to_transform must be a list of whole numbers, got ['0']"),
+    ({"trainable_token_indices": {"a": [0.5]}}, TypeError, "trainable_token_indices must be a list of whole numbers"),
+    ({"layout": ["a"]}, TypeError, "layout must map weights to what their dimensions mean, got ['a']"),
+    ({"layout": {"a": 3}}, ValueError, "the recorded layout of a is 3, expected a kind and a list of axes; the file"),
+    ({"layout": {"a": {"kind": "conv", "axes": ["out"], "groups": "x"}}}, ValueError, "the recorded layout of a is"),
+    ({"path": "factor"}, ValueError, "path, the old name of way, is 'factor', expected one of auto, rebuild, factored"),
+    ({"way": "beside", "path": "rebuild"}, ValueError, "way='beside' and its old name path='rebuild' are both given"),
+    ({"lora_alpha": 16}, TypeError, "FloraConfig has no lora_alpha; write alpha (or scale, the constant itself)"),
+    ({"rank": 8}, TypeError, "FloraConfig has no rank; write r"),
     ({"layers_pattern": "h"}, ValueError, "layers_pattern needs layers_to_transform, which says which of the layers"),
 ]
 
@@ -165,9 +210,9 @@ def test_a_field_out_of_range_is_refused_by_name(given: dict[str, Any], error: t
 
 
 def test_the_table_of_refusals_is_whole() -> None:
-    assert len(REFUSED) == 24
+    assert len(REFUSED) == 55
 
 
 def test_a_field_that_does_not_exist_raises() -> None:
-    with pytest.raises(TypeError, match="unexpected keyword argument 'rank'"):
-        FloraConfig(rank=8)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'ranks'"):
+        FloraConfig(ranks=8)  # type: ignore[call-arg]

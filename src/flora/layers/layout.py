@@ -61,8 +61,9 @@ def layout_from_json(name: str, entry: object) -> Layout:
         ValueError: the entry is not what ``to_json`` writes; names the weight.
     """
     if isinstance(entry, Mapping) and isinstance(entry.get("kind"), str) and isinstance(entry.get("axes"), list):
-        axes, groups, place = tuple(map(str, entry["axes"])), int(entry.get("groups", 1)), int(entry.get("place", 0))
-        return Layout(entry["kind"], axes, groups, entry.get("fold"), place)
+        groups, place, fold = entry.get("groups", 1), entry.get("place", 0), entry.get("fold")
+        if isinstance(groups, int) and isinstance(place, int) and isinstance(fold, (str, type(None))):
+            return Layout(entry["kind"], tuple(map(str, entry["axes"])), groups, fold, place)
     raise UserError(
         f"the recorded layout of {name} is {entry!r}, expected a kind and a list of axes; the file was edited"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,7 +19,17 @@ from flora.tucker.initialize import INITIALIZERS
 from flora.tucker.ranks import check_rank
 from flora.tuner.selection import Selection
 
-PATHS = ("auto", "rebuild", "factored")
+WAYS = ("auto", "summed", "beside")
+OLD_WAYS = {"rebuild": "summed", "factored": "beside"}  # the words of adapters saved before, in their field ``path``
+FOREIGN = {  # what configs of other methods call it
+    "lora_alpha": "alpha (or scale, the constant itself)",
+    "lora_dropout": "dropout",
+    "rank": "r",
+    "alpha_pattern": "scale_pattern, with scales",
+    "use_rslora": "scale, which takes any constant",
+    "use_dora": "none of it: FLoRA has no magnitude",
+    "init_lora_weights": "init",
+}
 BIASES = ("none", "all", "tucker_only")
 
 
@@ -63,7 +73,11 @@ class FloraConfig(PeftConfig):
             are solved per weight and written into ``rank_pattern``.
         layout: weight -> kind, axes and groups where name and shape do not tell them, for conversion to other formats;
             filled in when the adapter is put into a model.
-        path: how the forward is computed: "rebuild", "factored" or, by the plan, "auto".
+        way: how a layer runs: "summed" (once, with W + s dW), "beside" (the layer itself, and small products beside
+            it), or "auto", whichever the plan finds cheaper.
+        freeze_batch_norm: batch norms use the running statistics of the base model, in train mode too, because no
+            adapter file holds them; those in ``modules_to_save`` are trained as ever.
+        path: the old name of ``way``, with the old words "rebuild" and "factored"; still read.
 
     Raises:
         ValueError, TypeError: a field is out of range, or ``scale`` and ``alpha`` are both given.
@@ -109,11 +123,21 @@ class FloraConfig(PeftConfig):
         default=None,
         metadata={"help": "What the dimensions of unusual weights mean; filled in by the tuner."},
     )
-    path: Literal["auto", "rebuild", "factored"] = field(
-        default="auto", metadata={"help": "How the forward is computed."}
+    way: Literal["auto", "summed", "beside"] = field(
+        default="auto", metadata={"help": "How a layer runs: 'summed', 'beside', or by the plan 'auto'."}
     )
+    freeze_batch_norm: bool = field(
+        default=True, metadata={"help": "Batch norms keep the base model's running statistics, in train mode too."}
+    )
+    path: InitVar[str | None] = None
 
-    def __post_init__(self) -> None:
+    def __new__(cls, *args: Any, **kwargs: Any) -> FloraConfig:
+        """Refuses the field names of other methods, with our own name for the same thing."""
+        for name in FOREIGN.keys() & kwargs.keys():
+            raise WrongTypeError(f"FloraConfig has no {name}; write {FOREIGN[name]}")
+        return super().__new__(cls)
+
+    def __post_init__(self, path: str | None) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PeftType("TUCKER")
         for name in ("target_modules", "exclude_modules"):
@@ -127,7 +151,7 @@ class FloraConfig(PeftConfig):
         self._check_spending()
         self._check_types()
         one_of(self.init, INITIALIZERS, "init")
-        one_of(self.path, PATHS, "path")
+        self._read_way(path)
         one_of(self.bias, BIASES, "bias")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout must be at least 0 and below 1, got {self.dropout}")
@@ -157,6 +181,16 @@ class FloraConfig(PeftConfig):
                 raise UserError(f"{weights} is truncated or corrupt: {error}; copy or download it again") from None
         return cast(PeftConfig, super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs))
 
+    def _read_way(self, path: str | None) -> None:
+        """``way``, where older configs say ``path``."""
+        if path is not None:
+            if self.way not in ("auto", OLD_WAYS.get(path, path)):
+                raise UserError(f"way={self.way!r} and its old name path={path!r} are both given; give way alone")
+            one_of(path, ("auto", *OLD_WAYS), "path, the old name of way,")
+            self.way = path  # type: ignore[assignment]
+        self.way = OLD_WAYS.get(self.way, self.way)  # type: ignore[assignment]
+        one_of(self.way, WAYS, "way")
+
     def _check_spending(self) -> None:
         """``scale`` and ``alpha``, ``budget`` and rank lists: what cannot stand together."""
         if self.scale is not None and self.alpha is not None:
@@ -174,7 +208,7 @@ class FloraConfig(PeftConfig):
             raise UserError("alpha sets s = alpha / r and needs one int r; with rank lists or a budget, give scale")
 
     def _check_types(self) -> None:
-        for name in ("init_weights", "inference_mode"):
+        for name in ("init_weights", "inference_mode", "freeze_batch_norm"):
             if not isinstance(getattr(self, name), bool):
                 raise WrongTypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
         check_number(self.dropout, "dropout")

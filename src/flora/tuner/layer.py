@@ -16,7 +16,6 @@ from flora.tuner.adapted import AdaptedLayer, Settings, Target
 from flora.tuner.config import FloraConfig
 
 BASE = "__base__"  # PEFT's word for "no adapter" in adapter_names
-WORDS = {"rebuild": "summed", "factored": "beside"}  # of configs saved before the ways had their names
 
 
 class FloraLayer(AdaptedLayer):
@@ -39,9 +38,8 @@ class FloraLayer(AdaptedLayer):
                 roles=target.roles,
                 init_weights=config.init_weights,
             )
-        way = WORDS.get(config.path, config.path)
         scales = {weight: target.scale for weight, target in targets.items()}
-        self.settings[name] = Settings(way, config.dropout, scales)
+        self.settings[name] = Settings(config.way, config.dropout, scales)
         self.choices.clear()
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)

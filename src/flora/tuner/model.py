@@ -26,6 +26,7 @@ from flora.tuner.places import Place, places_of
 from flora.tuner.reading import ADAPTER_PER_SAMPLE
 from flora.tuner.resolution import Resolution
 from flora.tuner.selection import Selection
+from flora.tuner.statistics import release_statistics, settle_statistics
 from flora.tuner.watching import stop_watching, watch
 
 BIAS_OF_LAYERS = "tucker_only"  # the word of the config for the biases of adapted layers
@@ -148,6 +149,8 @@ class FloraModel(BaseTuner):
             self._resolution = self._injecting = None
             self._places = {}
         watch(model)
+        freeze = any(cast(FloraConfig, other).freeze_batch_norm for other in self.peft_config.values())
+        settle_statistics(model, freeze=freeze, training=not config.inference_mode)
 
     # ---- merging and leaving -------------------------------------------------------------------------------------
 
@@ -178,6 +181,7 @@ class FloraModel(BaseTuner):
         model = cast(nn.Module, super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names))
         self._places = {}
         stop_watching(model)
+        release_statistics(model)
         return model
 
     def _take_out(self, adapter_name: str) -> None:
