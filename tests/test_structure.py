@@ -39,7 +39,7 @@ LEVELS: list[set[str]] = [
 FOREIGN: dict[str, set[str]] = {
     "errors": set(),
     "tucker": {"einops"},
-    "storage": {"safetensors", "tqdm", "transformers"},
+    "storage": {"huggingface_hub", "safetensors", "tqdm", "transformers"},
     "layers": {"regex", "transformers", "triton"},
     "tuner": {"peft", "safetensors", "transformers"},
     "convert": {

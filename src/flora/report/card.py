@@ -1,44 +1,26 @@
-"""The model card of an adapter folder: what it is, how to load it, its numbers."""
+"""The card of an output folder: that of its adapter, with the recipe and the numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-CARD = """---
-library_name: peft
-base_model: {base}
-tags: [flora, tucker, {recipe}]
----
+from huggingface_hub import EvalResult
 
-# {title}
+from flora.storage.card import adapter_card, is_hub_id
 
-A FLoRA adapter (the change of each weight is a Tucker form with as many dimensions as the weight), trained with
-[flora-peft](https://pypi.org/project/flora-peft) by the recipe `{recipe}` on the base model `{base}`.
+ABOUT = """## Use it
 
-## Load
-
-`import flora` comes first: it tells PEFT what the adapter is.
-
-```python
-import flora
-from peft import PeftModel
-from {library} import {model_class}
-
-base = {model_class}.from_pretrained("{base}"{part}{head})
-model = PeftModel.from_pretrained(base, "{folder}")
-```
-
-## Export
-
-```
-flora eval {folder}                            # the numbers below, measured again
-flora merge {folder} --out {folder}-merged     # an ordinary model: base + adapter, verified before it is written
-flora inspect {folder}                         # what is in it, layer by layer
+```console
+$ flora predict {folder} INPUT...                # what it makes of new inputs
+$ flora eval {folder}                            # the numbers below, measured again
+$ flora merge {folder} --out {folder}-merged     # an ordinary model, verified before it is written
+$ flora inspect {folder}                         # what is in it, layer by layer
 ```
 
 ## Numbers
+
+Trained by the recipe `{recipe}`.
 
 | | |
 |---|---|
@@ -56,31 +38,35 @@ def model_card(
     Args:
         metrics: what is in ``metrics.json``.
         adapter_config: what is in ``adapter_config.json``.
-        folder: the folder as it is written in the examples.
+        folder: the output folder; only its name is written, so that no path of a machine is published.
         classes: of the head that the base model was given, if it was.
     """
-    mapping, base = adapter_config.get("auto_mapping") or {}, adapter_config["base_model_name_or_path"]
-    module = mapping.get("parent_library", "transformers")
-    library = module if module.startswith("flora.") else module.partition(".")[0]
+    mapping, base = adapter_config.get("auto_mapping") or {}, str(adapter_config["base_model_name_or_path"])
+    name, recipe = folder.rstrip("/").rpartition("/")[2], metrics["recipe"]
+    measured = [(split, metric, value) for split in ("validation", "test") for metric, value in metrics[split].items()]
     numbers = [
-        *(
-            (f"{split} {name}", f"{value:.4f}")
-            for split in ("validation", "test")
-            for name, value in metrics[split].items()
-        ),
+        *((f"{split} {metric}", f"{value:.4f}") for split, metric, value in measured),
         ("trainable parameters", f"{metrics['trainable_parameters']:,} of {metrics['total_parameters']:,}"),
         ("adapter file", f"{metrics['adapter_bytes']:,} bytes"),
         ("training", f"{metrics['seconds']:.1f} s, {metrics['steps']} steps"),
         ("seed", str(metrics["seed"])),
     ]
-    return CARD.format(
-        title=folder.rstrip("/").rpartition("/")[2],
-        base=base,
-        part=', subfolder="unet"' if library == "diffusers" and not Path(base).is_dir() else "",
-        recipe=metrics["recipe"],
-        library=library,
-        model_class=mapping.get("base_model_class", "AutoModel"),
-        head=f", num_labels={classes}, ignore_mismatched_sizes=True" if classes else "",
-        folder=folder,
-        numbers="\n".join(f"| {name} | {value} |" for name, value in numbers),
+    options = f", num_labels={classes}, ignore_mismatched_sizes=True" if classes else ""
+    if mapping.get("parent_library", "").startswith("diffusers") and is_hub_id(base):
+        options = ', subfolder="unet"'
+
+    return adapter_card(
+        adapter_config,
+        title=name,
+        folder=name,
+        options=options,
+        about=ABOUT.format(
+            folder=name, recipe=recipe, numbers="\n".join(f"| {what} | {value} |" for what, value in numbers)
+        ),
+        tags=[recipe.rpartition("/")[2].removesuffix(".py")],
+        results=[
+            EvalResult(recipe, "data of the user", recipe, metric, float(value), dataset_split=split)
+            for split, metric, value in measured
+            if split == "test" and metric != "loss"
+        ],
     )

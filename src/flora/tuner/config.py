@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from flora.errors import UserError, WrongTypeError
 from flora.layers.entries import Entries, check_entries, check_number
 from flora.layers.layout import layout_from_json
+from flora.storage.card import fill_blank_card
 from flora.tucker.initialize import INITIALIZERS
 from flora.tucker.ranks import check_rank
 from flora.tuner.selection import Selection
@@ -157,6 +159,17 @@ class FloraConfig(PeftConfig):
             raise UserError(f"dropout must be at least 0 and below 1, got {self.dropout}")
         if self.layers_pattern and self.layers_to_transform is None:
             raise UserError("layers_pattern needs layers_to_transform, which says which of the layers to adapt")
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """PEFT's own, and a model card that says how to load the adapter, where PEFT's is blank or there is none.
+
+        Args:
+            save_directory: the folder of the adapter.
+            **kwargs: as of PEFT.
+        """
+        super().save_pretrained(save_directory, **kwargs)  # type: ignore[no-untyped-call]
+        folder = Path(save_directory)
+        fill_blank_card(folder, json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")))
 
     @classmethod
     def from_pretrained(
