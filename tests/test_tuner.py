@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_model_status, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_model_status, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
@@ -188,6 +189,101 @@ class One(nn.Module):
     def forward(self, x: Tensor) -> Any:
         out = self.layer(x)
         return out[0] if isinstance(out, tuple) else out
+
+
+class Twice(nn.Module):
+    """A block and a layer that both stand in two places of the tree."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1))
+        self.skip = nn.ModuleDict({"inner": self.block, "mix": nn.Conv2d(3, 3, 1)})
+        self.late = nn.ModuleDict({"mix_again": self.skip["mix"]})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.skip["mix"](self.skip["inner"](x))
+        return self.late["mix_again"](self.block(x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore:the adapter has more parameters than the weight")
+@pytest.mark.parametrize("targets", ["all", ["block.0", "mix"]])
+def test_a_module_in_several_places_has_one_adapter(targets: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = Twice()
+    fresh = copy.deepcopy(base)
+    model = get_peft_model(base, flora.FloraConfig(r=2, target_modules=targets, init_weights=False))
+    assert set(layers(model)) == {"base_model.model.block.0", "base_model.model.skip.mix"}
+    x = torch.randn(2, 3, 5, 7)
+    out = model(x)
+    assert not torch.allclose(out, fresh(x), atol=1e-3)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(copy.deepcopy(fresh), tmp_path, adapter_name="other")
+    assert torch.equal(again(x), out)
+    plain = model.merge_and_unload()
+    assert torch.allclose(plain(x), out, atol=1e-5)
+    assert plain.late["mix_again"] is plain.skip["mix"]
+    assert plain.state_dict().keys() == fresh.state_dict().keys()
+
+
+def test_a_tie_between_modules_is_refused_with_the_remedy_that_fits() -> None:
+    base = nn.ModuleDict({"one": nn.Linear(5, 5), "other": nn.Linear(5, 5)})
+    base["one"].weight = base["other"].weight
+    with pytest.raises(ValueError, match=r"one\.weight = other\.weight.* give one of the modules a copy"):
+        get_peft_model(base, flora.FloraConfig(r=2, target_modules=["one"]))
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_a_layer_with_an_adapter_of_another_method_is_refused() -> None:
+    base = inject_adapter_in_model(LoraConfig(r=2, target_modules=["mix"]), net(), adapter_name="first")
+    before = {key: value.clone() for key, value in base.state_dict().items()}
+    with pytest.raises(ValueError, match="mix has an adapter of another method already"):
+        inject_adapter_in_model(config(modules_to_save=None), base, adapter_name="second")
+    assert base.state_dict().keys() == before.keys()
+
+
+@pytest.mark.parametrize("holder", [nn.ParameterList([torch.ones(5, 7)]), nn.ParameterDict({"a": torch.ones(5, 7)})])
+def test_an_entry_of_a_container_of_parameters_is_refused(holder: nn.Module) -> None:
+    leaf = next(name for name, _ in holder.named_parameters())
+    with pytest.raises(ValueError, match=f"w.{leaf} of target_parameters is an entry of an nn.Parameter"):
+        get_peft_model(nn.ModuleDict({"w": holder}), flora.FloraConfig(r=2, target_parameters=[f"w.{leaf}"]))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm.* is deprecated")
+def test_all_names_what_it_leaves_out() -> None:
+    base = nn.ModuleDict({"normed": nn.utils.weight_norm(nn.Conv1d(3, 5, 3)), "pruned": nn.Linear(5, 7)})
+    prune.l1_unstructured(base["pruned"], "weight", 0.5)
+    base["plain"] = nn.Linear(5, 7)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        model = get_peft_model(base, flora.FloraConfig(r=2, target_modules="all"))
+    texts = [str(each.message) for each in seen]
+    assert set(layers(model)) == {"base_model.model.plain"}
+    assert any("leaves out normed: its weight is recomputed before every forward" in text for text in texts)
+    assert any("leaves out pruned: its weight is pruned" in text for text in texts)
+
+
+EMPTY: dict[str, Any] = {
+    "linear": (lambda: nn.Linear(7, 5), (7,)),
+    "conv1d": (lambda: nn.Conv1d(7, 5, 3), (7, 9)),
+    "conv3d": (lambda: nn.Conv3d(7, 5, 3), (7, 5, 3, 4)),
+    "grouped": (lambda: nn.Conv2d(6, 6, 3, groups=6), (6, 5, 7)),
+    "transposed": (lambda: nn.ConvTranspose2d(7, 5, 2, stride=2), (7, 3, 5)),
+    "lstm": (lambda: nn.LSTM(7, 5, batch_first=True), (3, 7)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:the adapter has more parameters than the weight")
+@pytest.mark.parametrize("name", EMPTY)
+@pytest.mark.parametrize("path", ["rebuild", "factored"])
+def test_a_batch_without_samples(name: str, path: Any) -> None:
+    build, shape = EMPTY[name]
+    base = One(build())
+    expected = base(torch.zeros(0, *shape)).shape
+    fields: dict[str, Any] = {"path": path, "init_weights": False}
+    model = get_peft_model(base, flora.FloraConfig(r=2, target_modules=["layer"], **fields))
+    out = model(torch.zeros(0, *shape))
+    out.sum().backward()
+    assert out.shape == expected
 
 
 NORMED = {

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from flora.errors import UserError
 from flora.layers.patterns import exact_pattern
 from flora.layers.table import Layer, parameter, refusal, weight_shape
-from flora.tuner.adapted import row_for
+from flora.tuner.adapted import AdaptedLayer, row_for
 from flora.tuner.config import FloraConfig
 from flora.tuner.selection import Names, Selection, ends_of, list_of
 
@@ -55,25 +55,24 @@ def expand(shorthand: str, model: nn.Module) -> set[str]:
     Raises:
         NoMatchingPeftModuleError: nothing in the model is of these kinds.
     """
-    kinds, head = SHORTHANDS[shorthand], _output_head(model)
-    tied = _tied(model)
-    names, skipped = set(), []
+    kinds, head, tied = SHORTHANDS[shorthand], _output_head(model), _tied(model)
+    names: set[str] = set()
+    left_out: dict[str, list[str]] = {}
     for name, module in modules_of(model):
         row = row_for(module)
-        if not name or row is None or row.kind not in kinds or refusal_for(module) or _inside_attention(name, model):
+        if not name or row is None or row.kind not in kinds or _inside_attention(name, model):
             continue
         if any(name == key or name.startswith(f"{key}.") for key in head):
             continue
-        if any(id(parameter(module, weight)) in tied for weight in row.weights(module)):
-            skipped.append(name)
-        else:
+        reason = refusal_for(module)
+        if reason is None and any(id(parameter(module, weight)) in tied for weight in row.weights(module)):
+            reason = "the weight is tied to another module's"
+        if reason is None:
             names.add(name)
-    if skipped:
-        warnings.warn(
-            f"target_modules={shorthand!r} leaves out {', '.join(sorted(skipped))}: the weight is tied to another "
-            f"module's",
-            stacklevel=2,
-        )
+        else:
+            left_out.setdefault(reason, []).append(name)
+    for reason, skipped in left_out.items():
+        warnings.warn(f"target_modules={shorthand!r} leaves out {', '.join(sorted(skipped))}: {reason}", stacklevel=2)
     if not names:
         raise NoMatchingPeftModuleError(
             f"target_modules={shorthand!r} matches nothing: {type(model).__name__} has no layer of kind "
@@ -110,6 +109,7 @@ def find_sites(config: FloraConfig, model: nn.Module, selection: Selection) -> l
     sites = []
     for name, module in modules_of(model):
         if name and selection(name):
+            _check_other_methods(name, model)
             row, reason = row_for(module), refusal_for(module)
             if row is None or reason is not None:
                 raise UserError(f"Target module {name} ({type(module).__name__}) is not supported: {reason}")
@@ -119,11 +119,26 @@ def find_sites(config: FloraConfig, model: nn.Module, selection: Selection) -> l
                     f"target the attention module {name.rpartition('.')[0]} itself"
                 )
             sites.append(Site(name, module, row))
-    wanted, in_full = Names(config.target_parameters, "target_parameters"), []
+    sites += _raw_sites(config, model, selection)
+    _check_ties(sites, model)
+    return sites
+
+
+def _raw_sites(config: FloraConfig, model: nn.Module, selection: Selection) -> list[Site]:
+    """Every raw parameter that the config targets; those of ``modules_to_save`` are trained in full instead."""
+    wanted = Names(config.target_parameters, "target_parameters")
+    sites, in_full = [], []
     for name, module in modules_of(model):
         for leaf, _ in module.named_parameters(recurse=False) if name else ():
             if not wanted.has(f"{name}.{leaf}"):
                 continue
+            _check_other_methods(name, model)
+            if isinstance(module, (nn.ParameterList, nn.ParameterDict)):
+                raise UserError(
+                    f"{name}.{leaf} of target_parameters is an entry of an nn.{type(module).__name__}, which its owner "
+                    "indexes instead of calling, so no adapter can stand in its place; register the tensor as a "
+                    "parameter of the module that uses it"
+                )
             if selection.is_saved(name):
                 in_full.append(f"{name}.{leaf}")
             else:
@@ -133,7 +148,6 @@ def find_sites(config: FloraConfig, model: nn.Module, selection: Selection) -> l
             f"{', '.join(in_full)} of target_parameters is inside modules_to_save: it is trained in full, not adapted",
             stacklevel=2,
         )
-    _check_ties(sites, model)
     return sites
 
 
@@ -233,6 +247,17 @@ def _output_head(model: nn.Module) -> list[str]:
     return [] if backbone is model else [name for name, module in model.named_children() if module is not backbone]
 
 
+def _check_other_methods(name: str, model: nn.Module) -> None:
+    """Refuses a target that an adapter of another method of PEFT wraps already."""
+    wrapper = model.get_submodule(name)
+    if isinstance(wrapper, BaseTunerLayer) and not isinstance(wrapper, AdaptedLayer):
+        raise UserError(
+            f"Target module {name} has an adapter of another method already ({type(wrapper).__module__}); two methods "
+            "on one layer are not possible. Merge that adapter first (merge_and_unload), or leave the layer out "
+            "(exclude_modules)"
+        )
+
+
 def _inside_attention(name: str, model: nn.Module) -> bool:
     """Whether the module is the ``out_proj`` of an ``nn.MultiheadAttention``, which is never called as a module."""
     parent = model.get_submodule(name.rpartition(".")[0])
@@ -241,10 +266,15 @@ def _inside_attention(name: str, model: nn.Module) -> bool:
 
 
 def _tied(model: nn.Module) -> dict[int, list[str]]:
-    """Parameters that stand in more than one place, by id, with their names."""
+    """Parameters that more than one module holds, by id, with their names.
+
+    A module that stands in several places of the tree (nnU-Net's blocks do) holds its parameters once: no tie.
+    """
     owners: dict[int, list[str]] = {}
-    for name, value in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(value), []).append(name)
+    for prefix, module in model.named_modules():
+        for leaf, value in module._parameters.items():
+            if value is not None:
+                owners.setdefault(id(value), []).append(f"{prefix}.{leaf}".lstrip("."))
     return {key: names for key, names in owners.items() if len(names) > 1}
 
 
@@ -253,11 +283,14 @@ def _check_ties(sites: list[Site], model: nn.Module) -> None:
     for site in sites:
         for weight in site.row.weights(site.module):
             names = tied.get(id(parameter(site.module, weight)))
-            if names:
-                raise UserError(
-                    f"Target module {site.name} has a tied weight ({' = '.join(names)}): an adapter on one end would "
-                    f"untie "
-                    "them without a word, and merging would change both. Exclude it (exclude_modules), or untie "
-                    "first: load "
-                    "the model with tie_word_embeddings=False and copy the embedding into the output head"
-                )
+            if names is None:
+                continue
+            embedding = any(isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding) for name in names)
+            how = f"give one of the modules a copy: module.{weight} = nn.Parameter(module.{weight}.detach().clone())"
+            if embedding:
+                how = "load the model with tie_word_embeddings=False and copy the embedding into the output head"
+            raise UserError(
+                f"Target module {site.name} has a tied weight ({' = '.join(names)}): an adapter on one end would untie "
+                "them without a word, and merging would change both. Exclude it (exclude_modules), or untie first: "
+                f"{how}"
+            )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -48,7 +50,7 @@ def add_projected(y: Tensor, matrix: Tensor, hidden: Tensor) -> None:
     if lines is not None:
         lines.addmm_(hidden.movedim(1, -1).reshape(-1, hidden.shape[1]), matrix.T)
     elif y.is_contiguous():
-        y.view(*y.shape[:2], -1).baddbmm_(matrix.expand(y.shape[0], -1, -1), hidden.flatten(2))
+        y.view(*y.shape[:2], math.prod(y.shape[2:])).baddbmm_(matrix.expand(y.shape[0], -1, -1), hidden.flatten(2))
     else:
         y += project(matrix.T, hidden)
 
