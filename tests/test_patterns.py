@@ -34,8 +34,11 @@ RULE: list[tuple[dict[str, int], tuple[str, str], int | None]] = [
     ({"fc": 1, ".*": 2}, ("a.fc", "weight"), 2),  # the whole of ``a.fc.weight`` is closer than ``a.fc``
     ({"v_proj": 1, ".*proj": 2}, ("a.v_proj", "weight"), 1),  # the first of two
     ({".*proj": 2, "v_proj": 1}, ("a.v_proj", "weight"), 2),
-    ({".*proj": 2, exact_pattern("a.v_proj"): 1}, ("a.v_proj", "weight"), 1),  # what is exact, before all
-    ({".*weight": 2, exact_pattern("a.v_proj"): 1}, ("a.v_proj", "weight"), 1),
+    ({".*proj": 2, exact_pattern("a.v_proj.weight"): 1}, ("a.v_proj", "weight"), 1),  # a full name, before all
+    ({".*weight": 2, exact_pattern("a.v_proj.weight"): 1}, ("a.v_proj", "weight"), 1),
+    ({".*weight": 2, exact_pattern("a.v_proj"): 1}, ("a.v_proj", "weight"), 2),
+    ({"v_proj": 2, exact_pattern("a.v_proj"): 1}, ("a.v_proj", "weight"), 2),
+    ({exact_pattern("a.v_proj"): 1, "v_proj": 2}, ("a.v_proj", "weight"), 1),
     ({exact_pattern("v_proj.weight"): 1}, ("a.v_proj", "weight"), None),  # and nothing longer
     ({"proj": 1}, ("a.v_proj", "weight"), None),  # a part of a name begins after a dot
     ({"^a": 1, "b|^c": 2}, ("b", "weight"), 2),

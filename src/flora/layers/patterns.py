@@ -126,8 +126,8 @@ class Expression:
 class Patterns(Generic[Value]):
     """A table of a config, such as ``rank_pattern``: regular expression or end of a name -> value.
 
-    The rule, the same for the tuner and for every reader of a file: an entry that names the weight exactly
-    (:func:`exact_pattern`) holds before any other; then the closest of a weight's names that any key matches; of
+    The rule, the same for the tuner and for every reader of a file: an entry for the exact full name of the weight
+    (:func:`exact_pattern`) holds before any other; then the closest of the weight's names that any key matches; of
     several keys that match it, the first. A key matches a name, or the end of one that begins after a dot, as PEFT
     has it.
 
@@ -165,9 +165,8 @@ class Patterns(Generic[Value]):
         Raises:
             UserError: a key takes too long to match.
         """
-        for name in names:
-            if name in self.exact:
-                return self.exact[name]
+        if names[0] in self.exact:
+            return self.exact[names[0]]
         for name in names:
             found = self._first(name)
             if found is not None:
@@ -183,13 +182,14 @@ class Patterns(Generic[Value]):
         return [entry.key for entry in sorted(unmatched, key=lambda entry: entry.place)]
 
     def _first(self, name: str) -> Found[Value] | None:
-        leaf = self.leaves.get(name.rpartition(".")[2])
+        plain = [entry for entry in (self.exact.get(name), self.leaves.get(name.rpartition(".")[2])) if entry]
+        first = min(plain, key=lambda entry: entry.place, default=None)
         for expression, entry in self.others:
-            if leaf is not None and leaf.place < entry.place:
-                return leaf
+            if first is not None and first.place < entry.place:
+                return first
             if expression.match(name):
                 return entry
-        return leaf
+        return first
 
 
 def match_pattern(patterns: Iterable[str], name: str) -> str | None:
