@@ -22,7 +22,7 @@ from flora.tuner.config import FloraConfig
 from flora.tuner.layer import BASE, FloraLayer
 from flora.tuner.merging import check_finite, merged_weights
 from flora.tuner.parameter import ParamWrapper
-from flora.tuner.places import Place, places_of
+from flora.tuner.places import Place, find_misfit, places_of, under_all_names
 from flora.tuner.reading import ADAPTER_PER_SAMPLE
 from flora.tuner.resolution import Resolution
 from flora.tuner.selection import Selection
@@ -351,7 +351,8 @@ class FloraModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """PEFT's renaming, then a check that every tensor of the file has its place in this base model."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        misfit = _find_misfit({key: value.shape for key, value in model.state_dict().items()}, remapped, cls.prefix)
+        remapped = under_all_names(model, FloraLayer, remapped)
+        misfit = find_misfit({key: value.shape for key, value in model.state_dict().items()}, remapped, cls.prefix)
         if misfit:
             tuner = getattr(model, "base_model", None)
             if isinstance(tuner, cls):
@@ -360,18 +361,6 @@ class FloraModel(BaseTuner):
                 f"the adapter does not fit this base model: {misfit}; load it on the model it was trained on"
             )
         return remapped
-
-
-def _find_misfit(own: Mapping[str, torch.Size], given: Mapping[str, Tensor], prefix: str) -> str | None:
-    """What is wrong with the first tensor that has no place in the model, or another shape there; None if all fit."""
-    for key, value in given.items():
-        layer, found, tensor = key.removeprefix("base_model.model.").partition(f".{prefix}")
-        if found and key not in own:
-            return f"it has {tensor!r} for the layer {layer!r}, which the base model lacks or adapts with other ranks"
-        if found and own[key] != value.shape:
-            here = f"of shape {tuple(value.shape)} in the file, but the base model needs {tuple(own[key])}"
-            return f"{layer!r} has {tensor!r} {here}"
-    return None
 
 
 def _hide_from_peft(config: FloraConfig, sites: Sequence[find.Site]) -> None:
