@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import inspect as introspection
 import json
+import os
 import sys
 import traceback
 import warnings
@@ -151,13 +152,18 @@ def inspect(args: argparse.Namespace) -> int:
       flora inspect outputs/digits --html adapter.html
     """
     from flora.report.anatomy import anatomy, anatomy_page, anatomy_text
-    from flora.storage.atomic import write_text
+    from flora.storage.atomic import check_target, staged
+    from flora.storage.replacing import PAGE, PAGE_MARK
 
+    page = Path(args.html) if args.html else None
+    if page is not None:
+        check_target(page, PAGE, overwrite=True)
     report = anatomy(Path(args.folder))
     print(anatomy_text(report))
-    if args.html:
-        write_text(Path(args.html), anatomy_page(report))
-        print(f"written to {args.html}")
+    if page is not None:
+        with staged(page, PAGE, overwrite=True) as new:
+            new.write_text(anatomy_page(report) + PAGE_MARK, encoding="utf-8")
+        print(f"written to {page}")
     return 0
 
 
@@ -200,9 +206,21 @@ def convert(args: argparse.Namespace) -> int:
       flora convert my-adapter --to kohya --prefix lora_unet --out style.safetensors
       flora convert authors.pth --scale 4 --base ./base-model --to flora --out my-adapter
     """
-    from flora.convert.commands import run_convert
+    from flora.convert import convert
 
-    return run_convert(args)
+    report = convert(
+        args.source,
+        args.out,
+        to=args.to,
+        base=args.base,
+        scale=args.scale,
+        prefix=args.prefix,
+        mid=not args.no_mid,
+        drop_extras=args.drop_extras,
+        overwrite=args.overwrite,
+    )
+    print(report)
+    return 0
 
 
 def extract(args: argparse.Namespace) -> int:
@@ -215,9 +233,14 @@ def extract(args: argparse.Namespace) -> int:
       flora extract ./base ./tuned --energy 0.9 --carry --out my-adapter
       flora extract ./base ./tuned --budget 2000000 --out my-adapter
     """
-    from flora.convert.commands import run_extract
+    from flora.convert.extraction.output import extract_to
 
-    return run_extract(args)
+    size = {"rank": args.rank, "energy": args.energy, "budget": args.budget, "kernel_r": args.kernel_r}
+    options = {"carry": args.carry, "overwrite": args.overwrite, "progress": sys.stderr.isatty()}
+    written = extract_to(args.base, args.tuned, Path(args.out), **size, **options)
+    print(written.found.table())
+    print(written.report)
+    return 0
 
 
 def recipes(args: argparse.Namespace) -> int:
@@ -239,6 +262,8 @@ def recipes(args: argparse.Namespace) -> int:
         return 0
     if args.name is None:
         raise UserError(f"copy what? flora recipes copy NAME, with NAME one of {', '.join(config_names())}")
+    if args.name not in config_names():
+        raise UserError(f"no packaged config {args.name!r}; there are {', '.join(config_names())}")
     target = Path(f"{args.name}.yaml")
     if target.exists():
         raise UserError(f"{target} exists here already; rename it first")
@@ -422,7 +447,9 @@ def main(argv: list[str] | None = None) -> int:
     # PEFT asks transformers for an attribute that it has renamed: nothing that who types a command could change
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     try:
-        return COMMANDS[args.verb](args)
+        code = COMMANDS[args.verb](args)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return _fail("interrupted", code=130)
     except ModuleNotFoundError as error:
@@ -431,8 +458,11 @@ def main(argv: list[str] | None = None) -> int:
         from flora.runs.missing import install_hint
 
         return _fail(f"{args.verb} needs {install_hint(error.name or '', getattr(args, 'config', ''))}")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left when it ends
+        return _fail("the program that reads the output has ended (broken pipe)")
     except OSError as error:  # whatever the system refuses: no such file, no permission, no space left
-        return _fail(str(error))
+        return _fail(_system_message(error))
     except MemoryError:
         return _fail("out of memory")
     except Exception as error:
@@ -443,6 +473,13 @@ def main(argv: list[str] | None = None) -> int:
 def _fail(message: str, code: int = 2) -> int:
     print(f"flora: error: {' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+def _system_message(error: OSError) -> str:
+    """What the system refuses, and about which file."""
+    if error.errno is None or error.strerror is None:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
 
 
 def _users_code(error: Exception) -> int | None:

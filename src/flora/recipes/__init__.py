@@ -155,7 +155,12 @@ def _load_file(path: Path) -> Recipe:
     spec = cast("Any", importlib.util.spec_from_file_location(name, path))
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their own module up there
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (ModuleNotFoundError, UserError):
+        raise
+    except Exception as error:  # whatever somebody's own code may raise
+        raise UserError(f"the recipe {path} cannot be run: {type(error).__name__}: {error}") from error
     if missing := [item for item in REQUIRED if not hasattr(module, item)]:
         raise UserError(f"the recipe {path} has no {', '.join(missing)}; see flora.recipes.Recipe for the contract")
     return cast("Recipe", module)

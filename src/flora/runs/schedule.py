@@ -6,6 +6,7 @@ import math
 import os
 
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from flora.errors import UserError
 
@@ -35,6 +36,14 @@ def check_schedule(arguments: TrainingArguments) -> None:
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(arguments, name) < 1:
             raise UserError(f"training.{name} is {getattr(arguments, name)}, expected 1 or more")
+
+    known = get_available_reporting_integrations()
+    for name in arguments.report_to or []:
+        if name not in known:
+            raise UserError(
+                f"training.report_to is {name!r}, which is not installed or not known; install the package, or choose "
+                f"from {', '.join(['none', *known])}"
+            )
 
     # torch warns at every start of its workers where there are more of them than cores.
     arguments.dataloader_num_workers = min(arguments.dataloader_num_workers, cores())

@@ -74,6 +74,11 @@ def check_target(
     if not os.path.lexists(place):
         return
     if not overwrite:
+        with (
+            suppress(UserError, OSError),
+            claim(target),
+        ):  # a run that was killed at its very end may have left its part
+            pass
         raise FileExistsError(f"{target} exists; choose another output or ask to overwrite it (--overwrite)")
     for source in sources:
         real = _real(Path(source))
@@ -295,11 +300,16 @@ def _lock(folder: Path, target: Path, wait: bool) -> Lock:
         try:
             if not folder.is_symlink():
                 folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise _named(error, target) from None
+
+        try:
             lock = Lock.take(folder / LOCK, wait=wait)
-        except FileNotFoundError:  # another process has just removed the folder
+        except FileNotFoundError:  # another process has removed the folder since
             continue
         except OSError as error:
             raise _named(error, target) from None
+
         if lock is None:
             raise _busy(target)
         if lock.is_of(folder / LOCK):

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from flora.errors import UserError
 
 NOTES = ("flora", "flora_dense")  # one of these keys is in the metadata of every single file that flora writes
+PAGE_MARK = "<!-- written by flora inspect -->\n"
 
 
 class Kind(NamedTuple):
@@ -70,6 +71,11 @@ def is_our_tensor_file(path: Path) -> bool:
     return any(key in metadata for key in NOTES)
 
 
+def is_our_page(path: Path) -> bool:
+    """Whether a page ends with the mark of ``flora inspect``."""
+    return path.is_file() and path.read_bytes().endswith(PAGE_MARK.encode())
+
+
 def is_adapter(folder: Path) -> bool:
     """Whether a folder is an adapter's."""
     return (folder / "adapter_config.json").is_file()
@@ -85,6 +91,7 @@ ADAPTER = Kind(
     is_adapter,
     ("adapter_config.json", "adapter_model.safetensors", "README.md"),
 )
+PAGE = Kind("a page", is_our_page)
 TENSORS = Kind("a tensor file", is_our_tensor_file)
 # What a model's folder holds beside its weights is copied from the base, whose own names a merge adds to these.
 MODEL = Kind(
