@@ -263,7 +263,7 @@ def recipes(args: argparse.Namespace) -> int:
     if args.name is None:
         raise UserError(f"copy what? flora recipes copy NAME, with NAME one of {', '.join(config_names())}")
     if args.name not in config_names():
-        raise UserError(f"no packaged config {args.name!r}; there are {', '.join(config_names())}")
+        raise UserError(f"no config {args.name!r} is packaged; there are {', '.join(config_names())}")
     target = Path(f"{args.name}.yaml")
     if target.exists():
         raise UserError(f"{target} exists here already; rename it first")
