@@ -9,7 +9,6 @@ from peft import PeftModel, get_peft_model
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.nn.modules.batchnorm import _BatchNorm
 
 import flora
 
@@ -22,13 +21,8 @@ def network() -> nn.Sequential:
     )  # fmt: skip
 
 
-def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, rate: float, keep_statistics: bool) -> None:
-    model.train()
-    if keep_statistics:  # an adapter file has no running statistics: leave those of the base model as they are
-        for module in model.modules():
-            if isinstance(module, _BatchNorm):
-                module.eval()
-
+def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, rate: float) -> None:
+    model.train()  # the batch norms of an adapted model keep the base model's statistics, here too
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=rate)
     for _ in range(epochs):
         for rows in torch.randperm(len(images)).split(50):
@@ -48,14 +42,14 @@ def main(output: Path = Path("cnn-adapter"), epochs: int = 10) -> dict[str, floa
     digits = load_digits()
     images, labels = torch.tensor(digits.images[:, None] / 8 - 1, dtype=torch.float32), torch.tensor(digits.target)
     base = network()
-    train(base, images[:900], labels[:900], epochs, 3e-3, keep_statistics=False)
+    train(base, images[:900], labels[:900], epochs, 3e-3)
     weights = {name: value.clone() for name, value in base.state_dict().items()}
 
     inverted, test = (-images[900:1000], labels[900:1000]), (-images[1000:], labels[1000:])
     found = {"base": accuracy(base, *test)}
     model = get_peft_model(base, flora.FloraConfig(r=8, target_modules="all", modules_to_save=["8"]))
     model.print_trainable_parameters()
-    train(model, *inverted, 4 * epochs, 1e-2, keep_statistics=True)
+    train(model, *inverted, 4 * epochs, 1e-2)
     found["adapted"] = accuracy(model, *test)
     model.save_pretrained(output)
 

@@ -179,3 +179,20 @@ def test_where_a_number_comes_from_is_json() -> None:
     assert found["versions"]["torch"] == torch.__version__
     assert found["machine"]["cores"] >= 1
     assert found["commit"] is None or len(found["commit"]) >= 40
+
+
+def test_a_plan_of_a_model_leaves_it_alone_and_counts_what_peft_counts() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 13, 3, stride=2), nn.BatchNorm2d(13), nn.ConvTranspose2d(13, 7, 2), nn.LSTM(7, 5)
+    )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    config = flora.FloraConfig(r=4, target_modules="all")
+    plan = flora.plan_model(model, config)
+    assert str(plan).startswith("layer")
+    assert config.layout is None
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(isinstance(module, flora.TuckerDelta) for module in model.modules())
+
+    adapted = get_peft_model(model, flora.FloraConfig(r=4, target_modules="all"))
+    trained = sum(value.numel() for value in adapted.parameters() if value.requires_grad)
+    assert plan.report["trainable_parameters"] == trained

@@ -35,6 +35,7 @@ __all__ = [
     "extract",
     "load",
     "plan",
+    "plan_model",
     "save",
     "start",
 ]
@@ -48,6 +49,7 @@ _LATER = {
     "decompose": "flora.tucker.decomposition",
     "adapt": "flora.gradient.start",
     "start": "flora.gradient.start",
+    "plan_model": "flora.report.model_plan",
 }
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import get_peft_model
@@ -56,15 +57,63 @@ def model_plan(
     Raises:
         ValueError: the model's config cannot be read, or nothing in it matches.
     """
-    base = meta_model(model)
+    return _planned(meta_model(model), model, FloraConfig(**adapter), positions, device)
+
+
+def plan_model(model: nn.Module, config: FloraConfig, *, positions: int = 4096, device: str | None = None) -> ModelPlan:
+    """What FLoRA would adapt in a model of your own, and what it costs; the model is left as it is.
+
+    Args:
+        model: Any module; its weights are neither read nor copied.
+        config: Of the adapter.
+        positions: Output positions per training step that the operations are counted for.
+        device: "cpu" or "gpu", that the ways are chosen for; by default what torch finds here.
+
+    Returns:
+        The plan; ``print`` it.
+
+    Raises:
+        ValueError: Nothing in the model matches the config.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 24, 3))
+        >>> plan = plan_model(network, FloraConfig(target_modules="all"))
+        >>> [row["ranks"] for row in plan.report["rows"]]
+        [(8, 3, 2, 2), (8, 8, 2, 2)]
+    """
+    # A copy whose parameters and buffers are on the meta device: deepcopy takes what the memo has for them.
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        meta = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+    base = copy.deepcopy(model, memo)
+    return ModelPlan(_planned(base, type(model).__name__, copy.deepcopy(config), positions, device))
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """What an adapter would be in a model. ``print(plan)`` shows a table.
+
+    Attributes:
+        report: ``rows`` with their ``count``, ``left_out`` with reasons, and totals, as plain values.
+    """
+
+    report: dict[str, Any]
+
+    def __str__(self) -> str:
+        return plan_text(self.report)
+
+
+def _planned(base: nn.Module, name: str, config: FloraConfig, positions: int, device: str | None) -> dict[str, Any]:
+    """The report for a model that is on the meta device, which is adapted on the way."""
     total = sum(parameter.numel() for parameter in base.parameters())
     with torch.device("meta"), user_errors(ValueError):  # PEFT refuses names that the model does not have
-        adapted = get_peft_model(base, FloraConfig(**adapter))
+        adapted = get_peft_model(cast("Any", base), config)
     device = device or ("gpu" if torch.cuda.is_available() else "cpu")
     counts = Counter(_rows(adapted, positions, device == "cpu"))
     trained = sum(row.parameters * count for row, count in counts.items())
     return {
-        "model": model,
+        "model": name,
         "class": type(base).__name__,
         "positions": positions,
         "device": device,
