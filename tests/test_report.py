@@ -183,7 +183,7 @@ def test_where_a_number_comes_from_is_json() -> None:
 
 def test_a_plan_of_a_model_leaves_it_alone_and_counts_what_peft_counts() -> None:
     model = nn.Sequential(
-        nn.Conv2d(3, 13, 3, stride=2), nn.BatchNorm2d(13), nn.ConvTranspose2d(13, 7, 2), nn.LSTM(7, 5)
+        nn.Conv2d(3, 13, 3, stride=2), nn.BatchNorm2d(13), nn.ConvTranspose2d(13, 7, 2), nn.LSTM(17, 23)
     )
     before = {name: value.clone() for name, value in model.state_dict().items()}
     config = flora.FloraConfig(r=4, target_modules="all")
