@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -133,12 +134,6 @@ class FloraConfig(PeftConfig):
     )
     path: InitVar[str | None] = None
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> FloraConfig:
-        """Refuses the field names of other methods, with our own name for the same thing."""
-        for name in FOREIGN.keys() & kwargs.keys():
-            raise WrongTypeError(f"FloraConfig has no {name}; write {FOREIGN[name]}")
-        return super().__new__(cls)
-
     def __post_init__(self, path: str | None) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PeftType("TUCKER")
@@ -260,3 +255,22 @@ def _check_indices(value: object, field: str) -> None:
     for index in value if isinstance(value, (list, tuple)) else [value]:
         if isinstance(index, bool) or not isinstance(index, int):
             raise WrongTypeError(f"{field} must be a list of whole numbers, got {value!r}")
+
+
+def _refuse_foreign_names(made: Callable[..., None]) -> Callable[..., None]:
+    """Refuses the field names of other methods, with our own name for the same thing.
+
+    Around ``__init__`` and not in ``__new__``: what reads the signature, such as the parser of configs, must find the
+    fields.
+    """
+
+    @functools.wraps(made)
+    def checked(self: FloraConfig, *args: Any, **kwargs: Any) -> None:
+        for name in FOREIGN.keys() & kwargs.keys():
+            raise WrongTypeError(f"FloraConfig has no {name}; write {FOREIGN[name]}")
+        made(self, *args, **kwargs)
+
+    return checked
+
+
+FloraConfig.__init__ = _refuse_foreign_names(FloraConfig.__init__)  # type: ignore[method-assign]
