@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import flora
 from convert_cases import CONV_AXES, difference, random_adapter, random_form
 from flora.convert import FORMATS, Adapter, Entry, Layout, convert, detect, load, save
+from flora.convert.report import compare
 from flora.layers.layout import fold_groups
 from flora.storage import tensors as convert_files
 from foreign_models import build, logits
@@ -202,6 +203,11 @@ def note(text: str) -> Callable[[Path], None]:
     return run
 
 
+def replace_core(change: Callable[[Tensor], Tensor]) -> Callable[[Path], None]:
+    key = HEAD + "core"
+    return rewrite(lambda tensors: tensors.update({key: change(tensors[key]).contiguous()}))
+
+
 HEAD = "base_model.model.head.tucker_weight."
 BROKEN: list[tuple[Callable[[Path], object], type[Exception], str]] = [
     (truncate, ValueError, "adapter_model.safetensors is truncated or corrupt.*copy or download it again"),
@@ -228,6 +234,20 @@ BROKEN: list[tuple[Callable[[Path], object], type[Exception], str]] = [
     ),
     (reconfigure(peft_type="LOHA"), ValueError, "peft_type 'LOHA'; only TUCKER .ours. and LORA"),
     (note('{"head.weight": 3}'), ValueError, "recorded layout of head.weight is 3"),
+    (note('{"head.weight": {"kind": "conv", "axes": ["a"], "groups": "x"}}'), ValueError, "recorded layout of head"),
+    (note('{"head.weight": {"kind": "conv", "axes": ["a"]}}'), ValueError, "head.weight has the shape .* the axes a"),
+    (note("[1]"), ValueError, "metadata 'flora' is not the JSON object"),
+    (note("[" * 5000), ValueError, "metadata 'flora' is not the JSON object"),
+    (replace_core(lambda core: core.long()), ValueError, "head.tucker_weight.core has numbers of type torch.int64"),
+    (replace_core(lambda core: core.to(torch.float8_e4m3fn)), ValueError, "has numbers of type torch.float8_e4m3fn"),
+    (replace_core(lambda core: core[:0]), ValueError, r"head.tucker_weight.core has the shape \(0, 3\)"),
+    (replace_core(lambda core: core.sum()), ValueError, r"head.tucker_weight.core has the shape \(\)"),
+    (replace_core(lambda core: core[(None,) * 60]), ValueError, "head.tucker_weight.core has 62 dimensions"),
+    (replace_core(lambda core: core.half()), ValueError, "tensors of head.weight have different types of numbers"),
+    (reconfigure(modules_to_save=True), ValueError, "modules_to_save is 'True', expected a list of names"),
+    (reconfigure(layout=3), ValueError, "layout is '3', expected a JSON object"),
+    (reconfigure(base_model_name_or_path=[]), ValueError, "base_model_name_or_path is .*, expected a name"),
+    (reconfigure(trainable_token_indices="all"), ValueError, "trainable_token_indices is 'all', expected row numbers"),
 ]
 
 
@@ -348,3 +368,25 @@ def test_what_cannot_be_read_says_why(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds more than tensors; nothing in it was run") as caught:
         convert_files.read_pickled(tmp_path / "evil.pt")
     assert "weights_only" not in str(caught.value)
+
+
+def test_a_weight_larger_than_memory_is_converted_in_its_factors(tmp_path: Path) -> None:
+    size, layout = 400_000, Layout("linear", ("out", "in"))
+    huge = Adapter({"net.weight": Entry(random_form((size, size), (1, 2)), 0.5, layout)})
+    for kind, name in (("flora", "f"), ("lora", "l"), ("kohya", "k.safetensors")):
+        report = save(huge, tmp_path / name, format=kind)
+        assert report.relative_error < 1e-6
+        assert load(tmp_path / name).weights["net.weight"].shape == (size, size)
+    with pytest.raises(ValueError, match=r"has 640.0 GB, more than this machine has memory; write a format"):
+        save(huge, tmp_path / "d.safetensors", format="dense")
+
+
+def test_a_large_weight_that_was_written_wrong_is_noticed() -> None:
+    layout = Layout("linear", ("out", "in"))
+    size = 5_003  # squared, it is more than is compared number by number
+    form = random_form((size, size), (2, 3))
+    other = flora.Tucker(1.001 * form.core, form.factors)
+    first, second = (Adapter({"net.weight": Entry(each, 0.5, layout)}) for each in (form, other))
+    assert compare(first, first)[1] < 1e-12
+    with pytest.raises(ValueError, match="net.weight: what was written differs by 1.0e-03"):
+        compare(first, second)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import flora
@@ -144,6 +144,32 @@ def test_a_start_that_changes_the_base_is_refused(tmp_path: Path, start: str | b
         return
     merged = layer.base_layer.weight + layer.get_delta_weight("default")
     assert torch.allclose(before + load(tmp_path).weights["head.weight"].dense(), merged, atol=1e-6)
+
+
+DAMAGED = [
+    ({"r": "3"}, {}, "r must be a number, got '3'"),
+    ({"r": 0}, {}, "r has the rank 0, expected a whole number from 1"),
+    ({"lora_alpha": None}, {}, "lora_alpha must be a number, got None"),
+    ({"rank_pattern": [3]}, {}, "rank_pattern is .3., expected names and numbers"),
+    ({"rank_pattern": {"head": True}}, {}, "head must be a number, got True"),
+    ({"init_lora_weights": []}, {}, "has init_lora_weights=..: when PEFT loads"),
+    ({}, {"B": torch.ones(17)}, r"lora_A .2, 3. and lora_B .17,. do not fit"),
+    ({}, {"A": torch.ones(0, 3)}, "head has the shape .0, 3."),
+]
+
+
+@pytest.mark.parametrize(("fields", "tensors", "message"), DAMAGED)
+def test_damaged_files_are_refused_by_name(
+    fields: dict[str, object], tensors: dict[str, torch.Tensor], message: str, tmp_path: Path
+) -> None:
+    get_peft_model(build("mixed"), LoraConfig(r=2, target_modules=["head"])).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    file = tmp_path / "adapter_model.safetensors"
+    parts = {f"base_model.model.head.lora_{part}.weight": value for part, value in tensors.items()}
+    save_file({**load_file(file), **parts}, file)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["flora", "lora"])

@@ -22,7 +22,7 @@ from flora.errors import UserError
 from flora.layers.layout import Layout
 from flora.storage.atomic import check_target, staged
 from flora.storage.replacing import ADAPTER, TENSORS, Kind
-from flora.storage.tensors import CONFIG, check_exists, read_json
+from flora.storage.tensors import CONFIG, check_exists, read_object
 
 FORMATS: dict[str, ModuleType] = {"flora": native, "lora": lora, "kohya": kohya, "dense": dense, "official": official}
 Target = Literal["flora", "lora", "kohya", "dense"]
@@ -45,7 +45,7 @@ def detect(path: str | Path) -> str:
             return name
     if path.is_file():
         raise UserError(f"{path} is not an adapter that can be read: none of its keys belongs to {', '.join(FORMATS)}")
-    kind = read_json(path / CONFIG).get("peft_type")
+    kind = read_object(path / CONFIG).get("peft_type")
     raise UserError(
         f"{path / CONFIG} has peft_type {kind!r}; only TUCKER (ours) and LORA can be read, merge others with PEFT"
     )
@@ -82,15 +82,24 @@ def load(path: str | Path, *, base: Base | nn.Module | str | Path | None = None,
         adapter = adapter if known is None else adapter.with_layouts(known.layouts)
     else:
         adapter = FORMATS[kind].read(path, layouts)
-    if known is not None:
-        _check_shapes(adapter, known)
+    _check_entries(adapter, path, known)
     return adapter
 
 
-def _check_shapes(adapter: Adapter, base: Base) -> None:
+def _check_entries(adapter: Adapter, path: Path, base: Base | None) -> None:
+    """Checks that the parts of each change fit together, and fit the base model as far as that is known."""
     for name, entry in adapter.weights.items():
-        expected = base.shapes.get(name, entry.shape)  # a parametrised weight is no parameter
-        if entry.shape != expected:
+        parts = (entry.form.core, *(factor for factor in entry.form.factors if factor is not None))
+        if len({part.dtype for part in parts}) > 1:
+            raise UserError(f"{path}: the tensors of {name} have different types of numbers; the file was edited")
+        if entry.layout is not None and len(entry.layout.axes) != len(entry.shape):
+            raise UserError(
+                f"{path}: {name} has the shape {entry.shape} and the axes {', '.join(entry.layout.axes)}; the file was "
+                "edited, or the base model is another"
+            )
+
+        expected = None if base is None else base.shapes.get(name)  # a parametrised weight is no parameter
+        if expected is not None and entry.shape != expected:
             raise UserError(
                 f"{name} has shape {expected} in the base model and {entry.shape} in the adapter; give the base model "
                 "that the adapter was trained on"

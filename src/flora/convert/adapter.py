@@ -104,10 +104,10 @@ class Adapter:
                 module = name.removesuffix(TOKEN_ROWS)
                 key = match_pattern(given, module) if isinstance(given, Mapping) else None
                 numbers = given[key] if key is not None else given
-                if not isinstance(numbers, list) or len(numbers) != len(rows):
+                if not isinstance(numbers, list) or rows.ndim != 2 or len(numbers) != len(rows):
                     raise UserError(
-                        f"{name} holds {len(rows)} rows, and trainable_token_indices of the config is {given}; copy "
-                        "adapter_config.json and the weights again, from one save"
+                        f"{name} holds {rows.shape[:1].numel()} rows, and trainable_token_indices of the config is "
+                        f"{given}; copy adapter_config.json and the weights again, from one save"
                     )
                 found[f"{module}.weight"] = (numbers, rows)
         return found

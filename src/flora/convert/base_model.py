@@ -21,7 +21,7 @@ from torch import nn
 
 from flora.errors import UserError, user_errors
 from flora.layers.layout import Layout, of_module
-from flora.storage.tensors import check_exists, read_json
+from flora.storage.tensors import check_exists, read_object
 
 ALWAYS_KNOWN = ("flora", "transformers")  # packages that every installation has
 AUTO_CLASSES = {  # task_type of an adapter config -> the class of transformers that PEFT pairs it with
@@ -86,7 +86,7 @@ def try_base(folder: Path) -> Base | None:
 
 
 def _build(folder: Path) -> nn.Module:
-    settings = read_json(folder / "config.json")
+    settings = read_object(folder / "config.json")
     if "_class_name" in settings:
         return _from_diffusers(settings)
     names = [name for name in settings.get("architectures") or [] if isinstance(name, str)]
@@ -121,17 +121,17 @@ def meta_model(source: str) -> nn.Module:
     """
     from transformers import AutoModel
 
+    # Whatever transformers raises here, it is of a config that it did not write or cannot build.
     try:
         config = _transformers_config(source)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().partition("\n")[0]
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
         raise UserError(f"no config of a transformers model in {source!r}: {reason}") from None
 
     found = stored_class({"architectures": config.architectures})
     build = AutoModel.from_config if found is None else found
     if found is None and type(config) not in AutoModel._model_mapping:
         build = _only_class_of(config, source)
-    # Whatever transformers raises here, it is of a config that it did not write or cannot build.
     with torch.device("meta"), user_errors(Exception, about=f"no model can be built from the config in {source!r}"):
         return cast("nn.Module", build(config))
 
@@ -242,12 +242,11 @@ def is_stored_as(folder: Path, config: Mapping[str, Any], adapter: Path) -> bool
     """
     if not (config.get("auto_mapping") or config.get("task_type")):
         return True
-    wanted, settings = adapted_class(config, adapter), read_json(folder / "config.json")
+    wanted, settings = adapted_class(config, adapter), read_object(folder / "config.json")
     mapping = getattr(wanted, "_model_mapping", None)
     if mapping is not None:  # an auto class: which one it stands for here
-        from transformers import AutoConfig
-
-        wanted = mapping.get(type(AutoConfig.from_pretrained(folder)), wanted)
+        with user_errors(Exception, about=f"{folder / 'config.json'}"):
+            wanted = mapping.get(type(_transformers_config(str(folder))), wanted)
     return wanted.__name__ in [*(settings.get("architectures") or ()), settings.get("_class_name")]
 
 

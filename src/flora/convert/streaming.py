@@ -27,7 +27,7 @@ from flora.layers.names import TOKEN_ROWS
 from flora.storage.atomic import check_target, staged
 from flora.storage.checkpoint import Checkpoint
 from flora.storage.replacing import MODEL
-from flora.storage.tensors import DTYPES, read_json, stream_tensors, write_json
+from flora.storage.tensors import DTYPES, read_object, stream_tensors, write_json
 from flora.tucker.form import Tucker, mode_product
 
 TORCH_DTYPES = {stored: dtype for dtype, stored in DTYPES.items()}
@@ -214,7 +214,7 @@ class _Plan:
             raise UserError(f"{name} is changed as a whole and has trained token rows; merge it with PEFT instead")
 
         shape = self.source.shape(key)
-        if rows.values.shape[1:] != shape[1:] or int(rows.numbers.max()) >= shape[0]:
+        if rows.values.shape[1:] != shape[1:] or not 0 <= int(rows.numbers.min()) <= int(rows.numbers.max()) < shape[0]:
             raise UserError(
                 f"{name} has shape {shape} in {self.source.path}, and the adapter trained its rows "
                 f"{rows.numbers.tolist()} of shape {tuple(rows.values.shape)}; give the base model that the adapter "
@@ -314,7 +314,7 @@ def files_inside(folder: Path, paths: Iterable[Path]) -> list[Path]:
 def _extend_index(source: Checkpoint, work: Path, plan: _Plan) -> None:
     """Names the new tensors in the copied index."""
     if source.index is not None and plan.new:
-        index = read_json(work / source.index.name)
+        index = read_object(work / source.index.name)
         index["weight_map"].update(dict.fromkeys(plan.new, plan.last))
         write_json(work / source.index.name, index)
 

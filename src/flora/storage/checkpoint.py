@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from flora.errors import UserError
-from flora.storage.tensors import check_exists, open_tensors, read_json
+from flora.storage.tensors import check_exists, open_tensors, read_object
 
 INDEX = ".safetensors.index.json"
 NAMES = ("model", "diffusion_pytorch_model")
@@ -73,7 +73,12 @@ class Checkpoint:
     def _weight_map(self) -> dict[str, str]:
         if self.index is None:
             return {}
-        return dict(read_json(self.index).get("weight_map") or {})
+        found = read_object(self.index).get("weight_map")
+        if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+            raise UserError(f"{self.index} has no weight_map of names to files; copy or download it again")
+        if strange := next((file for file in found.values() if Path(file).name != file), None):
+            raise UserError(f"{self.index} names the shard {strange!r}, which is not a file beside it")
+        return found
 
     def _check_index(self) -> None:
         for name, file in self._weight_map().items():

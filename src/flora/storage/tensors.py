@@ -14,8 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flora.errors import UserError
+from flora.storage.atomic import read_json
 
 CONFIG = "adapter_config.json"
+MOST_DIMS = 16  # of a weight
 NOTE = "flora"  # the key of a file's metadata under which the layouts are recorded; readers ignore it
 WEIGHTS = "adapter_model.safetensors"
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -109,25 +111,55 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
 def check_finite(tensors: Mapping[str, Tensor], source: Path | str) -> None:
     """Raises a ValueError that names the first tensor with NaN or infinite entries."""
     for key, value in tensors.items():
+        if value.ndim > MOST_DIMS:
+            raise UserError(f"{source}: {key} has {value.ndim} dimensions; no weight has more than {MOST_DIMS}")
+        if value.is_floating_point() and value.element_size() == 1:  # of 8 bits, which torch cannot ask
+            value = value.float()
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise UserError(f"{source}: {key} has NaN or infinite entries; the training that wrote it diverged")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a JSON object.
+        UserError: it is not a JSON object.
     """
-    check_exists(path, "config file")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}; copy or download it again") from None
+    value = read_json(path)
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}, expected a JSON object")
     return value
+
+
+def read_note(metadata: Mapping[str, str], key: str, path: Path) -> dict[str, Any] | None:
+    """What flora has noted in the metadata of a tensor file, or None where it has noted nothing.
+
+    Raises:
+        UserError: it is not what flora writes there.
+    """
+    if key not in metadata:
+        return None
+    try:
+        note = json.loads(metadata[key])
+    except (ValueError, RecursionError):
+        note = None
+    if not isinstance(note, dict):
+        raise UserError(f"{path}: the metadata {key!r} is not the JSON object that flora writes; the file was edited")
+    return note
+
+
+def check_form_tensors(tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Checks that tensors can be cores and factors.
+
+    Raises:
+        UserError: one is empty, has no or too many dimensions, or numbers of a kind that is not trained; names it.
+    """
+    for key, value in tensors.items():
+        if value.dtype not in (*DTYPES, torch.complex64, torch.complex128):
+            raise UserError(f"{source}: {key} has numbers of type {value.dtype}; an adapter is stored in float")
+        if not 0 < value.ndim <= MOST_DIMS or not value.numel():
+            raise UserError(f"{source}: {key} has the shape {tuple(value.shape)}, which no part of an adapter has")
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ import torch
 from flora.convert.extraction.allocation import Choice
 from flora.errors import UserError
 from flora.storage.atomic import staged
-from flora.storage.tensors import read_json, read_tensors, write_json, write_tensors
+from flora.storage.tensors import read_object, read_tensors, write_json, write_tensors
 from flora.tucker.form import Tucker
 
 
@@ -29,7 +29,7 @@ class Store:
         if not mark.exists():
             with staged(mark) as path:
                 write_json(path, {"fingerprint": fingerprint})
-        elif read_json(mark).get("fingerprint") != fingerprint:
+        elif read_object(mark).get("fingerprint") != fingerprint:
             raise UserError(
                 f"{folder} holds the finished layers of another extraction (other models or ranks); remove it, or "
                 "repeat that request to go on with it"
@@ -43,7 +43,7 @@ class Store:
         path = self._path(name, f".{most}.json")
         if not path.exists():
             return None
-        return [Choice(tuple(item["ranks"]), item["params"], item["error"]) for item in read_json(path)["choices"]]
+        return [Choice(tuple(item["ranks"]), item["params"], item["error"]) for item in read_object(path)["choices"]]
 
     def write_choices(self, name: str, most: int, found: list[Choice]) -> None:
         """Keeps the choices of a layer."""

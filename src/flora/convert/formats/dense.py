@@ -11,7 +11,7 @@ from flora.convert.adapter import Adapter, Entry
 from flora.convert.arithmetic import dense_change
 from flora.errors import UserError
 from flora.layers.layout import Layout, layout_from_json
-from flora.storage.tensors import open_tensors, read_tensors, write_tensors
+from flora.storage.tensors import check_form_tensors, open_tensors, read_note, read_tensors, write_tensors
 from flora.tucker.form import Tucker
 
 MARK = "flora_dense"  # in the metadata: the layouts that are known
@@ -51,7 +51,9 @@ def detect(path: Path) -> bool:
 def read(path: Path, layouts: Mapping[str, Layout] | None = None) -> Adapter:
     """Reads the file; every change is a form whose modes are all kept whole."""
     tensors, metadata = read_tensors(path)
-    known = {name: layout_from_json(name, value) for name, value in json.loads(metadata.get(MARK, "{}")).items()}
+    check_form_tensors({name: value for name, value in tensors.items() if not name.startswith(_WHOLE)}, path)
+    noted = read_note(metadata, MARK, path) or {}
+    known = {name: layout_from_json(name, value) for name, value in noted.items()}
     known = known if layouts is None else dict(layouts)
     weights, extras = {}, {}
     for name, value in tensors.items():

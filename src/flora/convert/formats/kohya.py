@@ -22,7 +22,7 @@ from flora.convert.formats.pairs import pad, split, trim
 from flora.errors import UserError
 from flora.layers.layout import Layout, layout_from_json
 from flora.layers.names import GIVE_BASE
-from flora.storage.tensors import NOTE, open_tensors, read_tensors, write_tensors
+from flora.storage.tensors import NOTE, check_form_tensors, open_tensors, read_note, read_tensors, write_tensors
 from flora.tucker.form import Tucker, mode_product
 
 PREFIXES = (
@@ -140,7 +140,7 @@ def read(path: Path, layouts: Mapping[str, Layout] | None = None) -> Adapter:
     """
     tensors, metadata = read_tensors(path)
     # A file that we wrote notes every name, so any one prefix will do there.
-    noted = json.loads(metadata[NOTE]) if NOTE in metadata else None
+    noted = read_note(metadata, NOTE, path)
     if layouts is None and noted is not None:
         layouts = {name: layout_from_json(name, value) for name, value in noted.items()}
     if layouts is None:
@@ -156,6 +156,7 @@ def read(path: Path, layouts: Mapping[str, Layout] | None = None) -> Adapter:
         stems.setdefault(stem, {})[part] = value
     if not stems:
         raise UserError(f"{path} has no tensors; copy or download it again")
+    check_form_tensors({key: value for key, value in tensors.items() if not key.endswith(".alpha")}, path)
     names = _names(list(stems), list(layouts if noted is None else noted), PREFIXES if noted is None else (), path)
     if lacking := [name for name in names.values() if name not in layouts]:
         raise UserError(f"the base model has no weight {lacking[0]!r}; give the base model the adapter was trained on")
@@ -225,7 +226,12 @@ def _entry(stem: str, parts: Mapping[str, Tensor], layout: Layout) -> Entry:
     if alpha.numel() != 1:
         raise UserError(f"{stem}.alpha has shape {tuple(alpha.shape)}, expected one number; the file was edited")
     scale = float(alpha) / rank if float(alpha) else 1.0
-    if up.shape[1] != rank or (mid is not None and tuple(mid.shape[:2]) != (rank, rank)):
+    if (
+        up.ndim < 2
+        or down.ndim < 2
+        or up.shape[1] != rank
+        or (mid is not None and tuple(mid.shape[:2]) != (rank, rank))
+    ):
         raise UserError(f"{stem}: lora_up {tuple(up.shape)} and lora_down {tuple(down.shape)} do not fit each other")
     if mid is not None:
         form = Tucker(mid, (up.reshape(up.shape[:2]), down.reshape(rank, -1).T, *(None,) * (mid.ndim - 2)))

@@ -16,10 +16,12 @@ from typing import Any
 from torch import Tensor
 
 from flora.convert.adapter import Adapter, Entry
+from flora.convert.formats.adapter_config import read_config
 from flora.convert.formats.native import lone_biases, saved_modules
 from flora.convert.formats.pairs import join_stack, pad, split, split_stack, swap, trim
 from flora.errors import UserError
 from flora.layers.axes import KERNELS
+from flora.layers.entries import DEFAULT_RANK, check_number
 from flora.layers.layout import Layout, is_raw, layout_from_json
 from flora.layers.names import (
     GIVE_BASE,
@@ -30,8 +32,18 @@ from flora.layers.names import (
     nested,
     wrapped_modules,
 )
-from flora.layers.patterns import match_pattern
-from flora.storage.tensors import CONFIG, NOTE, WEIGHTS, read_json, read_tensors, write_json, write_tensors
+from flora.layers.patterns import Patterns
+from flora.storage.tensors import (
+    CONFIG,
+    NOTE,
+    WEIGHTS,
+    check_form_tensors,
+    read_note,
+    read_object,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from flora.tucker.form import Tucker
 
 _REFUSED = (  # fields that make an adapter something else than a fixed change of the weights
@@ -200,7 +212,7 @@ def _remarks(adapter: Adapter, rank: int) -> list[str]:
 
 def detect(path: Path) -> bool:
     """Whether the path is a folder with a PEFT LoRA adapter."""
-    return (path / CONFIG).is_file() and read_json(path / CONFIG).get("peft_type") == "LORA"
+    return (path / CONFIG).is_file() and read_object(path / CONFIG).get("peft_type") == "LORA"
 
 
 def read(path: Path, layouts: Mapping[str, Layout] | None = None) -> Adapter:
@@ -213,14 +225,14 @@ def read(path: Path, layouts: Mapping[str, Layout] | None = None) -> Adapter:
     Raises:
         ValueError: a file is corrupt or foreign, the config asks for more than LoRA (DoRA), or a layout is missing.
     """
-    config = read_json(path / CONFIG)
+    config = read_config(path)
     used = next((key for key in _REFUSED if config.get(key)), None)
     if used is not None:
         raise UserError(
             f"{path / CONFIG} has {used}={config[used]!r}, which is not a fixed change of the weights; merge it"
         )
     start = config.get("init_lora_weights", True)
-    if start not in _PLAIN_STARTS:
+    if not any(start is plain or start == plain for plain in _PLAIN_STARTS):
         raise UserError(
             f"{path / CONFIG} has init_lora_weights={start!r}: when PEFT loads such an adapter it also changes the "
             "base weights, so lora_A and lora_B alone are not the change; save it with "
@@ -228,20 +240,24 @@ def read(path: Path, layouts: Mapping[str, Layout] | None = None) -> Adapter:
         )
     tensors, metadata = read_tensors(path / WEIGHTS)
     check_prefix(tensors, path / WEIGHTS)
-    if layouts is None and NOTE in metadata:
-        layouts = {name: layout_from_json(name, value) for name, value in json.loads(metadata[NOTE]).items()}
+    noted = read_note(metadata, NOTE, path / WEIGHTS)
+    if layouts is None and noted is not None:
+        layouts = {name: layout_from_json(name, value) for name, value in noted.items()}
     wrapped = wrapped_modules(tensors)
     ups, downs, extras = _sort(tensors, wrapped)
+    for pair in (ups, downs):
+        check_form_tensors(pair, path / WEIGHTS)
     if not ups or ups.keys() != downs.keys():
         odd = sorted(ups.keys() ^ downs.keys())
         raise UserError(
             f"{path / WEIGHTS}: {f'{odd[0]} lacks lora_A or lora_B' if odd else 'it has no lora_A and lora_B'}"
         )
     weights = {}
+    scales = _Scales(config)
     stems = {stem: module_of(stem.lstrip("*"), wrapped) for stem in sorted(ups)}
     for stem in stems:
         name, layout = _identify(stem, stems, config, layouts, downs[stem].ndim)
-        weights[name] = _join(name, ups[stem], downs[stem], layout, config)
+        weights[name] = _join(name, ups[stem], downs[stem], layout, scales)
     return Adapter(weights, extras, config)
 
 
@@ -282,7 +298,7 @@ def _identify(
     if not raw or any(f"{module}.weight".endswith(name) for name in raw if name.endswith(".weight")):
         if layouts is not None and f"{module}.weight" in layouts:
             return f"{module}.weight", layouts[f"{module}.weight"]
-        if ndim > 2:
+        if ndim - 2 in KERNELS:
             return f"{module}.weight", Layout("conv", ("out", "in", *KERNELS[ndim - 2]))
         return f"{module}.weight", Layout("linear", ("in", "out") if config.get("fan_in_fan_out") else ("out", "in"))
     names = [f"{module}.{name.rpartition('.')[2]}" for name in raw]
@@ -292,6 +308,10 @@ def _identify(
     wrappers = sorted(
         (other for other, owner in stems.items() if owner == module), key=len, reverse=True
     )  # innermost first
+    if len(wrappers) > len(names):
+        raise UserError(
+            f"{module} has {len(wrappers)} pairs, and target_parameters names {len(names)} of its parameters"
+        )
     name = names[wrappers.index(stem)]
     return name, layouts[name]
 
@@ -302,20 +322,40 @@ def _names_parameter(module: str, target: str) -> bool:
     return bool(owner) and (module == owner or module.endswith(f".{owner}"))
 
 
-def _join(name: str, up: Tensor, down: Tensor, layout: Layout, config: Mapping[str, Any]) -> Entry:
-    module = name.rpartition(".")[0]
-    rank = _of(config, "rank_pattern", "r", 8, module)
-    alpha = _of(config, "alpha_pattern", "lora_alpha", 8, module)
-    scale = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+class _Scales:
+    """The rank and the scale of each weight, as the config says."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.rank_of_all, self.ranks = _numbers_of(config, "rank_pattern", "r")
+        self.alpha_of_all, self.alphas = _numbers_of(config, "alpha_pattern", "lora_alpha")
+        self.by_root = bool(config.get("use_rslora"))
+
+    def rank(self, name: str) -> int:
+        """Of the pair of a weight."""
+        found = self.ranks.find([name.rpartition(".")[0]])
+        return int(self.rank_of_all if found is None else found.value)
+
+    def scale(self, name: str) -> float:
+        """What PEFT multiplies the product of a pair with."""
+        found = self.alphas.find([name.rpartition(".")[0]])
+        alpha = float(self.alpha_of_all if found is None else found.value)
+        rank = self.rank(name)
+        return alpha / (math.sqrt(rank) if self.by_root else rank)
+
+
+def _join(name: str, up: Tensor, down: Tensor, layout: Layout, scales: _Scales) -> Entry:
+    rank = scales.rank(name)
+    scale = scales.scale(name)
     if layout.kind == "experts":
-        count = down.shape[0] // int(rank)
-        if count * int(rank) != down.shape[0] or up.shape[1] != down.shape[0]:
+        count = down.shape[0] // rank
+        fits = up.ndim == down.ndim == 2 and count * rank == down.shape[0] == up.shape[1]
+        if not fits:
             raise UserError(f"{name}: lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)} do not fit rank {rank}")
         form = join_stack(up.reshape(up.shape[0], -1, count).permute(2, 0, 1), down.reshape(count, -1, down.shape[1]))
         return Entry(
             form if layout.axes == ("expert", "out", "in") else swap(form, 1, 2), scale, replace(layout, fold=None)
         )
-    if up.shape[1] != down.shape[0]:
+    if up.ndim < 2 or down.ndim < 2 or up.shape[1] != down.shape[0]:
         raise UserError(
             f"{name}: lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)} do not fit; the file is mixed up"
         )
@@ -325,7 +365,18 @@ def _join(name: str, up: Tensor, down: Tensor, layout: Layout, config: Mapping[s
     return Entry(trim(form), scale, replace(layout, fold=None))
 
 
-def _of(config: Mapping[str, Any], pattern: str, field: str, default: int, module: str) -> Any:
-    patterns = config.get(pattern) or {}
-    key = match_pattern(patterns, module)
-    return config.get(field, default) if key is None else patterns[key]
+def _numbers_of(config: Mapping[str, Any], pattern: str, field: str) -> tuple[float, Patterns[float]]:
+    """What a config says of all layers, and of single ones.
+
+    Raises:
+        UserError: a value is no positive number.
+    """
+    common = config.get(field, DEFAULT_RANK)
+    listed = config.get(pattern) or {}
+    if not isinstance(listed, Mapping):
+        raise UserError(f"{pattern} is {listed!r}, expected names and numbers; the file was edited")
+    for key, value in {field: common, **listed}.items():
+        check_number(value, str(key))
+        if field == "r" and (value < 1 or value != int(value)):
+            raise UserError(f"{key} has the rank {value!r}, expected a whole number from 1")
+    return common, Patterns(listed, pattern)

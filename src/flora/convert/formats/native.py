@@ -13,12 +13,23 @@ from typing import Any
 from torch import Tensor
 
 from flora.convert.adapter import Adapter, Entry
+from flora.convert.formats.adapter_config import read_config
 from flora.errors import UserError
 from flora.layers.entries import Entries
 from flora.layers.layout import Layout, from_shape, is_raw, layout_from_json
 from flora.layers.names import PREFIX, TOKEN_ROWS, check_prefix, in_file, module_of, nested, wrapped_modules
 from flora.layers.patterns import exact_pattern, names_of
-from flora.storage.tensors import CONFIG, NOTE, WEIGHTS, read_json, read_tensors, write_json, write_tensors
+from flora.storage.tensors import (
+    CONFIG,
+    NOTE,
+    WEIGHTS,
+    check_form_tensors,
+    read_note,
+    read_object,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from flora.tucker.form import Tucker, mode_product
 
 _KEY = re.compile(r"(?:(?P<module>.*)\.)?tucker_(?P<weight>[^.]+)\.(?P<part>core|factor_(?P<mode>\d+))")
@@ -29,7 +40,7 @@ _ATTENTION_OUT_KEY = "out_proj_weight"
 
 def detect(path: Path) -> bool:
     """Whether the path is a folder with a FLoRA adapter."""
-    return (path / CONFIG).is_file() and read_json(path / CONFIG).get("peft_type") == "TUCKER"
+    return (path / CONFIG).is_file() and read_object(path / CONFIG).get("peft_type") == "TUCKER"
 
 
 def read(path: Path) -> Adapter:
@@ -39,12 +50,14 @@ def read(path: Path) -> Adapter:
         FileNotFoundError: a file is missing.
         ValueError: a file is truncated or corrupt, has foreign keys or NaN, or its factors do not fit their core.
     """
-    config = read_json(path / CONFIG)
+    config = read_config(path)
     if config.get("peft_type") != "TUCKER":
         raise UserError(f"{path / CONFIG} has peft_type {config.get('peft_type')!r}, expected 'TUCKER'")
     tensors, metadata = read_tensors(path / WEIGHTS)
-    recorded = json.loads(metadata[NOTE]) if NOTE in metadata else config.get("layout")
+    noted = read_note(metadata, NOTE, path / WEIGHTS)
+    recorded = config.get("layout") if noted is None else noted
     check_prefix(tensors, path / WEIGHTS)
+    check_form_tensors({key: value for key, value in tensors.items() if _KEY.search(key)}, path / WEIGHTS)
     wrapped = wrapped_modules(tensors)
     parts: dict[str, dict[str, Tensor]] = {}
     extras: dict[str, Tensor] = {}

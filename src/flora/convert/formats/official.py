@@ -18,7 +18,7 @@ from flora.convert.adapter import Adapter, Entry
 from flora.convert.formats.pairs import swap
 from flora.errors import UserError
 from flora.layers.layout import Layout
-from flora.storage.tensors import open_tensors, read_pickled, read_tensors
+from flora.storage.tensors import check_form_tensors, open_tensors, read_pickled, read_tensors
 from flora.tucker.form import Tucker
 
 _CONV = re.compile(r"(?P<module>.+)\.flora_layer\.param_(?P<part>G|\d+)")
@@ -66,6 +66,7 @@ def read(path: Path, layouts: Mapping[str, Layout] | None = None, *, scale: floa
         if found is None:
             passed.append(key)
         else:
+            check_form_tensors({key: value}, path)
             parts.setdefault(found["module"].removeprefix("base_model.model."), {})[found["part"]] = value
     others = [key for key in passed if ".base_layer." not in key]
     if others:
