@@ -35,10 +35,12 @@ class Task:
     Args:
         data: the folder with the two files.
         labels_per_class: training images of each class.
+        test_images: how many of the 3,000 are used, as many of each class.
     """
 
     data: str
     labels_per_class: int = 20
+    test_images: int = 3000
 
     def __post_init__(self) -> None:
         if not 1 <= self.labels_per_class <= POOL:
@@ -119,10 +121,11 @@ def load_data(task: Task, seed: int) -> Data:
     of_class = [np.flatnonzero(labels == index) for index in range(CLASSES)]
     train = np.concatenate([random.choice(own[:POOL], task.labels_per_class, replace=False) for own in of_class])
     held = np.concatenate([own[POOL:] for own in of_class])
+    apart = np.argsort(arrays["test_y"], kind="stable").reshape(CLASSES, -1)[:, : task.test_images // CLASSES].ravel()
     return Data(
         Shifted(images[train], labels[train]),
         Shifted(images[held], labels[held]),
-        Shifted(arrays["test_x"], arrays["test_y"]),
+        Shifted(arrays["test_x"][apart], arrays["test_y"][apart]),
     )
 
 

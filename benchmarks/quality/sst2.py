@@ -40,7 +40,7 @@ class Task:
 
     data: str
     model: str
-    sentences: int = 128
+    sentences: int = 512
 
 
 def load_base(task: Task) -> Any:

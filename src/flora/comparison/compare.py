@@ -1,7 +1,8 @@
 """``compare``: one task, several methods and seeds, adapters at matched trainable parameters.
 
-Each method's learning rate is chosen on validation from the same grid (first seed); the test set is used by the final
-runs only. Every run is written as it ends and found again, so an interrupted comparison goes on where it was.
+Each method's learning rate is chosen by the mean of validation over the first three seeds, from a grid that goes on for
+all methods while one of them chooses an edge of it; the test set is used by the final runs only. Every run is written
+as it ends and found again, so an interrupted comparison goes on where it was.
 """
 
 from __future__ import annotations
@@ -9,23 +10,21 @@ from __future__ import annotations
 import math
 import statistics
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
-from transformers import Trainer, set_seed
+from transformers import Trainer
 
-from flora.comparison.memory import watch_growth
 from flora.comparison.methods import METHODS
-from flora.comparison.rivals import RefusedError, Request, default_budget
-from flora.errors import DivergedError, UserError
+from flora.comparison.rivals import RefusedError, default_budget
+from flora.comparison.trial import Run, train_once
+from flora.errors import UserError
 from flora.recipes import Data, Recipe, nearest
 from flora.report.card import model_card
 from flora.report.comparison import comparison_page
@@ -34,36 +33,13 @@ from flora.report.provenance import provenance, versions
 from flora.runs.merging import verified_merge
 from flora.runs.run_folder import ADAPTER, ADAPTER_CONFIG, LABELS, METRICS
 from flora.runs.settings import Settings
-from flora.runs.training import make_trainer, measure, trainable, training_arguments
+from flora.runs.training import measure
 from flora.storage.atomic import read_json, staged_folder, write_json, write_text
 
 KEPT = "flora"  # the method whose first adapter is kept, ready to load
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training: what makes it different from the others of the comparison.
-
-    Attributes:
-        method: a key of ``METHODS``.
-        budget: parameters it may spend; None for a method that has no choice.
-        learning_rate: of this run.
-        seed: of the drawn data, the start and the order.
-        final: False while the learning rate is searched for: then the test set is not touched.
-    """
-
-    method: str
-    budget: int | None
-    learning_rate: float
-    seed: int
-    final: bool
-
-    @property
-    def name(self) -> str:
-        """The name of its files."""
-        size = "" if self.budget is None else f"-{self.budget}"
-        kind = "final" if self.final else "search"
-        return f"{kind}-{self.method}{size}-lr{self.learning_rate:g}-seed{self.seed}"
+SEARCH_SEEDS = 3  # that the learning rate is chosen on
+EXTENSIONS = 2  # how often the grid of learning rates goes on at most
+Place = tuple[str, int | None]  # a method and its budget
 
 
 @dataclass(frozen=True)
@@ -95,30 +71,8 @@ class Bench:
         return {"run": asdict(run), **shared, "scale": self.settings.comparison.scale, "versions": versions()}
 
     def _run(self, run: Run) -> dict[str, Any]:
-        set_seed(run.seed)
-        base = self.recipe.load_base(self.settings.task)
-        set_seed(run.seed)
-        request = Request(self.settings.adapter, self.settings.comparison.scale, run.budget or 0)
-        model = METHODS[run.method].build(base, request)
-        data = self.recipe.load_data(self.settings.task, run.seed)
-        changes = {"learning_rate": run.learning_rate, "seed": run.seed, "save_strategy": "no", "disable_tqdm": True}
         with tempfile.TemporaryDirectory() as scratch:
-            trainer = make_trainer(
-                model, self.recipe, data, training_arguments(self.settings, Path(scratch), **changes)
-            )
-            try:
-                trained = {**_train(trainer, run.seed), "validation": measure(trainer, data.validation)}
-            except ValueError as error:  # losses of detectors refuse boxes that are NaN
-                diverged = isinstance(error, DivergedError)
-                if not diverged and all(torch.isfinite(value).all() for value in model.parameters()):
-                    raise
-                raise RefusedError(f"training diverged at the learning rate {run.learning_rate:g}") from error
-            result: dict[str, Any] = {
-                "trainable_parameters": trainable(model),
-                "total_parameters": sum(parameter.numel() for parameter in model.parameters()),
-                "seed": run.seed,
-                **trained,
-            }
+            trainer, data, result = train_once(self.settings, self.recipe, run, Path(scratch))
             return {**result, **self._final(run, trainer, data, result)} if run.final else result
 
     def _final(self, run: Run, trainer: Trainer, data: Data, result: dict[str, Any]) -> dict[str, Any]:
@@ -159,22 +113,6 @@ class Bench:
             write_json(staged / METRICS, {**metrics, **provenance()})
 
 
-def _train(trainer: Trainer, seed: int) -> dict[str, Any]:
-    """Trains; the time it takes, and by how much the memory grows at most."""
-    set_seed(seed)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with watch_growth() as growth:
-        started = time.perf_counter()
-        trainer.train()
-        seconds, grown = time.perf_counter() - started, growth()
-    return {
-        "seconds": round(seconds, 3),
-        "steps": trainer.state.global_step,
-        "peak_memory": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else grown,
-    }
-
-
 def _file_bytes(model: nn.Module) -> int:
     """The size of the file that holds what was trained: the adapter, or the trained parameters of the model."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -193,7 +131,7 @@ def compare(settings: Settings, methods: Sequence[str], seeds: Sequence[int]) ->
     Args:
         settings: of the runs; ``settings.comparison`` has the budgets and the grid of learning rates.
         methods: keys of ``METHODS``; ["all"] is all of them.
-        seeds: of the final runs; the first is that of the search for the learning rate.
+        seeds: of the final runs; the first three are those of the search for the learning rate.
 
     Returns:
         What is in ``compare.json``.
@@ -211,16 +149,14 @@ def compare(settings: Settings, methods: Sequence[str], seeds: Sequence[int]) ->
     settings = replace(settings, seed=seeds[0])
     recipe = settings.load_recipe()
     bench, budgets = Bench(settings, recipe, folder), _budgets(settings, recipe)
-    rates = settings.comparison.learning_rates
     places = [(method, budget) for method in methods for budget in (budgets if METHODS[method].matched else [None])]
-    rows = []
-    with tqdm(total=len(places) * (len(rates) + len(seeds)), unit="run") as bar:
+    with tqdm(unit="run") as bar:
+        found = _search(bench, places, seeds, bar)
+        rows = []
         for method, budget in places:
-            searched = [_tell(bench, Run(method, budget, rate, seeds[0], final=False), bar) for rate in rates]
-            scores = [_score(result, recipe) for result in searched]
-            best = rates[scores.index(max(scores))]
+            search = found[method, budget]
+            best = max(search, key=search.__getitem__)
             finals = [_tell(bench, Run(method, budget, best, seed, final=True), bar) for seed in seeds]
-            search = dict(zip(rates, scores, strict=True))
             named = {"method": method, "title": METHODS[method].title, "budget": budget}
             rows.append({**named, **_row(recipe.METRIC, search, best, finals)})
     report = {
@@ -235,6 +171,28 @@ def compare(settings: Settings, methods: Sequence[str], seeds: Sequence[int]) ->
     }
     _write(folder, report)
     return report
+
+
+def _search(
+    bench: Bench, places: Sequence[Place], seeds: Sequence[int], bar: tqdm[Any]
+) -> dict[Place, dict[float, float]]:
+    """The mean of validation over the first seeds, for every method and each learning rate of one grid for all."""
+    rates = sorted(bench.settings.comparison.learning_rates)
+    scores: dict[Place, dict[float, float]] = {place: {} for place in places}
+    for _ in range(1 + (EXTENSIONS if len(rates) > 1 else 0)):
+        for (method, budget), known in scores.items():
+            for rate in rates:
+                if rate not in known:
+                    runs = [Run(method, budget, rate, seed, final=False) for seed in seeds[:SEARCH_SEEDS]]
+                    known[rate] = statistics.fmean(_score(_tell(bench, run, bar), bench.recipe) for run in runs)
+            scores[method, budget] = dict(sorted(known.items()))
+        chosen = {max(known, key=known.__getitem__) for known in scores.values() if max(known.values()) > -math.inf}
+        wider = [rates[0] ** 2 / rates[1]] if rates[0] in chosen and len(rates) > 1 else []
+        wider += [rates[-1] ** 2 / rates[-2]] if rates[-1] in chosen and len(rates) > 1 else []
+        if not wider:
+            break
+        rates = sorted([*rates, *(float(f"{rate:.1g}") for rate in wider)])
+    return scores
 
 
 def _budgets(settings: Settings, recipe: Recipe) -> list[int]:

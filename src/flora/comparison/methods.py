@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
 
-from peft import get_peft_model
 from torch import nn
 
-from flora.comparison import rivals
+from flora.comparison import rivals, starts
 from flora.comparison.rivals import RefusedError, Request, train_head
-from flora.tuner.config import FloraConfig
 
 Build = Callable[[nn.Module, Request], nn.Module]
 
@@ -30,21 +27,6 @@ class Method:
     title: str
     build: Build
     matched: bool = True
-
-
-def flora(base: nn.Module, request: Request) -> nn.Module:
-    """FLoRA as configured, with ranks solved for the budget.
-
-    Raises:
-        RefusedError: the budget is too small.
-    """
-    try:
-        config = FloraConfig(**{**request.adapter, "budget": request.budget})
-        return get_peft_model(cast("Any", base), config)
-    except ValueError as error:
-        if "budget of" not in str(error):
-            raise
-        raise RefusedError(str(error)) from None
 
 
 def frozen(base: nn.Module, request: Request) -> nn.Module:
@@ -82,11 +64,20 @@ METHODS: dict[str, Method] = {
     "frozen": Method("head only", frozen, matched=False),
     "bitfit": Method("BitFit", bitfit, matched=False),
     "lora": Method("LoRA", rivals.lora),
+    "lora-gradient": Method("LoRA, our start", starts.lora_form),
+    "rslora": Method("rsLoRA", partial(rivals.lora, use_rslora=True)),
     "dora": Method("DoRA", partial(rivals.lora, use_dora=True)),
+    "pissa": Method("PiSSA", starts.pissa),
+    "lora-ga": Method("LoRA-GA", starts.lora_ga),
+    "eva": Method("EVA", starts.eva),
+    "miss": Method("MiSS", rivals.miss),
+    "hira": Method("HiRA", rivals.hira),
     "loha": Method("LoHa", rivals.loha),
     "lokr": Method("LoKr", rivals.lokr),
     "lycoris": Method("LoCon-Tucker (LyCORIS)", rivals.lycoris),
     "authors": Method("authors' scheme", rivals.authors),
-    "flora": Method("FLoRA", flora),
+    "flora": Method("FLoRA", starts.flora),
+    "flora-equal": Method("FLoRA, begun along the gradient, equal ranks", starts.flora_equal),
+    "flora-gradient": Method("FLoRA, begun along the gradient", starts.flora_gradient),
     "full": Method("full fine-tuning", full, matched=False),
 }

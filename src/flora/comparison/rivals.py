@@ -12,19 +12,21 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
+import peft
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 
 from flora.comparison.authors import AuthorsScheme
 from flora.comparison.matching import Costs, match_ranks
+from flora.gradient.start import Start
 from flora.layers.axes import KERNELS, roles_of
 from flora.layers.entries import Entries
 from flora.layers.patterns import exact_pattern, names_of
-from flora.runs.training import trainable
+from flora.runs.training import First, trainable
 from flora.tucker.ranks import resolve
 from flora.tuner.config import FloraConfig
 
@@ -46,11 +48,25 @@ class Request:
         adapter: keyword arguments of ``FloraConfig``; other adapters take their targets and the head from it.
         scale: alpha / r of the other adapters.
         budget: trainable parameters of an adapter, the head not counted.
+        first: gives the first training batches and their loss, for methods that start from the data.
+        starts: a method that starts from the data says here how.
     """
 
     adapter: dict[str, Any]
     scale: float
     budget: int
+    first: Callable[[], First] | None = None
+    starts: list[Start] = field(default_factory=list)
+
+    def first_batches(self) -> First:
+        """The first training batches and their loss.
+
+        Raises:
+            RefusedError: there are none.
+        """
+        if self.first is None:
+            raise RefusedError("it starts from the data, and none was given")
+        return self.first()
 
     @property
     def head(self) -> list[str]:
@@ -64,12 +80,33 @@ def lora(base: nn.Module, request: Request, **options: Any) -> nn.Module:
     Raises:
         RefusedError: it can adapt none of the layers, or rank 1 is too dear.
     """
-    return _peft(base, request, partial(_lora, request, options))
+    return _peft(base, request, partial(lora_config, request, options))
+
+
+def miss(base: nn.Module, request: Request) -> nn.Module:
+    """PEFT's MiSS. Raises as :func:`lora` does."""
+    return _peft(base, request, partial(_miss, request))
+
+
+def hira(base: nn.Module, request: Request) -> nn.Module:
+    """PEFT's HiRA. Raises as :func:`lora` does."""
+    return _peft(base, request, lambda ranks, found: newer("HiraConfig")(**fields_of(request, None, ranks, found)))
+
+
+def newer(name: str) -> Any:
+    """A class of PEFT's that an older one lacks.
+
+    Raises:
+        RefusedError: this is an older one.
+    """
+    if not hasattr(peft, name):
+        raise RefusedError(f"PEFT {peft.__version__} has no {name}")
+    return getattr(peft, name)
 
 
 def loha(base: nn.Module, request: Request) -> nn.Module:
     """PEFT's LoHa. Raises as :func:`lora` does."""
-    return _peft(base, request, lambda ranks, found: LoHaConfig(**_fields(request, "alpha", ranks, found)))
+    return _peft(base, request, lambda ranks, found: LoHaConfig(**fields_of(request, "alpha", ranks, found)))
 
 
 def lokr(base: nn.Module, request: Request) -> nn.Module:
@@ -81,16 +118,16 @@ def lokr(base: nn.Module, request: Request) -> nn.Module:
     for factor in LOKR_FACTORS:
         configure = partial(_lokr, request, factor)
         try:
-            ranks, found = _solve(base, request, configure)
+            ranks, found = solve(base, request, configure)
         except RefusedError:
             if spent:
                 break
             raise
-        cost = sum(_peft_costs(base, configure, ranks, found).values())
+        cost = sum(peft_costs(base, configure, ranks, found).values())
         spent[cost] = configure(ranks, found)
         if cost >= 0.95 * request.budget:
             break
-    return _adapt(base, spent[max(spent)])
+    return attach(base, spent[max(spent)])
 
 
 def lycoris(base: nn.Module, request: Request) -> nn.Module:
@@ -111,7 +148,7 @@ def lycoris(base: nn.Module, request: Request) -> nn.Module:
         options = {"multiplier": 1.0, "lora_dim": rank, "alpha": request.scale * rank, "use_tucker": True}
         return cast("nn.Module", LoConModule(name.replace(".", "_"), modules[name], **options))
 
-    ranks = _match(lambda rank: {name: trainable(attach(name, rank)) for name in names}, request)
+    ranks = match(lambda rank: {name: trainable(attach(name, rank)) for name in names}, request)
     adapters = nn.ModuleList(attach(name, rank) for name, rank in ranks.items())
     for adapter in adapters:
         cast("Any", adapter).apply_to()
@@ -143,7 +180,7 @@ def authors(base: nn.Module, request: Request) -> nn.Module:
         shape, ranks = cast("nn.Parameter", modules[name].weight).shape, ranks_of(name, rank)
         return math.prod(ranks) + sum(size * own for size, own in zip(shape, ranks, strict=True))
 
-    ranks = _match(lambda rank: {name: cost(name, rank) for name in names}, request)
+    ranks = match(lambda rank: {name: cost(name, rank) for name in names}, request)
     base.requires_grad_(False)
     for name, rank in ranks.items():
         parent, _, leaf = name.rpartition(".")
@@ -175,53 +212,71 @@ def train_head(base: nn.Module, head: list[str]) -> nn.Module:
 def default_budget(base: nn.Module, adapter: dict[str, Any], rank: int) -> int:
     """What PEFT's LoRA of that rank costs on FLoRA's targets, the head not counted."""
     request = Request(adapter, 1.0, 0)
-    configure = partial(_lora, request, {})
-    found = _supported(base, request, configure)
-    return sum(_peft_costs(base, configure, dict.fromkeys(found, rank), found).values())
+    configure = partial(lora_config, request, {})
+    found = supported(base, request, configure)
+    return sum(peft_costs(base, configure, dict.fromkeys(found, rank), found).values())
 
 
-def _lora(request: Request, options: dict[str, Any], ranks: dict[str, int], found: Targets) -> PeftConfig:
-    return LoraConfig(**_fields(request, "lora_alpha", ranks, found), **options)
+def _miss(request: Request, ranks: dict[str, int], found: Targets) -> PeftConfig:
+    """One rank for all layers: it has no pattern of them."""
+    given = fields_of(request, None, dict.fromkeys(ranks, min(ranks.values())), found)
+    return cast("PeftConfig", newer("MissConfig")(**{key: given[key] for key in given if key != "rank_pattern"}))
+
+
+def lora_config(request: Request, options: dict[str, Any], ranks: dict[str, int], found: Targets) -> PeftConfig:
+    """LoRA at these ranks."""
+    return LoraConfig(**fields_of(request, "lora_alpha", ranks, found), **options)
 
 
 def _lokr(request: Request, factor: int, ranks: dict[str, int], found: Targets) -> PeftConfig:
-    return LoKrConfig(**_fields(request, "alpha", ranks, found), decompose_factor=factor)
+    return LoKrConfig(**fields_of(request, "alpha", ranks, found), decompose_factor=factor)
 
 
-def _fields(request: Request, alpha: str, ranks: dict[str, int], found: Targets) -> dict[str, Any]:
+def fields_of(request: Request, alpha: str | None, ranks: dict[str, int], found: Targets) -> dict[str, Any]:
     """What the configs of PEFT have in common; the names of modules are matched whole."""
     least = min(ranks.values())
     patterns = {name: exact_pattern(name) + (rf"\.({'|'.join(found[name])})" if found[name] else "") for name in ranks}
     higher = {patterns[name]: rank for name, rank in ranks.items() if rank != least}
     raw = [f"{name}.{leaf}" for name in ranks for leaf in found[name]]
+    scales = {}
+    if alpha is not None:
+        scales = {
+            alpha: request.scale * least,
+            "alpha_pattern": {pattern: request.scale * rank for pattern, rank in higher.items()},
+        }
     return {
         "r": least,
-        alpha: request.scale * least,
+        **scales,
         "target_modules": "|".join(re.escape(name) for name in ranks if not found[name]) or None,
         "rank_pattern": higher,
-        "alpha_pattern": {pattern: request.scale * rank for pattern, rank in higher.items()},
         "modules_to_save": request.head or None,
         **({"target_parameters": raw} if raw else {}),
     }
 
 
 def _peft(base: nn.Module, request: Request, configure: Configure) -> nn.Module:
-    return _adapt(base, configure(*_solve(base, request, configure)))
+    return attach(base, configure(*solve(base, request, configure)))
 
 
-def _adapt(base: nn.Module, config: PeftConfig) -> nn.Module:
+def attach(base: nn.Module, config: PeftConfig) -> nn.Module:
     """PEFT's model, without its warning that patterns for raw parameters matched no module."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
         return get_peft_model(cast("Any", base), config)
 
 
-def _solve(base: nn.Module, request: Request, configure: Configure) -> tuple[dict[str, int], Targets]:
-    found = _supported(base, request, configure)
-    return _match(lambda rank: _peft_costs(base, configure, dict.fromkeys(found, rank), found), request), found
+def solve(base: nn.Module, request: Request, configure: Configure) -> tuple[dict[str, int], Targets]:
+    """The ranks that spend the budget on the layers which PEFT can adapt in this way."""
+    found = supported(base, request, configure)
+    return match(lambda rank: peft_costs(base, configure, dict.fromkeys(found, rank), found), request), found
 
 
-def _match(costs: Costs, request: Request) -> dict[str, int]:
+def match(costs: Costs, request: Request) -> dict[str, int]:
+    """A rank for each layer, such that all together spend the budget.
+
+    Raises:
+        RefusedError: there is no layer, or rank 1 is too dear.
+    """
     if not costs(1):
         raise RefusedError("it can adapt none of FLoRA's layers")
     try:
@@ -230,7 +285,7 @@ def _match(costs: Costs, request: Request) -> dict[str, int]:
         raise RefusedError(str(error)) from None
 
 
-def _supported(base: nn.Module, request: Request, configure: Configure) -> Targets:
+def supported(base: nn.Module, request: Request, configure: Configure) -> Targets:
     """Those of FLoRA's targets that PEFT puts this kind of adapter on without a warning that it cannot be merged."""
     modules = dict(base.named_modules())
     found = {}
@@ -242,7 +297,7 @@ def _supported(base: nn.Module, request: Request, configure: Configure) -> Targe
             config = _without_head(configure({"0": 1}, {"0": leaves}))
             if getattr(config, "use_dora", False) and _has_zero_row(modules[name]):
                 continue
-            _adapt(layer, config)
+            attach(layer, config)
             found[name] = leaves
     return found
 
@@ -258,10 +313,10 @@ def _without_head(config: PeftConfig) -> PeftConfig:
     return config
 
 
-def _peft_costs(base: nn.Module, configure: Configure, ranks: dict[str, int], found: Targets) -> dict[str, int]:
+def peft_costs(base: nn.Module, configure: Configure, ranks: dict[str, int], found: Targets) -> dict[str, int]:
     """Module -> trainable parameters of its adapter, by building it on the meta device."""
     if not ranks:
         return {}
-    adapted = _adapt(copy.deepcopy(base).to("meta"), _without_head(configure(ranks, found)))
+    adapted = attach(copy.deepcopy(base).to("meta"), _without_head(configure(ranks, found)))
     inner = cast("Any", adapted.base_model).model
     return {name: trainable(inner.get_submodule(name)) for name in ranks}

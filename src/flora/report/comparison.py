@@ -78,7 +78,8 @@ def comparison_notes(report: Row) -> list[str]:
     )
     notes = [
         f"{runs}; each learning rate was "
-        "chosen on validation from the same grid with the first seed; the test set was used by the final runs only.",
+        "chosen by the mean of validation over the first seeds (at most three), from one grid for all that goes on "
+        "where an edge is chosen; the test set was used by the final runs only.",
         f"Every adapter may spend {budgets} parameters, the head not counted; ranks are solved for that. Each is on "
         "those of FLoRA's layers that it can adapt.",
         f"FLoRA minus it: mean of the differences seed by seed, with the {CONFIDENCE:.0%} interval of Student's t. "

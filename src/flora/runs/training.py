@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import get_peft_model
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from flora.errors import UserError, user_errors
-from flora.gradient.start import Adapted, adapt_and_tell
+from flora.gradient.start import adapt_and_tell
 from flora.recipes import Data, Recipe, optional
 from flora.report.card import model_card
 from flora.report.plots import loss_curve
@@ -66,26 +66,29 @@ def make_trainer(model: nn.Module, recipe: Recipe, data: Data, arguments: Traini
     return cast("Trainer", trainer)
 
 
-def begin_along_gradient(
-    base: nn.Module, settings: Settings, recipe: Recipe, data: Data, arguments: TrainingArguments
-) -> Adapted:
-    """The adapter on its base model, begun along the gradient of the first training batches.
+class First(NamedTuple):
+    """The first batches of the training set, and the loss that the recipe's own trainer gives them."""
 
-    The loss is that of the recipe's own trainer. The random numbers are those of a run without this afterwards.
-    """
-    config = FloraConfig(**settings.adapter)
+    batches: Iterable[Any]
+    loss: Callable[[nn.Module, Any], Tensor]
+
+
+def first_batches(base: nn.Module, recipe: Recipe, data: Data, arguments: TrainingArguments) -> First:
+    """What the start from the gradient is given."""
     trainer = optional(recipe, "TRAINER")(
-        base, arguments, data_collator=data.collate, train_dataset=data.train, processing_class=data.processor
+        base,
+        arguments,
+        data_collator=data.collate,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        processing_class=data.processor,
     )
-    batches = trainer.get_train_dataloader()
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         with trainer.compute_loss_context_manager():
             return cast("Tensor", trainer.compute_loss(model, trainer._prepare_inputs(batch)))
 
-    adapted = adapt_and_tell(base, config, batches, loss=loss)
-    set_seed(settings.seed)
-    return adapted
+    return First(trainer.get_train_dataloader(), loss)
 
 
 def _config(settings: Settings, checkpoint: Path | None) -> FloraConfig:
@@ -262,7 +265,9 @@ def _adapt(
     with user_errors(ValueError, re.error):  # PEFT refuses names that the model does not have
         if settings.start != "gradient" or checkpoint is not None:
             return get_peft_model(cast("Any", base), _config(settings, checkpoint)), None
-        model, begun = begin_along_gradient(base, settings, recipe, data, arguments)
+        first = first_batches(base, recipe, data, arguments)
+        model, begun = adapt_and_tell(base, FloraConfig(**settings.adapter), first.batches, loss=first.loss)
+        set_seed(settings.seed)  # the order of the samples is then that of a run without this
 
     if arguments.process_index == 0:
         print(begun)

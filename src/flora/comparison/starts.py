@@ -1,0 +1,173 @@
+"""Methods that start from the data or from the weights: LoRA's that PEFT has, and ours, on LoRA's form too."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
+from typing import Any, cast
+
+from peft import PeftConfig, get_peft_model
+from torch import Tensor, nn
+
+from flora.comparison.rivals import (
+    Configure,
+    RefusedError,
+    Request,
+    attach,
+    lora_config,
+    match,
+    newer,
+    peft_costs,
+    supported,
+)
+from flora.gradient.start import adapt_and_tell, start
+from flora.layers.patterns import exact_pattern
+from flora.tucker.form import count_params
+from flora.tuner.config import FloraConfig
+
+BATCHES = 12  # as many as our own start takes
+
+
+def flora(base: nn.Module, request: Request) -> nn.Module:
+    """FLoRA as configured, with equal ranks solved for the budget.
+
+    Raises:
+        RefusedError: the budget is too small.
+    """
+    return _within_budget(lambda config: cast("nn.Module", get_peft_model(cast("Any", base), config)), request)
+
+
+def flora_equal(base: nn.Module, request: Request) -> nn.Module:
+    """The same ranks, begun along the gradient. Raises as :func:`flora` does."""
+    first = request.first_batches()
+    model = flora(base, request)
+    request.starts.append(start(model, first.batches, loss=first.loss))
+    return model
+
+
+def flora_gradient(base: nn.Module, request: Request) -> nn.Module:
+    """Ranks where the gradient is, begun along it. Raises as :func:`flora` does."""
+    first = request.first_batches()
+
+    def begin(config: FloraConfig) -> nn.Module:
+        adapted = adapt_and_tell(base, config, first.batches, loss=first.loss)
+        request.starts.append(adapted.start)
+        return adapted.model
+
+    return _within_budget(begin, request)
+
+
+def _within_budget(build: Callable[[FloraConfig], nn.Module], request: Request) -> nn.Module:
+    try:
+        return build(FloraConfig(**{**request.adapter, "budget": request.budget}))
+    except ValueError as error:
+        if "budget of" not in str(error):
+            raise
+        raise RefusedError(str(error)) from None
+
+
+def lora_form(base: nn.Module, request: Request) -> nn.Module:
+    """LoRA as a Tucker form, first mode factored and the others whole, begun along the gradient as FLoRA is.
+
+    Raises as :func:`lora` does.
+    """
+    modules = dict(base.named_modules())
+    found = [name for name, leaves in supported(base, request, partial(lora_config, request, {})).items() if not leaves]
+    shapes = {name: tuple(cast("Tensor", modules[name].weight).shape) for name in found}
+
+    def ranks_of(name: str, rank: int) -> tuple[int, ...]:
+        return (min(rank, shapes[name][0]), *shapes[name][1:])
+
+    ranks = match(lambda rank: {name: count_params(shapes[name], ranks_of(name, rank)) for name in found}, request)
+    config = FloraConfig(
+        **{
+            **request.adapter,
+            "budget": None,
+            "scale": request.scale,
+            "target_modules": "|".join(re.escape(name) for name in ranks),
+            "target_parameters": None,
+            "rank_pattern": {exact_pattern(name): list(ranks_of(name, rank)) for name, rank in ranks.items()},
+        }
+    )
+    first = request.first_batches()
+    adapted = adapt_and_tell(base, config, first.batches, loss=first.loss)
+    request.starts.append(adapted.start)
+    return adapted.model
+
+
+def pissa(base: nn.Module, request: Request) -> nn.Module:
+    """LoRA that starts from the leading singular vectors of the weights (PEFT's ``pissa``), on linear layers.
+
+    Raises as :func:`lora` does.
+    """
+    return _on_linear(
+        base, request, lambda ranks, found: lora_config(request, {}, ranks, found), init_lora_weights="pissa"
+    )
+
+
+def eva(base: nn.Module, request: Request) -> nn.Module:
+    """LoRA that starts from the leading singular vectors of the layers' inputs (PEFT's ``eva``), on linear layers.
+
+    Raises as :func:`lora` does.
+    """
+    first = request.first_batches()
+    options = {"init_lora_weights": "eva", "eva_config": newer("EvaConfig")(rho=1.0)}
+    model = _on_linear(base, request, partial(lora_config, request, {}), **options)
+    batches = [{key: value for key, value in batch.items() if key != "labels"} for batch in islice(first.batches, 12)]
+    state = newer("get_eva_state_dict")(
+        cast("Any", model),
+        batches,
+        forward_fn=lambda model, batch: model(**batch),
+        prepare_model_inputs_fn=None,
+        prepare_layer_inputs_fn=_flattened,
+        show_progress_bar=False,
+    )
+    newer("initialize_lora_eva_weights")(cast("Any", model), eva_state_dict=state, adapter_name="default")
+    return model
+
+
+def _flattened(layer_input: Any, model_input: Any, layer_name: str) -> Tensor:
+    first = layer_input[0] if isinstance(layer_input, (tuple, list)) else layer_input
+    return cast("Tensor", first.reshape(-1, first.shape[-1]))
+
+
+def lora_ga(base: nn.Module, request: Request) -> nn.Module:
+    """LoRA that starts from the singular vectors of the gradient (PEFT's ``lora_ga``), on linear layers.
+
+    Raises as :func:`lora` does.
+    """
+    first = request.first_batches()
+    batches = list(islice(first.batches, 12))
+
+    def step() -> None:
+        for batch in batches:
+            first.loss(base, batch).backward()
+
+    def prepare(config: PeftConfig) -> None:
+        newer("preprocess_loraga")(base, cast("Any", config), step)
+
+    options = {"init_lora_weights": "lora_ga", "lora_ga_config": newer("LoraGAConfig")()}
+    configure = partial(lora_config, request, {})
+    return _on_linear(base, request, configure, prepare=prepare, **options)
+
+
+def _on_linear(
+    base: nn.Module,
+    request: Request,
+    configure: Configure,
+    prepare: Callable[[PeftConfig], None] | None = None,
+    **options: Any,
+) -> nn.Module:
+    """A start of LoRA's that only linear layers have, at ranks solved for LoRA's usual one."""
+    modules = dict(base.named_modules())
+    usual = supported(base, request, configure)
+    found = {name: leaves for name, leaves in usual.items() if type(modules[name]) is nn.Linear and not leaves}
+    ranks = match(lambda rank: peft_costs(base, configure, dict.fromkeys(found, rank), found), request)
+    config = configure(ranks, found)
+    for name, value in options.items():
+        setattr(config, name, value)
+    if prepare is not None:
+        prepare(config)
+    return attach(base, config)
