@@ -69,7 +69,6 @@ METHODS: dict[str, Method] = {
     "dora": Method("DoRA", partial(rivals.lora, use_dora=True)),
     "pissa": Method("PiSSA", starts.pissa),
     "lora-ga": Method("LoRA-GA", starts.lora_ga),
-    "eva": Method("EVA", starts.eva),
     "miss": Method("MiSS", rivals.miss),
     "hira": Method("HiRA", rivals.hira),
     "loha": Method("LoHa", rivals.loha),

@@ -85,7 +85,16 @@ def lora(base: nn.Module, request: Request, **options: Any) -> nn.Module:
 
 def miss(base: nn.Module, request: Request) -> nn.Module:
     """PEFT's MiSS. Raises as :func:`lora` does."""
-    return _peft(base, request, partial(_miss, request))
+    configure = partial(_miss, request)
+    found = supported(base, request, configure)
+
+    def costs(rank: int) -> dict[str, int]:
+        try:
+            return peft_costs(base, configure, dict.fromkeys(found, rank), found)
+        except ValueError:  # a rank above the inputs of a layer
+            return dict.fromkeys(found, request.budget + 1)
+
+    return attach(base, configure(match(costs, request), found))
 
 
 def hira(base: nn.Module, request: Request) -> nn.Module:
@@ -262,6 +271,7 @@ def attach(base: nn.Module, config: PeftConfig) -> nn.Module:
     """PEFT's model, without its warning that patterns for raw parameters matched no module."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+        warnings.filterwarnings("ignore", "lora with eva initialization used with low_cpu_mem_usage=False")
         return get_peft_model(cast("Any", base), config)
 
 

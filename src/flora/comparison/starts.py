@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
@@ -92,7 +93,9 @@ def lora_form(base: nn.Module, request: Request) -> nn.Module:
         }
     )
     first = request.first_batches()
-    adapted = adapt_and_tell(base, config, first.batches, loss=first.loss)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the adapter has more parameters than the weight itself")  # as LoRA has then
+        adapted = adapt_and_tell(base, config, first.batches, loss=first.loss)
     request.starts.append(adapted.start)
     return adapted.model
 
@@ -107,32 +110,6 @@ def pissa(base: nn.Module, request: Request) -> nn.Module:
     )
 
 
-def eva(base: nn.Module, request: Request) -> nn.Module:
-    """LoRA that starts from the leading singular vectors of the layers' inputs (PEFT's ``eva``), on linear layers.
-
-    Raises as :func:`lora` does.
-    """
-    first = request.first_batches()
-    options = {"init_lora_weights": "eva", "eva_config": newer("EvaConfig")(rho=1.0)}
-    model = _on_linear(base, request, partial(lora_config, request, {}), **options)
-    batches = [{key: value for key, value in batch.items() if key != "labels"} for batch in islice(first.batches, 12)]
-    state = newer("get_eva_state_dict")(
-        cast("Any", model),
-        batches,
-        forward_fn=lambda model, batch: model(**batch),
-        prepare_model_inputs_fn=None,
-        prepare_layer_inputs_fn=_flattened,
-        show_progress_bar=False,
-    )
-    newer("initialize_lora_eva_weights")(cast("Any", model), eva_state_dict=state, adapter_name="default")
-    return model
-
-
-def _flattened(layer_input: Any, model_input: Any, layer_name: str) -> Tensor:
-    first = layer_input[0] if isinstance(layer_input, (tuple, list)) else layer_input
-    return cast("Tensor", first.reshape(-1, first.shape[-1]))
-
-
 def lora_ga(base: nn.Module, request: Request) -> nn.Module:
     """LoRA that starts from the singular vectors of the gradient (PEFT's ``lora_ga``), on linear layers.
 
@@ -142,8 +119,10 @@ def lora_ga(base: nn.Module, request: Request) -> nn.Module:
     batches = list(islice(first.batches, 12))
 
     def step() -> None:
-        for batch in batches:
-            first.loss(base, batch).backward()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Full backward hook is firing")  # nothing before the first layer trains
+            for batch in batches:
+                first.loss(base, batch).backward()
 
     def prepare(config: PeftConfig) -> None:
         newer("preprocess_loraga")(base, cast("Any", config), step)
