@@ -57,10 +57,10 @@ def settings_of(task: str, data: str, model: str) -> Any:
 
 
 def planned(args: argparse.Namespace) -> Iterator[Line]:
-    """The trainings that are asked for, a seed of everything first."""
+    """The trainings that are asked for: the first rate with all seeds, a seed of everything first."""
     from flora.comparison import methods
 
-    for length, seed, rate, task in product(args.lengths, args.seeds, args.rates, args.tasks):
+    for length, rate, seed, task in product(args.lengths, args.rates, args.seeds, args.tasks):
         budgets = settings_of(task, args.data, args.model).comparison.budgets
         for method in args.methods:
             for budget in budgets[: args.budgets] if methods.METHODS[method].matched else [None]:
