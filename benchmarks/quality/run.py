@@ -140,16 +140,17 @@ def run_all(lines: Sequence[Line], args: argparse.Namespace) -> None:
                 file.write(json.dumps(result) + "\n")
                 file.flush()
                 done += 1
-                told = (
-                    result.get("refused") or result.get("failed") or f"{result['validation']:.4f} {result['test']:.4f}"
-                )
-                begun = f" step {result['start']['step']:g}" if result.get("start") else ""
-                print(
-                    f"{done}/{len(lines)} {result['task']} {result['method']} {result['budget'] or ''} "
-                    f"lr {result['learning_rate']:g} seed {result['seed']} x{result['length']}: {told}{begun} "
-                    f"({result['wall']:.1f} s)",
-                    flush=True,
-                )
+                print(f"{done}/{len(lines)} {told(result)}", flush=True)
+
+
+def told(result: dict[str, Any]) -> str:
+    """A training in a line."""
+    what = f"{result['task']} {result['method']} {result['budget'] or ''} lr {result['learning_rate']:g}"
+    said = result.get("refused") or result.get("failed")
+    if said is None:
+        said = f"validation {result['validation']:.4f}, test {result['test']:.4f}"
+    begun = f", step {result['start']['step']:g}" if result.get("start") else ""
+    return f"{what} seed {result['seed']} x{result['length']}: {said}{begun} ({result['wall']:.1f} s)"
 
 
 def words(text: str) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from sklearn.metrics import accuracy_score
 from transformers import (
     AutoModelForSequenceClassification,
@@ -46,7 +47,7 @@ class Task:
 def load_base(task: Task) -> Any:
     """The encoder with a new head of two classes."""
     with hidden_bars():
-        return AutoModelForSequenceClassification.from_pretrained(task.model, num_labels=2)
+        return AutoModelForSequenceClassification.from_pretrained(task.model, num_labels=2, dtype=torch.float32)
 
 
 def load_data(task: Task, seed: int) -> Data:

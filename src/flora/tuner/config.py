@@ -162,7 +162,7 @@ class FloraConfig(PeftConfig):
             save_directory: the folder of the adapter.
             **kwargs: as of PEFT.
         """
-        super().save_pretrained(save_directory, **kwargs)  # type: ignore[no-untyped-call]
+        super().save_pretrained(save_directory, **kwargs)
         folder = Path(save_directory)
         fill_blank_card(folder, json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")))
 
