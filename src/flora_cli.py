@@ -69,7 +69,12 @@ def evaluate(args: argparse.Namespace) -> int:
     print(f"{args.split:<11}", _line(metrics))
     if same is None:
         return 0
-    print("the same as at the end of training" if same else "NOT the same as in metrics.json, the end of training")
+    print(
+        "the same as at the end of training"
+        if same
+        else "NOT the same as in metrics.json, the end of training: the data, the base model or the versions changed, "
+        "or a new head is missing from adapter.modules_to_save"
+    )
     return 0 if same else 1
 
 
@@ -244,26 +249,28 @@ def extract(args: argparse.Namespace) -> int:
 
 
 def recipes(args: argparse.Namespace) -> int:
-    """List the packaged configs, or copy one to edit.
+    """List the packaged configs, copy one to edit, or explain the task keys of one.
 
     Examples:
       flora recipes
       flora recipes copy digits
+      flora recipes keys vision_classify
     """
     from flora.errors import UserError
-    from flora.recipes import CONFIGS, config_names, config_path
+    from flora.recipes import config_names, config_path
+    from flora.report.recipe_list import recipe_table, task_keys
     from flora.storage.atomic import write_text
 
     if args.action == "list":
-        for name in config_names():
-            lines = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8").split("\n")
-            comment = [line.lstrip("# ") for line in lines if line.startswith("#")]
-            print(f"{name:<14} {next(line for line in comment[1:] if line)}")
+        print(recipe_table())
         return 0
     if args.name is None:
-        raise UserError(f"copy what? flora recipes copy NAME, with NAME one of {', '.join(config_names())}")
+        raise UserError(f"which one? flora recipes {args.action} NAME, with NAME one of {', '.join(config_names())}")
     if args.name not in config_names():
         raise UserError(f"no config {args.name!r} is packaged; there are {', '.join(config_names())}")
+    if args.action == "keys":
+        print(task_keys(args.name))
+        return 0
     target = Path(f"{args.name}.yaml")
     if target.exists():
         raise UserError(f"{target} exists here already; rename it first")
@@ -394,8 +401,8 @@ ARGUMENTS: dict[str, list[Argument]] = {
         argument("--overwrite", action="store_true", help="replace DIR"),
     ],
     "recipes": [
-        argument("action", nargs="?", choices=("list", "copy"), default="list"),
-        argument("name", nargs="?", metavar="NAME", help="the config to copy"),
+        argument("action", nargs="?", choices=("list", "copy", "keys"), default="list"),
+        argument("name", nargs="?", metavar="NAME", help="the config to copy or explain"),
     ],
 }
 

@@ -324,3 +324,12 @@ def test_the_flags_of_train_and_how_they_were_once_written(capsys: pytest.Captur
         ["seed=1"],
     )
     assert "resume=true is a flag now: --resume" in capsys.readouterr().err
+
+
+def test_the_task_keys_of_a_recipe_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "recipes", "keys", "vision_classify-tiny")
+    assert code == 0
+    assert "task.data = (must be given)" in out
+    assert "task.image_column = 'image'" in out
+    assert "labels: The names of the classes" in out
+    assert run(capsys, "recipes", "keys")[2].startswith("flora: error: which one?")
