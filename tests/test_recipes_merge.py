@@ -39,9 +39,9 @@ def test_the_output_merges(name: str, tmp_path: Path) -> None:
     base = load_base(run)
     merged = type(base).from_pretrained(tmp_path / "merged").eval()
     inputs = random_inputs(base)
-    outputs = [model(**inputs)[0] for model in (merged, load_adapter(base, run))]
     with torch.no_grad():
-        assert torch.allclose(outputs[0].float(), outputs[1].float(), atol=1e-3, rtol=1e-3)
+        outputs = [model(**inputs)[0] for model in (merged, load_adapter(base, run))]
+    assert torch.allclose(outputs[0].float(), outputs[1].float(), atol=1e-3, rtol=1e-3)
 
 
 def test_every_recipe_is_tried() -> None:
