@@ -31,7 +31,7 @@ LEVELS: list[set[str]] = [
     {"volume_unet", "recipes"},
     {"report"},
     {"runs"},
-    {"comparison"},
+    {"comparison", "merging"},
     {"flora_cli"},
     {"__main__"},
 ]
