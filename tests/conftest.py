@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import settings
@@ -14,3 +16,11 @@ torch.set_num_threads(1)  # pytest-xdist already runs a process per core
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What can be made again, such as a pretrained base, is made once for each module, apart from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -28,13 +28,6 @@ ON_LINEAR = {"pissa", "lora-ga"}
 QUICK = ("task.base_epochs=2", "training.num_train_epochs=4", "compare.learning_rates=[0.01, 0.03]")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 def tiny(output: Path, *overrides: str) -> Settings:
     return read("digits-tiny", [f"output={output}", *QUICK, *overrides])
 

@@ -18,13 +18,6 @@ from flora.data.samples import locate
 from flora.recipes.audio_classify import Clip, Task, compute_metrics, load_base, load_data, read_sound
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture
 def tones(tmp_path: Path) -> Path:
     return Path(shutil.copytree(locate("sample:signals/tones"), tmp_path / "tones"))

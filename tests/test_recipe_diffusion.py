@@ -25,13 +25,6 @@ from flora.runs.training import train
 MODEL = "sample:signals/stable-diffusion"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture
 def rings(tmp_path: Path) -> Path:
     return Path(shutil.copytree(locate("sample:signals/instance"), tmp_path / "rings"))

@@ -24,13 +24,6 @@ TALK = [{"from": "human", "value": "<image>\nWhat colour is it ?"}, {"from": "gp
 MORE = [{"from": "human", "value": "Say it twice ."}, {"from": "gpt", "value": "red red"}]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder with three good images, and a file that only looks like one."""

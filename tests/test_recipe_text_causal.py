@@ -35,13 +35,6 @@ GOOD = [{"instruction": "Say the word hot twice .", "input": "", "output": "hot 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 def task(data: Path, **settings: Any) -> Task:
     return Task(model="sample:text/llama", data=str(data), **settings)
 

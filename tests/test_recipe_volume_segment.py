@@ -17,13 +17,6 @@ from flora.data.volume_unet import VolumeUNet, VolumeUNetConfig
 from flora.recipes.volume_segment import Task, Volumes, compute_metrics, load_base, load_data, preprocess_logits
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     return Path(shutil.copytree(locate("sample:signals/volumes"), tmp_path / "volumes"))

@@ -13,13 +13,6 @@ from flora.storage.atomic import read_json
 QUICK = ("task.base_epochs=12", "training.num_train_epochs=2", "adapter.start=gradient", "adapter.budget=900")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> object:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 def test_a_run_that_begins_along_the_gradient(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = read("digits-tiny", [f"output={tmp_path / 'run'}", *QUICK])
     metrics = train(settings)

@@ -30,14 +30,6 @@ from flora.storage.atomic import claim, read_json, staged_folder, write_text
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "config.yaml", "loss.png", "metrics.json"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """One pretrained base for the module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 def tiny(output: Path, *overrides: str) -> Settings:
     quick = ("training.disable_tqdm=true", "task.base_epochs=2")
     return read("digits-tiny", [f"output={output}", *quick, *overrides])

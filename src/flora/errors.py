@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+# What parsers and torch raise about contents that nobody wrote so on purpose: a wrong type, a number of thousands of
+# digits, brackets in brackets, a tensor of 65 dimensions.
+MALFORMED = (ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError, re.error)
 
 
 class UserError(ValueError):

@@ -34,7 +34,7 @@ from flora.runs.merging import verified_merge
 from flora.runs.run_folder import ADAPTER, ADAPTER_CONFIG, LABELS, METRICS
 from flora.runs.settings import Settings
 from flora.runs.training import measure
-from flora.storage.atomic import read_json, staged_folder, write_json, write_text
+from flora.storage.atomic import claim, clear_parts, read_json, staged_folder, write_json, write_text
 
 KEPT = "flora"  # the method whose first adapter is kept, ready to load
 SEARCH_SEEDS = 3  # that the learning rate is chosen on
@@ -146,7 +146,20 @@ def compare(settings: Settings, methods: Sequence[str], seeds: Sequence[int]) ->
     if not methods or not seeds or len(set(methods)) < len(methods) or len(set(seeds)) < len(seeds):
         raise UserError(f"methods {list(methods)} and seeds {list(seeds)} must each be given, and once")
     folder = settings.output.with_name(f"{settings.output.name}-compare")
-    settings = replace(settings, seed=seeds[0])
+    _check_ours(folder)
+    with claim(folder):
+        clear_parts(folder)
+        clear_parts(folder / "runs")
+        return _compare(replace(settings, seed=seeds[0]), methods, seeds, folder)
+
+
+def _check_ours(folder: Path) -> None:
+    """Raises a UserError if there is something else in the place of a comparison."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "runs").is_dir():
+        raise UserError(f"{folder} is not a comparison of flora; set output=FOLDER to another place, or move it away")
+
+
+def _compare(settings: Settings, methods: Sequence[str], seeds: Sequence[int], folder: Path) -> dict[str, Any]:
     recipe = settings.load_recipe()
     bench, budgets = Bench(settings, recipe, folder), _budgets(settings, recipe)
     places = [(method, budget) for method in methods for budget in (budgets if METHODS[method].matched else [None])]

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -18,15 +19,16 @@ from flora.convert.adapter import Adapter, Entry
 from flora.convert.base_model import Base, open_base
 from flora.convert.formats import dense, kohya, lora, native, official
 from flora.convert.report import Report, compare, size_of
-from flora.errors import UserError
+from flora.errors import MALFORMED, UserError, user_errors
 from flora.layers.layout import Layout
 from flora.storage.atomic import check_target, staged
 from flora.storage.replacing import ADAPTER, TENSORS, Kind
-from flora.storage.tensors import CONFIG, check_exists, read_object
+from flora.storage.tensors import CONFIG, DTYPES, check_exists, read_object
 
 FORMATS: dict[str, ModuleType] = {"flora": native, "lora": lora, "kohya": kohya, "dense": dense, "official": official}
 Target = Literal["flora", "lora", "kohya", "dense"]
 FOLDERS = ("flora", "lora")
+MOST_DIMENSIONS = 25  # that torch's products of many tensors take
 
 __all__ = ["FORMATS", "Adapter", "Base", "Entry", "Layout", "Report", "convert", "detect", "load", "open_base", "save"]
 
@@ -67,7 +69,12 @@ def load(path: str | Path, *, base: Base | nn.Module | str | Path | None = None,
         FileNotFoundError: the path, or a file of the folder, does not exist.
         ValueError: no format matches, or the file is truncated, corrupt, foreign, has NaN or does not fit together.
     """
-    path, kind = Path(path), detect(path)
+    with user_errors(*MALFORMED, about=f"{path} cannot be read as an adapter"):
+        return _load(Path(path), base, scale)
+
+
+def _load(path: Path, base: Base | nn.Module | str | Path | None, scale: float | None) -> Adapter:
+    kind = detect(path)
     if scale is not None and kind != "official":
         raise UserError(f"{path} is of format {kind!r}, which stores its own scale; leave scale out")
     known = None if base is None else open_base(base)
@@ -90,6 +97,13 @@ def _check_entries(adapter: Adapter, path: Path, base: Base | None) -> None:
     """Checks that the parts of each change fit together, and fit the base model as far as that is known."""
     for name, entry in adapter.weights.items():
         parts = (entry.form.core, *(factor for factor in entry.form.factors if factor is not None))
+        for part in parts:
+            if part.dtype not in DTYPES:
+                raise UserError(f"{path}: {name} is stored as {part.dtype}, expected a floating-point type")
+            if part.numel() == 0 or not 0 < part.ndim <= MOST_DIMENSIONS:
+                raise UserError(f"{path}: {name} has a tensor of shape {tuple(part.shape)}, which is no update")
+        if not math.isfinite(entry.scale):
+            raise UserError(f"{path}: {name} has the scale {entry.scale}, expected a finite number")
         if len({part.dtype for part in parts}) > 1:
             raise UserError(f"{path}: the tensors of {name} have different types of numbers; the file was edited")
         if entry.layout is not None and len(entry.layout.axes) != len(entry.shape):

@@ -19,7 +19,7 @@ import torch
 import yaml
 from torch import nn
 
-from flora.errors import UserError, user_errors
+from flora.errors import MALFORMED, UserError, user_errors
 from flora.layers.layout import Layout, of_module
 from flora.storage.tensors import check_exists, read_object
 
@@ -66,7 +66,11 @@ def open_base(base: Base | nn.Module | str | Path) -> Base:
     """
     if isinstance(base, Base):
         return base
-    model = base if isinstance(base, nn.Module) else _build(check_exists(Path(base), "base model"))
+    if isinstance(base, nn.Module):
+        model = base
+    else:
+        with user_errors(*MALFORMED, about=f"{base} cannot be opened as a model"):
+            model = _build(check_exists(Path(base), "base model"))
     shapes = {
         name: tuple(parameter.shape)
         for name, parameter in model.named_parameters(remove_duplicate=False)

@@ -73,9 +73,11 @@ def sift(items: Iterable[Item[Value]], check: Callable[[Value], object], *, bad:
 
 def _reason(value: Value, check: Callable[[Value], object]) -> str | None:
     """Why the check refuses a value."""
+    if isinstance(value, Path) and value.exists() and not value.is_file():
+        return "is not a regular file"
     try:
         check(value)
-    except (ValueError, OSError, SyntaxError, KeyError, TypeError) as error:  # Pillow raises SyntaxError for PNGs
+    except Exception as error:  # a decoder raises whatever it likes about a broken, or a hostile, file
         return " ".join(str(error).split()) or type(error).__name__
     return None
 
@@ -86,6 +88,8 @@ def text_of(path: Path) -> str:
     Raises:
         ValueError: it is not UTF-8; names file and line.
     """
+    if path.exists() and not path.is_file():  # a device never ends
+        raise UserError(f"{path} is not a regular file")
     data = path.read_bytes()
     try:
         return data.decode("utf-8-sig")

@@ -9,6 +9,7 @@ of what the strides of the network divide by. The draw of a patch depends on its
 from __future__ import annotations
 
 import hashlib
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -74,10 +75,18 @@ class Task:
             raise UserError(f"task.patch is {self.patch}, expected three sizes")
 
 
+MOST_VOXELS = 2**30
+
+
 def read_array(path: Path) -> np.ndarray:
     """The voxels of a NIfTI file, its axes turned to right, anterior, superior."""
+    if not path.is_file():
+        raise UserError(f"{path.name} is not a regular file")
     try:
-        return np.asanyarray(cast("Any", nibabel).as_closest_canonical(nibabel.load(path)).dataobj)
+        found = cast("Any", nibabel).load(path)
+        if math.prod(found.shape) > MOST_VOXELS:  # told by the header, before anything is allocated
+            raise UserError(f"{path.name} is said to have the size {found.shape}, which is more than can be read")
+        return np.asanyarray(cast("Any", nibabel).as_closest_canonical(found).dataobj)
     except (nibabel.filebasedimages.ImageFileError, EOFError, zlib.error) as error:
         raise UserError(f"{path.name} cannot be read ({error})") from None
 

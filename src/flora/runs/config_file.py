@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from flora.errors import UserError, user_errors
+from flora.errors import MALFORMED, UserError, user_errors
 
 # Set by PEFT, by the Trainer or at the top of the config.
 HIDDEN = {
@@ -31,8 +31,6 @@ SPOKEN = {  # what people call a setting -> its name
     "steps": "max_steps",
 }
 MOST_VALUES = 100_000  # a config of a few hundred characters can repeat its parts into billions
-# What the parsers below raise for values that they cannot use: numbers of thousands of digits, brackets in brackets.
-UNUSABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 
 
 class Item(NamedTuple):
@@ -116,7 +114,7 @@ class Config:
 
         given = {key: value for key, value in self.values.items() if value is not None}
         try:
-            with user_errors(*UNUSABLE, about=str(self.path)):
+            with user_errors(*MALFORMED, about=str(self.path)):
                 return parser.parse_object(given)
         except Exception as error:  # argparse.ArgumentError, which is no UserError
             key = _key_in(str(error))
@@ -146,7 +144,7 @@ def _item(text: str) -> Item:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        with user_errors(*UNUSABLE, about=f"{path} is not valid YAML"):
+        with user_errors(*MALFORMED, about=f"{path} is not valid YAML"):
             given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
@@ -194,7 +192,7 @@ def _value(item: Item, kind: Any) -> Any:
         return None if item.text == "null" else item.text
 
     try:
-        with user_errors(*UNUSABLE, about=f"the value of {_short(str(item))}"):
+        with user_errors(*MALFORMED, about=f"the value of {_short(str(item))}"):
             return yaml.safe_load(item.text)
     except yaml.YAMLError:
         raise UserError(f"the value of {item} is not valid YAML") from None

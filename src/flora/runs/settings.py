@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 
-from flora.errors import UserError, user_errors
+from flora.errors import MALFORMED, UserError, user_errors
 from flora.recipes import Recipe, config_path, load_recipe, optional
-from flora.runs.config_file import UNUSABLE, Config
+from flora.runs.config_file import Config
 from flora.runs.run_folder import CONFIG as FILE
 from flora.storage.atomic import write_text
 from flora.tuner.config import FloraConfig
@@ -129,7 +129,7 @@ def read(config: str, overrides: Iterable[str] = ()) -> Settings:
     adapter = _given_only(checked.adapter, given.values.get("adapter"))
     training = _given_only(checked.training, given.values.get("training"))
 
-    with user_errors(*UNUSABLE):
+    with user_errors(*MALFORMED):
         FloraConfig(**adapter)
         task = recipe.Task(**vars(checked.task))
         comparison = Comparison(**vars(checked.compare))
