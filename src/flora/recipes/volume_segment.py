@@ -80,7 +80,7 @@ MOST_VOXELS = 2**30
 
 def read_array(path: Path) -> np.ndarray:
     """The voxels of a NIfTI file, its axes turned to right, anterior, superior."""
-    if not path.is_file():
+    if path.exists() and not path.is_file():
         raise UserError(f"{path.name} is not a regular file")
     try:
         found = cast("Any", nibabel).load(path)
