@@ -1,8 +1,10 @@
-"""The plan's figures against the operations that torch counts, its printed form, and its messages."""
+"""The plan's figures against the operations that torch counts, the decision row by row, its printed form, messages."""
 
 from __future__ import annotations
 
 import math
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +15,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from flora import FloraConfig, Plan, plan
-from flora.layers import gate as fused
+from flora.layers import device
+from flora.layers.planning import BESIDE, CALLED, SUMMED, SUMMED_NARROW, Choice, Work, choose, costs
+from flora.layers.table import find_layer
+from flora.tucker.delta import TuckerDelta
 from flora.tucker.form import count_params
+from flora.tuner.forward import choice_for, expected_choice
 
 # layer, input for one sample, ranks, what plan() is told besides
 COUNTED = [
@@ -40,98 +46,123 @@ def product_flops(total: list[int], left: list[int], right: list[int], **_: obje
 IN_PLACE = {torch.ops.aten.addmm_: product_flops, torch.ops.aten.baddbmm_: product_flops}
 
 
-def step_flops(model: nn.Module, x: Tensor) -> int:
+def step_flops(run: Any, x: Tensor) -> int:
     """Of one forward and backward, to the input as well, as inside a network."""
     with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
-        model(x.requires_grad_()).sum().backward()
+        run(x.requires_grad_()).sum().backward()
     return int(counter.get_total_flops())
 
 
-def measured(layer: nn.Module, x: Tensor, ranks: tuple[int, ...], path: str) -> int:
-    """What the adapter adds to the step of the frozen layer."""
-    base = nn.Sequential(layer).requires_grad_(False)
-    frozen = step_flops(base, x.clone())
-    config = FloraConfig(r=list(ranks), target_modules=["0"], path=path)
-    return step_flops(get_peft_model(base, config), x.clone()) - frozen
+def measured(layer: Any, x: Tensor, ranks: tuple[int, ...], choice: Choice) -> int:
+    """What the adapter adds to the step of the frozen layer in this way."""
+    layer.requires_grad_(False)
+    found = find_layer(layer)
+    assert found is not None
+    row, delta = found[1], TuckerDelta(layer.weight.shape, ranks, init_weights=False)
+    assert row.fused is not None
+    run = row.fused
+    return step_flops(lambda x: run(choice, layer, delta, x), x.clone()) - step_flops(layer, x.clone())
 
 
 @pytest.mark.filterwarnings("ignore:the adapter has more parameters")  # small shapes, whole modes
+@pytest.mark.parametrize("choice", [SUMMED, SUMMED_NARROW, BESIDE], ids=str)
 @pytest.mark.parametrize(("make", "size", "ranks", "told"), COUNTED)
-def test_flops_are_those_that_torch_counts(make, size, ranks, told, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(fused, "can_fuse", lambda *_: False)  # separate operations, nothing computed twice
-    figures: dict[int, dict[str, tuple[int, int]]] = {}
+def test_flops_grow_as_torch_counts(make, size, ranks, told, choice) -> None:  # type: ignore[no-untyped-def]
+    """What grows with the input, to the last operation; narrow ways of a convolution run their forward again."""
+    real, expected = {}, {}
     for batch in (2, 5):
-        x = torch.randn(batch, *size)
-        layer = make()
-        out = layer(x)
-        positions = out.numel() // layer.weight.shape[0]
-        planned = plan(layer.weight.shape, ranks, positions=positions, **told)
-        figures[batch] = {path: (measured(make(), x, ranks, path), planned.flops[path]) for path in planned.flops}
-    for path, (real, expected) in figures[5].items():
-        before, expected_before = figures[2][path]
-        assert real - before == expected - expected_before, path  # what grows with the input, to the last operation
-        if path == "rebuild":
-            assert real == expected
-        else:  # folding core and factors is left out of the plan: it does not grow with the input
-            assert expected <= real
-            assert real - expected == before - expected_before
-
-
-@pytest.mark.filterwarnings("ignore:the adapter has more parameters")
-@pytest.mark.parametrize(("make", "size", "ranks", "told"), COUNTED)
-def test_the_fused_way_computes_at_most_its_forward_again(  # type: ignore[no-untyped-def]
-    make, size, ranks, told, monkeypatch
-) -> None:
-    """Where it adds into output and gradient; with a sum of the weights it computes less per position."""
-    monkeypatch.setattr(fused, "SUM_PAYS_FROM", math.inf)
-    real = {batch: measured(make(), torch.randn(batch, *size), ranks, "factored") for batch in (2, 5)}
-    weight = make().weight
-    outs = {batch: make()(torch.randn(batch, *size)).numel() // weight.shape[0] for batch in (2, 5)}
-    expected = {batch: plan(weight.shape, ranks, positions=outs[batch], **told).flops["factored"] for batch in (2, 5)}
+        x, layer = torch.randn(batch, *size), make()
+        positions = layer(x).numel() // layer.weight.shape[0]
+        kind = "linear" if layer.weight.ndim == 2 else "conv"
+        inputs = positions * told.get("stride", 1)
+        work = Work(kind, tuple(layer.weight.shape), ranks, inputs, positions)
+        priced = _all_costs(work)
+        real[batch], expected[batch] = measured(make(), x, ranks, choice), priced[choice].flops
     growth = (real[5] - real[2]) / (expected[5] - expected[2])
-    assert 1 <= growth <= 4 / 3
+    if choice == SUMMED:
+        assert growth == 1
+        assert real[5] <= expected[5] * 4 / 3  # W + dW is formed once more for the gradient of the input
+    else:
+        assert 0.49 <= growth <= 2.01
+
+
+def _all_costs(work: Work) -> dict[Choice, Any]:
+    from flora.layers import planning
+
+    ways = {SUMMED: planning._summed, SUMMED_NARROW: planning._summed_narrow, BESIDE: planning._beside}
+    return {choice: cost(work) for choice, cost in ways.items()}
 
 
 def test_the_table_of_counted_layers_is_whole() -> None:
     assert len(COUNTED) == 11
 
 
-def test_grouped_convolution_forward() -> None:
-    """Forward alone: torch's counter leaves the groups out of a convolution's backward."""
-    x, told = torch.randn(3, 22, 19, 17), {"groups": 11, "positions": 3 * 19 * 17}
-    layer = nn.Conv2d(22, 33, (3, 5), padding=(1, 2), groups=11)
-    ranks = (2, 1, 2, 3)
-    planned = plan(layer.weight.shape, ranks, **told)
-    model = get_peft_model(nn.Sequential(layer), FloraConfig(r=list(ranks), target_modules=["0"], path="factored"))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(x)
-    frozen = 2 * x.shape[0] * 19 * 17 * layer.weight.numel()
-    folding = 2 * (2 * 1) * (2 * 3) * (3 * 5)  # the core times its two kernel factors, seen as one
-    assert counter.get_total_flops() - frozen - folding == planned.flops["factored"] // 3
+# ---- the decision --------------------------------------------------------------------------------------------------
+
+FACTS = ("is_function", "can_sum", "can_add", "readable", "dropping")
+LINEAR = Work("linear", (768, 3072), (8, 8), 77, 77)  # where the figures are for beside
 
 
-# ---- the choice ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("facts", list(product([False, True], repeat=5)))
+@pytest.mark.parametrize("wanted", ["auto", "summed", "beside"])
+def test_every_row_of_the_decision(facts: tuple[bool, ...], wanted: str) -> None:
+    """The truth table in the docstring of ``choose``, written once more as a list of cases."""
+    is_function, can_sum, can_add, readable, dropping = facts
+    found = choose(LINEAR, wanted, **dict(zip(FACTS, facts, strict=True)))
+    if not is_function or (not can_sum and not can_add):
+        assert found == CALLED
+    elif (can_add and not readable) or (can_add and dropping) or (can_add and wanted == "beside"):
+        assert found == BESIDE
+    elif not can_sum:
+        assert found == (CALLED if wanted == "summed" else BESIDE)
+    elif wanted == "summed" or not can_add:
+        assert found.way == "summed"
+    else:
+        assert found == BESIDE
+
 
 CHOICES = [
-    ((768, 3072), (8, 8), {}, "factored"),
-    ((4096, 4096), (32, 32), {}, "factored"),
-    ((96, 1, 7, 7), (4, 1, 2, 2), {"groups": 96}, "rebuild"),  # depthwise: a dense kernel is next to nothing
-    ((512, 256, 3, 3), (32, 32, 2, 2), {}, "factored"),
-    ((128, 64, 2, 2), (16, 16, 2, 2), {"stride": 4}, "factored"),  # patches: a product on the channels
-    ((64, 48), (64, 48), {}, "rebuild"),  # whole: there is nothing to factor
-    ((30_522, 768), (8, 8), {"kind": "embedding", "positions": 512}, "factored"),
+    ((768, 3072), (8, 8), {}, "summed"),
+    ((768, 3072), (8, 8), {"positions": 77}, "beside"),
+    ((4096, 4096), (32, 32), {"positions": 512}, "beside"),
+    ((96, 1, 7, 7), (4, 1, 2, 2), {"groups": 96}, "summed"),  # depthwise: a dense kernel is next to nothing
+    ((512, 512, 3, 3), (32, 32, 2, 2), {"positions": 392}, "beside"),
+    ((512, 512, 3, 3), (32, 32, 2, 2), {"positions": 392, "device": "gpu"}, "summed"),  # convolutions always are
+    ((4096, 4096), (16, 16), {"positions": 77, "device": "gpu", "element_size": 2}, "beside"),
+    ((768, 192), (16, 16), {"positions": 50_000, "device": "gpu", "element_size": 2}, "summed"),
+    ((64, 48), (64, 48), {}, "summed"),  # whole: there is nothing to factor
+    ((30_522, 768), (8, 8), {"kind": "embedding", "positions": 512}, "beside"),
 ]
 
 
-@pytest.mark.parametrize(("shape", "ranks", "told", "path"), CHOICES)
-def test_the_cheaper_path_is_chosen(shape, ranks, told, path) -> None:  # type: ignore[no-untyped-def]
-    chosen = plan(shape, ranks, **told)
-    assert chosen.path == path
-    assert chosen.flops[path] == min(chosen.flops.values())
+@pytest.mark.parametrize(("shape", "ranks", "told", "way"), CHOICES)
+def test_the_cheaper_way_is_chosen(shape, ranks, told, way) -> None:  # type: ignore[no-untyped-def]
+    assert plan(shape, ranks, **told).way == way
 
 
-def test_the_table_of_choices_is_whole() -> None:
-    assert len(CHOICES) == 7
+def test_on_a_gpu_the_gradient_is_dense_where_tokens_far_outnumber_channels() -> None:
+    narrow = Work("linear", (768, 192), (16, 16), 200_000, 200_000, cpu=False, element_size=2)
+    wide = Work("linear", (4096, 4096), (16, 16), 8192, 8192, cpu=False, element_size=2)
+    assert choose(narrow) == SUMMED
+    assert choose(wide) == SUMMED_NARROW
+
+
+@given(
+    st.sampled_from(["linear", "conv"]), st.integers(2, 2048), st.integers(2, 2048), st.integers(1, 64),
+    st.integers(1, 100_000), st.sampled_from([2, 4]), st.booleans(),
+)  # fmt: skip
+def test_no_choice_has_more_operations_and_bytes_than_every_alternative(  # type: ignore[no-untyped-def]
+    kind, out, inner, rank, positions, size, cpu
+) -> None:
+    """Called is what summed is without being one function: it is never cheaper."""
+    kernel = (3, 3) if kind == "conv" else ()
+    ranks = (min(rank, out), min(rank, inner), *(2 for _ in kernel))
+    work = Work(kind, (out, inner, *kernel), ranks, positions, positions, cpu=cpu, element_size=size)
+    chosen, priced = choose(work), dict(costs(work))
+    called = priced[SUMMED]
+    others = [cost for choice, cost in priced.items() if choice.way != chosen.way] + [called]
+    mine = priced[chosen]
+    assert not all(mine.flops > other.flops and mine.moved > other.moved for other in others)
 
 
 @given(st.integers(2, 99), st.integers(2, 99), st.integers(1, 32), st.integers(1, 5000))
@@ -139,21 +170,83 @@ def test_a_plan_is_sane_for_every_linear(out: int, inner: int, r: int, positions
     ranks = (min(r, out), min(r, inner))
     made = plan((out, inner), ranks, positions=positions)
     assert made.num_params == count_params((out, inner), ranks)
-    assert made.flops.keys() == made.kept.keys() == {"rebuild", "factored"}
+    assert made.flops.keys() == made.kept.keys() == made.seconds.keys()
+    assert made.way in {way.partition(",")[0] for way in made.flops}
     assert all(cost > 0 for cost in (*made.flops.values(), *made.kept.values()))
-    twice = plan((out, inner), ranks, positions=2 * positions)
-    assert twice.flops["factored"] == 2 * made.flops["factored"]
-
-
-def test_bytes_scale_with_the_element() -> None:
-    single, half = (plan((96, 48), (8, 8), positions=16, element_size=size) for size in (4, 2))
-    assert single.kept == {path: 2 * kept for path, kept in half.kept.items()}
 
 
 def test_many_tokens_keep_only_the_input_where_weights_are_summed() -> None:
     many, half = (plan((96, 48), (8, 8), positions=4096, element_size=size) for size in (4, 2))
-    assert many.kept["factored"] == 4 * 4096 * 48
-    assert half.kept["factored"] == 2 * 4096 * (48 + 8)  # half precision does not sum
+    assert many.kept["summed, narrow"] == 4 * 4096 * 48
+    assert half.kept["beside"] == 2 * 4096 * (48 + 8)
+
+
+# ---- the same function in a model and in its plan ------------------------------------------------------------------
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(64, 96), {}, (2048, 64), "summed"),
+    "a folded linear": (lambda: nn.Linear(64, 96), {"fold": {"0": "(qkv heads dim) in, qkv=3 heads=8"}}, (7, 64), None),
+    "conv": (lambda: nn.Conv2d(8, 12, 3, padding=1), {}, (2, 8, 16, 16), "summed"),
+    "transposed": (lambda: nn.ConvTranspose2d(8, 12, 2, stride=2), {}, (2, 8, 16, 16), None),
+    "bilinear": (lambda: nn.Bilinear(7, 5, 11), {}, (3, 7), "beside"),
+    "recurrent": (lambda: nn.GRU(7, 11), {}, (5, 3, 7), "called"),
+    "embedding bag": (lambda: nn.EmbeddingBag(50, 7), {}, (3, 5), "beside"),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_plan_names_the_way_that_runs(name: str) -> None:
+    make, told, size, way = LAYERS[name]
+    config = FloraConfig(r=3, target_modules=["0"], init_weights=False, **told)  # type: ignore[arg-type]
+    model = get_peft_model(nn.Sequential(make()), config)  # type: ignore[operator]
+    layer: Any = model.base_model.model[0]
+    x = torch.randn(size)
+    if "bag" in name:
+        x = torch.randint(0, 50, size)
+    chosen = choice_for(layer, ["default"], x)
+    out = layer(x, torch.randn(3, 5)) if name == "bilinear" else layer(x)
+    positions = x.numel() if "bag" in name else (out[0] if name == "recurrent" else out).numel()
+    positions //= {"linear": 96, "a folded linear": 96}.get(name, 12 if "conv" in name or name == "transposed" else 1)
+    assert expected_choice(layer, "default", positions, cpu=True)[0] == chosen
+    if way is not None:
+        assert chosen.way == way
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+def test_experts_run_beside_unless_summed_is_wanted(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "on_cpu", lambda x: kind == "cpu")
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(3, 5, 7))
+            self.volume = nn.Parameter(torch.randn(3, 5, 7, 2))
+
+    for way, parameter, expected in [
+        ("auto", "up", BESIDE),
+        ("summed", "up", CALLED),
+        ("beside", "up", BESIDE),
+        ("auto", "volume", CALLED),
+    ]:
+        path: Any = {"auto": "auto", "summed": "rebuild", "beside": "factored"}[way]
+        config = FloraConfig(r=2, target_modules=[], target_parameters=[f"0.{parameter}"], path=path)
+        layer: Any = get_peft_model(nn.Sequential(Experts()), config).base_model.model[0]  # type: ignore[arg-type]
+        assert choice_for(layer, ["default"], torch.randn(2, 5)) == expected
+        assert expected_choice(layer, "default", 4096, cpu=kind == "cpu")[0] == expected
+
+
+def test_dropout_and_hooks_put_the_change_beside() -> None:
+    config = FloraConfig(r=3, target_modules=["0"], dropout=0.5)
+    model = get_peft_model(nn.Sequential(nn.Linear(64, 96)), config)  # type: ignore[arg-type]
+    layer: Any = model.base_model.model[0]
+    x = torch.randn(4096, 64)
+    assert choice_for(layer, ["default"], x) == BESIDE
+    layer.eval()
+    assert choice_for(layer, ["default"], x).way == "summed"
+    handle = layer.base_layer.register_forward_hook(lambda *args: None)
+    assert choice_for(layer, ["default"], x) == BESIDE
+    handle.remove()
+    assert choice_for(layer, ["default"], x).way == "summed"
 
 
 # ---- print ---------------------------------------------------------------------------------------------------------
@@ -162,10 +255,10 @@ def test_many_tokens_keep_only_the_input_where_weights_are_summed() -> None:
 def test_printed() -> None:
     lines = str(plan((768, 3072), (8, 8), positions=4096)).splitlines()
     assert lines[0] == "weight (768, 3072), ranks (8, 8): 30,784 parameters (1.30% of 2,359,296)"
-    assert lines[1] == "per training step at 4,096 output positions, beyond the frozen layer:"
-    assert lines[2].split()[:-2] == ["rebuild", "19,441.8", "MFLOP", "57.00", "MiB", "kept"]
-    assert lines[3].split()[:-2] == ["->", "factored", "755.0", "MFLOP", "48.00", "MiB", "kept"]
-    assert lines[4] == "path: factored, the faster by operations and bytes moved"
+    assert lines[1] == "per training step on a CPU at 4,096 output positions, beyond the frozen layer:"
+    assert lines[2].split()[:-2] == ["summed", "19,441.8", "MFLOP", "57.00", "MiB", "kept"]
+    assert lines[3].split()[:-2] == ["->", "summed,", "narrow", "503.3", "MFLOP", "48.00", "MiB", "kept"]
+    assert lines[4] == "way: summed, the faster by operations and bytes moved"
     assert len(lines) == 5
 
 
@@ -174,7 +267,7 @@ def test_a_plan_is_a_value() -> None:
     assert isinstance(first, Plan)
     assert first == second
     with pytest.raises(AttributeError):
-        first.path = "rebuild"  # type: ignore[misc]
+        first.way = "beside"  # type: ignore[misc]
 
 
 REFUSED = [
@@ -184,6 +277,7 @@ REFUSED = [
         ValueError,
         "unknown kind 'convolution', expected one of linear, conv",
     ),
+    (((31, 17), (5, 3)), {"device": "tpu"}, ValueError, "unknown device 'tpu', expected 'cpu' or 'gpu'"),
     (((31, 17), (5,)), {}, ValueError, "ranks (5,) and shape (31, 17) do not fit; give one rank per dimension"),
     (((31, 17), (5, 18)), {}, ValueError, "rank 18 of mode 1 is above its size 17 in shape (31, 17)"),
     (((31, 17), (0, 3)), {}, ValueError, "ranks[0] must be at least 1, got 0"),
@@ -199,4 +293,4 @@ def test_a_bad_request_is_refused(args, told, error, text) -> None:  # type: ign
 
 
 def test_the_table_of_refusals_is_whole() -> None:
-    assert len(REFUSED) == 5
+    assert len(REFUSED) == 6

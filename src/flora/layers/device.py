@@ -6,6 +6,7 @@ priced by its launches, by its passes over activations and by the rate of the te
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -173,6 +174,8 @@ def add_update(weight: Tensor, factor: Tensor | None, rows: Tensor, scale: float
         scale: of the update.
     """
     if weight.dtype in HALF and factor is not None:
+        if HAS_TRITON and weight.is_cuda:
+            return _gpu().add_rounded(weight, factor.float(), rows.float(), scale)
         added: Tensor = torch.ops.flora.add_rounded(weight, factor.float(), rows.float(), scale)
         return added
     if weight.dtype in HALF:
@@ -195,13 +198,52 @@ def rounded(total: Tensor, dtype: torch.dtype) -> Tensor:
     The low bits, which the narrower format drops, get a number between zero and one step added, and are then cut off.
     """
     dropped = 16 if dtype == torch.bfloat16 else 13
-    place = torch.arange(total.numel(), device=total.device, dtype=torch.int32).view(total.shape)
-    mixed = place * -0x61C8864F  # 0x9E3779B1 as a signed number
-    mixed = (mixed ^ ((mixed >> 15) & 0x1FFFF)) * -0x7A143589  # 0x85EBCA77
+    bits = total.contiguous().view(torch.int32) + _noise(total, dropped)
+    return (bits & -(1 << dropped)).view(torch.float32)
 
-    noise = (mixed >> (32 - dropped)) & ((1 << dropped) - 1)
-    bits = (total.contiguous().view(torch.int32) + noise) & -(1 << dropped)
-    return bits.view(torch.float32)
+
+def _noise(like: Tensor, dropped: int) -> Tensor:
+    """A fixed pattern of whole numbers below ``2 ** dropped`` in the shape of a tensor, with a long period."""
+    count = like.numel()
+    if torch.compiler.is_compiling():  # a compiler computes it on the way
+        places = torch.arange(count, device=like.device, dtype=torch.int32)
+        return _hashed(places & (PERIOD - 1), dropped).view(like.shape)
+
+    key = (like.device, dropped)
+    table = _NOISE.get(key)
+    if table is None:
+        table = _hashed(torch.arange(PERIOD, device=like.device, dtype=torch.int32), dropped)
+        if type(table) is Tensor:  # a stand-in of torch's own must not outlive its mode
+            _NOISE[key] = table
+    if count > PERIOD:
+        table = table.expand(-(-count // PERIOD), PERIOD).reshape(-1)
+    return table[:count].view(like.shape)
+
+
+def _hashed(places: Tensor, dropped: int) -> Tensor:
+    """The same as in ``gpu.py``, where the numbers have no sign."""
+    mixed = places * -0x61C8864F  # 0x9E3779B1
+    mixed = (mixed ^ ((mixed >> 15) & 0x1FFFF)) * -0x7A143589  # 0x85EBCA77
+    return (mixed >> (32 - dropped)) & ((1 << dropped) - 1)
+
+
+PERIOD = 2**16  # entries after which the pattern begins again
+_NOISE: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def keeps_sum(weight: Tensor, x: Tensor, rank: int) -> bool:
+    """Whether to keep W + dW for backward, instead of forming it once more.
+
+    On a GPU, where it is small, or takes no more memory than LoRA would keep of this layer: the hidden tensor, and in
+    half precision the input in float32.
+    """
+    if on_cpu(x):
+        return False
+    hidden = rank * (x.numel() // weight.shape[1])
+    return weight.numel() <= max(SMALL_WEIGHT, hidden + (2 * x.numel() if x.dtype in HALF else 0))
+
+
+SMALL_WEIGHT = 2**16  # entries of a weight that may always be kept once more
 
 
 def _add_rounded(weight: Tensor, factor: Tensor, rows: Tensor, scale: float) -> Tensor:
@@ -215,13 +257,20 @@ def kronecker(factors: Sequence[Tensor]) -> Tensor:
     """The Kronecker product of two or three contiguous matrices (k, r): (prod(k), prod(r))."""
     if on_cpu(factors[0]):
         return _kronecker(*factors)
+    if HAS_TRITON and factors[0].is_cuda:
+        return _gpu().kronecker(*factors)
     found: Tensor = torch.ops.flora.kronecker(*factors)
     return found
 
 
 def kronecker_gradients(grad: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
     """The gradients of those matrices from that of their Kronecker product."""
-    flat = _kronecker_gradients(grad, *factors) if on_cpu(grad) else torch.ops.flora.kronecker_gradients(grad, *factors)
+    if on_cpu(grad):
+        flat = _kronecker_gradients(grad, *factors)
+    elif HAS_TRITON and grad.is_cuda:
+        flat = _gpu().kronecker_gradients(grad, *factors)
+    else:
+        flat = torch.ops.flora.kronecker_gradients(grad, *factors)
     parts = flat.split([factor.numel() for factor in factors])
     return [part.view(factor.shape) for part, factor in zip(parts, factors, strict=True)]
 
@@ -236,40 +285,34 @@ def _kronecker(first: Tensor, second: Tensor, third: Tensor | None = None) -> Te
 
 def _kronecker_gradients(grad: Tensor, first: Tensor, second: Tensor, third: Tensor | None = None) -> Tensor:
     """The gradients flat, one after the other: each is summed over the indices of the other matrices."""
-    (k1, r1), (k2, r2) = first.shape, second.shape
-    # shape: (k1, k2, k3, r1, r2, r3), the third ones 1 without a third matrix
-    split = grad.reshape(k1, k2, -1, r1, r2, 1 if third is None else third.shape[1])
-    of_pair = split[:, :, 0, :, :, 0] if third is None else torch.einsum("abcxyz,cz->abxy", split, third)
+    (k1, r1), (k2, r2), (k3, r3) = first.shape, second.shape, (1, 1) if third is None else third.shape
+    # shape: (k1 r1, k2 r2, k3 r3)
+    split = grad.reshape(k1, k2, k3, r1, r2, r3).permute(0, 3, 1, 4, 2, 5).reshape(k1 * r1, k2 * r2, k3 * r3)
+    flat_first, flat_second = first.reshape(-1), second.reshape(-1)
 
-    of_first = torch.einsum("abxy,by->ax", of_pair, second)
-    of_second = torch.einsum("abxy,ax->by", of_pair, first)
-    if third is None:
-        return torch.cat([of_first.flatten(), of_second.flatten()])
-    of_third = torch.einsum("abcxyz,ax,by->cz", split, first, second)
-    return torch.cat([of_first.flatten(), of_second.flatten(), of_third.flatten()])
-
-
-# ---- the same as operations of torch, so that a CUDA device runs each in one launch -------------------------------
+    # shape: (k1 r1, k2 r2)
+    of_pair = split[:, :, 0] if third is None else torch.matmul(split, third.reshape(-1))
+    found = [torch.mv(of_pair, flat_second), torch.mv(of_pair.t(), flat_first)]
+    if third is not None:
+        both = torch.outer(flat_first, flat_second).view(1, -1)
+        found.append(torch.mm(both, split.view(-1, k3 * r3)).view(-1))
+    return torch.cat(found)
 
 
-def _on_gpu(name: str, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The Triton kernel of that name, or the plain operations where Triton is missing."""
+# ---- the same as operations of torch: what a device without Triton runs, and what counts as one launch ------------
 
-    def run(*args: Any) -> Tensor:
-        if not HAS_TRITON:
-            return plain(*args)
-        from flora.layers import gpu
 
-        found: Tensor = getattr(gpu, name)(*args)
-        return found
+@functools.cache
+def _gpu() -> Any:
+    """The file of Triton kernels, which only a machine with Triton can import."""
+    from flora.layers import gpu
 
-    return run
+    return gpu
 
 
 def _register(name: str, arguments: str, plain: Callable[..., Tensor], shapes: Callable[..., Tensor]) -> None:
     library.define(f"flora::{name}", f"({arguments}) -> Tensor")
     library.impl(f"flora::{name}", "default", plain)
-    library.impl(f"flora::{name}", "cuda", _on_gpu(name, plain))
     library.register_fake(f"flora::{name}", shapes)
 
 

@@ -39,8 +39,8 @@ def _add_rounded_kernel(  # type: ignore[no-untyped-def]
     stored = row.to(tl.int64)[:, None] * weight_row + column.to(tl.int64)[None, :] * weight_column
     total = tl.load(weight + stored, mask=inside, other=0.0).to(tl.float32) + scale * change
 
-    # The same pattern as ``device.dither``.
-    mixed = place.to(tl.uint32) * 0x9E3779B1
+    # The same pattern as ``device.rounded``.
+    mixed = (place & 0xFFFF).to(tl.uint32) * 0x9E3779B1
     mixed = (mixed ^ (mixed >> 15)) * 0x85EBCA77
     noise = (mixed >> (32 - DROPPED)).to(tl.int32)
     bits = ((total.to(tl.int32, bitcast=True) + noise) >> DROPPED) << DROPPED

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from flora.layers import device
 from flora.layers.gate import again, without_autocast
@@ -65,8 +66,73 @@ def run(
         factors: one for each mode of the weight, folded or as it is stored.
         scale: of the update.
     """
+    if device.keeps_sum(weight, x, core.shape[0]):
+        return operation.run(x, _formed(weight, core, factors, scale).to(x.dtype), bias)
     y: Tensor = _Summed.apply(x, weight, bias, operation, scale, core, *factors)  # type: ignore[no-untyped-call]
     return y
+
+
+def _formed(weight: Tensor, core: Tensor, factors: Factors, scale: float) -> Tensor:
+    """``W + s dW`` in operations that autograd itself differentiates, without a step through Python in backward."""
+    modes = _kernel_modes(core, factors, 3)
+    if modes:
+        kernel = _Kronecker.apply(*[factors[mode] for mode in modes])  # type: ignore[no-untyped-call]
+        core, factors = _merged(core, factors, kernel)
+    steps = _steps(core, factors)
+    rows, factor = steps.rows[0], factors[0]
+    if weight.dtype not in device.HALF:
+        return _sum(weight, steps, scale)
+    if factor is None:
+        return _rounded_sum(weight, steps, scale)
+
+    matrix = weight.reshape(-1, rows.shape[0])
+    changed: Tensor = _RoundedSum.apply(matrix, factor, rows, scale)  # type: ignore[no-untyped-call]
+    return changed.view(weight.shape)
+
+
+class _RoundedSum(torch.autograd.Function):
+    """``device.add_update`` in half precision; the gradient passes the rounding by."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, factor: Tensor, rows: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        ctx.save_for_backward(factor, rows)
+        return device.add_update(weight, factor, rows, scale)
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        factor, rows = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            wide = ctx.scale * grad.to(factor.dtype)
+            return None, wide @ rows, wide.t() @ factor, None
+        grad_factor = device.product(grad, rows.to(grad.dtype), factor.dtype, ctx.scale)
+        grad_rows = device.product(grad.t(), factor.to(grad.dtype), rows.dtype, ctx.scale)
+        return None, grad_factor.to(factor.dtype), grad_rows.to(rows.dtype), None
+
+
+class _Kronecker(torch.autograd.Function):
+    """The Kronecker product of three matrices, in one launch each way on a GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, *factors: Tensor) -> Tensor:
+        ctx.save_for_backward(*factors)
+        return device.kronecker(factors)
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        factors = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return again(ctx, _kronecker, factors, (), grad)
+        return tuple(device.kronecker_gradients(grad.contiguous(), factors))
+
+
+def _kronecker(*factors: Tensor) -> Tensor:
+    found = kronecker(factors, [factor.shape[1] for factor in factors])
+    if found is None:
+        raise AssertionError("there are factors")
+    return found
 
 
 def run_plain(
@@ -159,10 +225,12 @@ def _differentiable(
     return run_plain(operation, x, weight, bias, core, factors, scale)
 
 
-def _kernel_modes(core: Tensor, factors: Factors) -> list[int]:
-    """The modes of a convolution's kernel whose factors may be seen as one; none where that would not be small."""
+def _kernel_modes(core: Tensor, factors: Factors, least: int = 2) -> list[int]:
+    """The modes of a convolution's kernel whose factors are seen as one: two or three, if the product is small."""
+    if len(factors) < 4:
+        return []
     modes = [mode for mode in range(2, len(factors)) if core.shape[mode] > 1 or factors[mode] is not None]
-    if len(modes) not in (2, 3):
+    if not least <= len(modes) <= 3:
         return []
 
     size = 1
@@ -182,13 +250,15 @@ def _merged(core: Tensor, factors: Factors, kernel: Tensor) -> tuple[Tensor, Fac
 def _steps(core: Tensor, factors: Factors) -> Steps:
     """The products that form dW, all but the last."""
     rows: list[Tensor] = []
-    current = core
-    for rank, factor in zip(reversed(core.shape), reversed(factors), strict=True):
-        # shape: (rest, J) -> (I, rest)
-        matrix = current.reshape(-1, rank)
-        rows.insert(0, matrix)
-        if len(rows) < len(factors):
-            current = matrix.t() if factor is None else torch.mm(factor, matrix.t())
+    current, ranks = core, core.shape
+    for mode in range(len(factors) - 1, -1, -1):
+        # shape: (rest, J), then (I, rest)
+        matrix = current if current.ndim == 2 and current.shape[1] == ranks[mode] else current.reshape(-1, ranks[mode])
+        rows.append(matrix)
+        if mode:
+            factor = factors[mode]
+            current = matrix.t() if factor is None else F.linear(factor, matrix)  # factor @ matrix.T
+    rows.reverse()
     return Steps(tuple(factors), tuple(rows))
 
 

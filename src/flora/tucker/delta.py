@@ -81,7 +81,10 @@ class TuckerDelta(nn.Module):
 
     def tensors(self) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """The core and the factors, unscaled, over the folded dimensions, as they are."""
-        return self.core, tuple([None if name is None else getattr(self, name) for name in self._factor_names])
+        stored = self._parameters
+        if "core" not in stored:  # a wrapper of the whole model keeps them under other names
+            return self.core, tuple([None if name is None else getattr(self, name) for name in self._factor_names])
+        return stored["core"], tuple([None if name is None else stored[name] for name in self._factor_names])  # type: ignore[return-value]
 
     @property
     def stored_form(self) -> Tucker:

@@ -53,6 +53,8 @@ def choice_for(layer: AdaptedLayer, active: list[str], x: Any) -> Choice:
     choice = layer.choices.get(facts)
     if choice is None:
         choice = _choose(layer, active, _work(layer, active, x, compiled=False))
+        if len(layer.choices) >= MOST_CHOICES:  # inputs of ever new lengths
+            layer.choices.clear()
         layer.choices[facts] = choice
     return choice
 
@@ -140,6 +142,7 @@ def readable(layer: AdaptedLayer) -> bool:
     )
 
 
+MOST_CHOICES = 64  # that a layer remembers
 SHARDED = "ds_shape"  # an attribute of weights that DeepSpeed ZeRO-3 has partitioned
 
 

@@ -32,7 +32,7 @@ class Geometry(NamedTuple):
             weight: shape (out, in / groups, *kernel), transposed (in, out / groups, *kernel).
             bias: shape (out,).
         """
-        return aten.convolution(x, weight, bias, *self)  # type: ignore[no-any-return]
+        return torch.convolution(x, weight, bias, *self)
 
     def gradients(self, grad: Tensor, x: Tensor, weight: Tensor, wants_x: bool) -> tuple[Tensor | None, Tensor]:
         """Of the input, None where it is not wanted, and of the weight."""
