@@ -165,7 +165,13 @@ def under(method: str, base: nn.Module, row: Row) -> nn.Module:
     config: Any
     if method == "flora":
         excluded = [row.head] if row.head else []
-        config = flora.FloraConfig(r=RANK, target_modules="all", exclude_modules=excluded, modules_to_save=saved)
+        config = flora.FloraConfig(
+            r=RANK,
+            target_modules="all",
+            exclude_modules=excluded,
+            modules_to_save=saved,
+            freeze_batch_norm=False,  # as under the other methods
+        )
         if row.targets:
             config = flora.FloraConfig(r=RANK, target_modules=_lora_targets(base, row), **experts)
     else:

@@ -8,11 +8,11 @@ from benchmarks.ratios import ratio
 from benchmarks.tables import DASH, MIB, NAMES, markdown
 from benchmarks.verdicts import Row
 
-SHOWN = ("frozen", "full", "flora", "lora", "authors")
+SHOWN = ("frozen", "full", "flora", "lora")
 MODES = {
     "eager": "The host prepares each kernel, and the device is waited for after each step.",
-    "compiled": "`torch.compile` with its defaults; the host still launches each kernel.",
-    "captured": "The compiled step recorded once as a CUDA graph and replayed: the time of the device alone.",
+    "compiled": "The blocks of the model under `torch.compile`; the host still launches each kernel.",
+    "captured": "The eager step recorded once as a CUDA graph and replayed: the time of the device alone.",
 }
 
 
@@ -33,6 +33,9 @@ def times(rows: Sequence[Row], mode: str) -> str:
     for row in rows:
         if "skipped" in row:
             lines.append([row["case"], row["skipped"], *[DASH] * len(SHOWN)])
+            continue
+        if mode not in row["methods"]["frozen"]["ms"]:
+            lines.append([row["case"], "not measured", *[DASH] * len(SHOWN)])
             continue
         frozen = row["methods"]["frozen"]["ms"][mode]["median"]
         others = [ratio(row, name, "frozen", mode=mode) for name in SHOWN[1:]]

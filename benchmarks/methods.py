@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import flora
 from benchmarks.grid import Case
 from flora.comparison.authors import AuthorsScheme
+from flora.tuner.forward import choice_for
 from flora.tuner.layer import FloraLayer
 
 
@@ -27,7 +28,7 @@ class Adapted:
     Attributes:
         module: what is called.
         trained: its trainable parameters.
-        note: what a reader should know, such as the rank or the path.
+        note: what a reader should know, such as the rank or the way.
     """
 
     module: nn.Module
@@ -55,14 +56,14 @@ def flora_auto(case: Case) -> Adapted:
     return _flora(case, "auto")
 
 
-def flora_rebuild(case: Case) -> Adapted:
-    """W + dW, formed at every forward."""
-    return _flora(case, "rebuild")
+def flora_summed(case: Case) -> Adapted:
+    """The layer once with W + dW."""
+    return _flora(case, "summed")
 
 
-def flora_factored(case: Case) -> Adapted:
+def flora_beside(case: Case) -> Adapted:
     """The small products beside the frozen layer."""
-    return _flora(case, "factored")
+    return _flora(case, "beside")
 
 
 def lora(case: Case) -> Adapted:
@@ -111,8 +112,8 @@ METHODS: dict[str, Callable[[Case], Adapted]] = {
     "frozen": frozen,
     "full": full,
     "flora": flora_auto,
-    "flora-rebuild": flora_rebuild,
-    "flora-factored": flora_factored,
+    "flora-summed": flora_summed,
+    "flora-beside": flora_beside,
     "lora": lora,
     "lora-params": lora_at_equal_parameters,
     "lokr": lokr,
@@ -161,13 +162,14 @@ def flora_layers(module: nn.Module) -> list[FloraLayer]:
     return [part for part in module.modules() if isinstance(part, FloraLayer)]
 
 
-def _flora(case: Case, path: Any) -> Adapted:
+def _flora(case: Case, way: Any) -> Adapted:
     config = flora.FloraConfig(
-        r=case.rank, kernel_r=case.kernel_rank, path=path, init_weights=False, **_lists(case.targets)
+        r=case.rank, kernel_r=case.kernel_rank, way=way, init_weights=False, **_lists(case.targets)
     )
     adapted = _peft(case, config)
-    paths = sorted({layer.settings["default"].path for layer in flora_layers(adapted.module)})
-    return Adapted(adapted.module, adapted.trained, "/".join(paths))
+    x = case.inputs()[0]
+    ways = sorted({choice_for(layer, ["default"], x).way for layer in flora_layers(adapted.module)})
+    return Adapted(adapted.module, adapted.trained, "/".join(ways))
 
 
 def _lora(case: Case, rank: int) -> Adapted:

@@ -24,7 +24,7 @@ the same machine; figures are medians over the repeats, ± is half the interquar
 With one thread the processor time of the process is read beside the wall clock; the two part where other work holds the
 machine.
 
-*FLoRA* is what `get_peft_model` gives, *rebuild* and *factored* are its two paths by themselves. *LoRA, equal
+*FLoRA* is what `get_peft_model` gives, *summed* and *beside* are its two ways by themselves. *LoRA, equal
 parameters* has the rank whose parameters are nearest to FLoRA's. *authors' scheme* is our own writing of it: dW formed
 at every forward, and a second full-size run of the layer with it. Adapters start from random values, so that no zero is
 ever a short cut.

@@ -24,10 +24,12 @@ def ratios(
         mode: the number of threads, or a GPU's mode; by default the headline's.
 
     Returns:
-        The ratios, None where a method refused the row.
+        The ratios, None where a method refused the row, or that mode was not measured.
     """
     found = [row["methods"].get(name, {}).get("ms") for name in (method, other)]
     if not all(found):
+        return None
+    if any(mode and mode not in times for times in found):
         return None
     own, reference = (times[mode or next(iter(times))][clock] for times in found)
     return [mine / theirs for mine, theirs in zip(own, reference, strict=True)]

@@ -15,8 +15,8 @@ NAMES = {
     "frozen": "frozen",
     "full": "full",
     "flora": "**FLoRA**",
-    "flora-rebuild": "rebuild",
-    "flora-factored": "factored",
+    "flora-summed": "summed",
+    "flora-beside": "beside",
     "lora": "LoRA, equal rank",
     "lora-params": "LoRA, equal parameters",
     "lokr": "LoKr",
@@ -97,7 +97,7 @@ def _means(rows: Sequence[Row], names: Sequence[str], threads: str) -> list[str]
 
 def parameters(rows: Sequence[Row]) -> str:
     """Trainable parameters, and what there is to say of a method."""
-    names = [name for name in NAMES if name not in ("frozen", "flora-rebuild", "flora-factored")]
+    names = [name for name in NAMES if name not in ("frozen", "flora-summed", "flora-beside")]
     lines = [[row["case"], *(_count(row["methods"].get(name, {})) for name in names)] for row in rows]
     return markdown(lines, ["layer", *(NAMES[name] for name in names)])
 

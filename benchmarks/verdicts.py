@@ -1,4 +1,4 @@
-"""What the issue asks for, line by line, and what the results say."""
+"""What is promised, line by line, and what the results say."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the issue.
+    """One line.
 
     Attributes:
         line: in words.
@@ -113,9 +113,9 @@ def _same_layers(row: Row, clock: str) -> float | None:
 
 
 def choice(row: Row, clock: str) -> float | None:
-    """The time of the path that "auto" takes over that of the best path; None where a path has none."""
-    paths = {name: ratio(row, f"flora-{name}", "frozen", clock) for name in ("rebuild", "factored")}
-    chosen, known = paths.get(row["methods"]["flora"]["note"]), [value for value in paths.values() if value]
+    """The time of the way that "auto" takes over that of the best way; None where a way has none."""
+    ways = {name: ratio(row, f"flora-{name}", "frozen", clock) for name in ("summed", "beside")}
+    chosen, known = ways.get(row["methods"]["flora"]["note"]), [value for value in ways.values() if value]
     return chosen / min(known) if chosen else None
 
 
@@ -191,7 +191,7 @@ CHECKS = [
         sense=">=",
         reason=DENSE_RUN,
     ),
-    Check("The plan's path / the best path, every row", "layers", always, choice, 1.1),
+    Check("The plan's way / the best way, every row", "layers", always, choice, 1.1),
     Check("MoE, FLoRA / LoRA, time", "layers", MOE, times("flora", "lora"), 1.0),
     Check(
         "Whole models, FLoRA / LoRA, every model",
@@ -201,7 +201,7 @@ CHECKS = [
         1.0,
         reason=LORA_LEAVES_OUT,
     ),
-    Check("The same with FLoRA on LoRA's layers only (not asked for)", "models", always, _same_layers, 1.0),
+    Check("The same with FLoRA on LoRA's layers only", "models", always, _same_layers, 1.0),
     Check(
         "Whole models, FLoRA / frozen", "models", always, times("flora", "frozen"), 1.25, "geomean", reason=SMALL_CORES
     ),
@@ -284,6 +284,6 @@ def geomean(values: list[float]) -> float:
 
 
 def slow_choices(rows: list[Row], clock: str = "raw") -> dict[str, float]:
-    """Rows where the path that "auto" takes is more than a tenth slower than the best one -> how many times."""
+    """Rows where the way that "auto" takes is more than a tenth slower than the best one -> how many times."""
     found = {row["case"]: choice(row, clock) for row in rows}
     return {name: times for name, times in found.items() if times and times > 1.1}

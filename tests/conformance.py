@@ -33,16 +33,16 @@ def inputs_of(row: Row, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
     return tuple(value.to(dtype) if value.is_floating_point() else value for value in row.inputs())
 
 
-def config_of(row: Row, path: str, **fields: Any) -> flora.FloraConfig:
+def config_of(row: Row, way: str, **fields: Any) -> flora.FloraConfig:
     return flora.FloraConfig(
-        **{"r": row.ranks, "target_modules": ["layer"], "path": path, "init_weights": False, **row.config, **fields}
+        **{"r": row.ranks, "target_modules": ["layer"], "way": way, "init_weights": False, **row.config, **fields}
     )
 
 
-def adapted(row: Row, path: str, dtype: torch.dtype = torch.float32, name: str = "default", **fields: Any) -> PeftModel:
+def adapted(row: Row, way: str, dtype: torch.dtype = torch.float32, name: str = "default", **fields: Any) -> PeftModel:
     base = base_model(row, dtype)
     seeded(2)
-    return get_peft_model(base, config_of(row, path, **fields), adapter_name=name).eval()
+    return get_peft_model(base, config_of(row, way, **fields), adapter_name=name).eval()
 
 
 def flora_layers(model: nn.Module) -> Iterator[FloraLayer]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -59,7 +60,7 @@ def test_the_authors_scheme_computes_what_flora_does(case: Any) -> None:
 def test_every_method_builds_or_says_why_not(case: Any) -> None:
     built, refused = methods.build(case)
     assert built.keys() | refused.keys() == methods.METHODS.keys()
-    assert {"frozen", "full", "flora", "flora-rebuild", "authors"} <= built.keys()
+    assert {"frozen", "full", "flora", "flora-summed", "authors"} <= built.keys()
     assert all(refused.values())
     inputs = case.inputs()
     grad = methods.output_grad(built["frozen"], inputs)
@@ -123,10 +124,10 @@ def test_a_busy_spell_stays_out_of_a_ratio() -> None:
 def fake(flora_ms: float, lora_ms: float) -> dict[str, Any]:
     def method(ms: float) -> dict[str, Any]:
         figures = {"median": ms, "q1": ms, "q3": ms, "raw": [ms, 2 * ms, ms], "cpu_raw": [ms, 2 * ms, ms]}
-        return {"parameters": 1, "note": "factored", "ms": {"1": figures}}
+        return {"parameters": 1, "note": "beside", "ms": {"1": figures}}
 
     found = {"frozen": method(10), "full": method(15), "flora": method(flora_ms), "lora": method(lora_ms)}
-    found |= {"flora-factored": method(flora_ms), "flora-rebuild": method(11)}
+    found |= {"flora-beside": method(flora_ms), "flora-summed": method(11)}
     return {"case": "x", "group": "linear", "size": "tiny", "rank": 3, "error": 1e-7, "methods": found}
 
 
@@ -163,13 +164,17 @@ def test_the_page_is_up_to_date() -> None:
     assert page.render(found) == text, "run `python benchmarks/run.py --only page`"
 
 
-def test_accelerator_runs_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    accelerator = importlib.import_module("benchmarks.accelerator")
-    monkeypatch.setattr(accelerator, "MODES", ("eager",))
-    (measured,) = accelerator.measure(results.Options(quick=True), device="cpu", dtype=torch.bfloat16)
-    methods_of = measured["rows"][0]["methods"]
-    assert methods_of.keys() == set(accelerator.NAMES)
-    assert all("eager" in method["ms"] for method in methods_of.values())
+def test_the_rows_of_a_gpu_run_anywhere(tmp_path: Path) -> None:
+    script = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--device", "cpu", "--quick"]
+    asked = ["--rows", "linear-4096-1024,resnet", "--modes", "eager", "--out", str(tmp_path), "--minutes", "5"]
+    done = subprocess.run([*script, *asked], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    assert "failed" not in found
+    for row in [*found["rows"], *found["models"]]:
+        assert row["methods"].keys() == {"frozen", "full", "flora", "lora"}
+        assert all(method["ms"]["eager"]["median"] > 0 for method in row["methods"].values())
+    assert len(found["rows"]) == len(found["models"]) == 1
 
 
 @pytest.mark.parametrize("script", ["run.py", "gpu.py"])

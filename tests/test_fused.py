@@ -351,7 +351,7 @@ def test_an_exported_layer_has_only_operations_of_torch() -> None:
     row_ = LAYERS["linear"]
     model = get_peft_model(
         nn.Sequential(row_[0]()),
-        FloraConfig(r=2, target_modules=["0"], init_weights=False, path="factored"),  # type: ignore[arg-type]
+        FloraConfig(r=2, target_modules=["0"], init_weights=False, way="beside"),  # type: ignore[arg-type]
     ).base_model.model.eval()
     x = torch.randn(row_[1])
     for strict in (False, True):
@@ -366,7 +366,7 @@ def test_a_compiled_linear_layer_is_one_operation() -> None:
     for bias in (True, False):  # the biases are trained too
         model = get_peft_model(
             nn.Sequential(nn.Linear(136, 72, bias=bias), nn.Linear(72, 40, bias=bias)),
-            FloraConfig(r=[6, 8], target_modules=["0", "1"], init_weights=False, path="factored", bias="all"),
+            FloraConfig(r=[6, 8], target_modules=["0", "1"], init_weights=False, way="beside", bias="all"),
         )
         trained = [value for value in model.parameters() if value.requires_grad]
         seen: list[int] = []  # of each graph
@@ -402,7 +402,7 @@ class Recomputed(nn.Module):
 
 
 def test_compiled_under_checkpointing_and_autocast() -> None:
-    config = FloraConfig(r=[3, 5], target_modules=["layer"], init_weights=False, path="factored")
+    config = FloraConfig(r=[3, 5], target_modules=["layer"], init_weights=False, way="beside")
     model = get_peft_model(Recomputed(), config)  # type: ignore[arg-type]
     x = torch.randn(7, 17, requires_grad=True)
     wanted = [x, *(value for value in model.parameters() if value.requires_grad)]

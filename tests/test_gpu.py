@@ -24,7 +24,7 @@ pytestmark = [
 ROWS = [
     pytest.param(name, path, id=f"{name}-{path}")
     for name, row in CASES.items()
-    for path in (("rebuild", "factored") if row.factored else ("rebuild",))
+    for path in (("summed", "beside") if row.factored else ("summed",))
 ]
 each_row = pytest.mark.parametrize(("name", "path"), ROWS)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -99,7 +99,7 @@ def trained(model: Any) -> dict[str, Tensor]:
 COMPILED = ["linear", "linear, out whole", "linear, folded heads", "conv1d", "conv2d", "conv2d, depthwise", "conv3d"]
 
 
-@pytest.mark.parametrize("path", ["rebuild", "factored"])
+@pytest.mark.parametrize("path", ["summed", "beside"])
 @pytest.mark.parametrize("name", COMPILED)
 @each_dtype
 def test_compiled_equals_the_oracle(name: str, path: str, dtype: torch.dtype) -> None:
@@ -110,7 +110,7 @@ def test_compiled_equals_the_oracle(name: str, path: str, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("name", ["linear", "conv2d"])
 def test_a_captured_graph_gives_the_same(name: str) -> None:
-    row, _, model = pair(name, "factored", torch.bfloat16)
+    row, _, model = pair(name, "beside", torch.bfloat16)
     inputs = on_device(inputs_of(row, torch.bfloat16))
     run = torch.compile(model, mode="reduce-overhead")
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_a_captured_graph_gives_the_same(name: str) -> None:
 
 
 def test_merging_on_the_device() -> None:
-    row, exact, model = pair("conv2d", "factored", torch.float32)
+    row, exact, model = pair("conv2d", "summed", torch.float32)
     inputs = inputs_of(row)
     merged = model.merge_and_unload()
     assert not any(isinstance(module, FloraLayer) for module in merged.modules())

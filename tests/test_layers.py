@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections")  # torch
 ROWS = [
     pytest.param(name, path, id=f"{name}-{path}")
     for name, row in CASES.items()
-    for path in (("rebuild", "factored") if row.factored else ("rebuild",))
+    for path in (("summed", "beside") if row.factored else ("summed",))
 ]
 each_row = pytest.mark.parametrize(("name", "path"), ROWS)
 DTYPES = [torch.float32, torch.bfloat16]
@@ -214,7 +214,7 @@ def test_copies_and_keyword_calls(name: str, path: str) -> None:
 @pytest.mark.parametrize("name", ["linear", "conv2d", "embedding", "transposed conv2d"])
 def test_a_layer_called_by_keyword(name: str) -> None:
     row = CASES[name]
-    model = adapted(row, "factored")
+    model = adapted(row, "beside")
     (value,) = inputs_of(row)
     assert torch.equal(model(input=value), model(value))
 
@@ -238,7 +238,7 @@ def test_compiled_gives_the_same(name: str, path: str, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "path"), [("linear", "factored"), ("conv2d, groups", "factored"), ("conv2d, depthwise", "rebuild")]
+    ("name", "path"), [("linear", "beside"), ("conv2d, groups", "beside"), ("conv2d, depthwise", "summed")]
 )
 def test_compiled_whole_graph(name: str, path: str) -> None:
     row = CASES[name]

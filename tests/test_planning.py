@@ -228,8 +228,7 @@ def test_experts_run_beside_unless_summed_is_wanted(kind: str, monkeypatch: pyte
         ("beside", "up", BESIDE),
         ("auto", "volume", CALLED),
     ]:
-        path: Any = {"auto": "auto", "summed": "rebuild", "beside": "factored"}[way]
-        config = FloraConfig(r=2, target_modules=[], target_parameters=[f"0.{parameter}"], path=path)
+        config = FloraConfig(r=2, target_modules=[], target_parameters=[f"0.{parameter}"], way=way)
         layer: Any = get_peft_model(nn.Sequential(Experts()), config).base_model.model[0]  # type: ignore[arg-type]
         assert choice_for(layer, ["default"], torch.randn(2, 5)) == expected
         assert expected_choice(layer, "default", 4096, cpu=kind == "cpu")[0] == expected

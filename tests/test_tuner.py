@@ -274,12 +274,12 @@ EMPTY: dict[str, Any] = {
 
 @pytest.mark.filterwarnings("ignore:the adapter has more parameters than the weight")
 @pytest.mark.parametrize("name", EMPTY)
-@pytest.mark.parametrize("path", ["rebuild", "factored"])
+@pytest.mark.parametrize("path", ["summed", "beside"])
 def test_a_batch_without_samples(name: str, path: Any) -> None:
     build, shape = EMPTY[name]
     base = One(build())
     expected = base(torch.zeros(0, *shape)).shape
-    fields: dict[str, Any] = {"path": path, "init_weights": False}
+    fields: dict[str, Any] = {"way": path, "init_weights": False}
     model = get_peft_model(base, flora.FloraConfig(r=2, target_modules=["layer"], **fields))
     out = model(torch.zeros(0, *shape))
     out.sum().backward()
@@ -532,7 +532,7 @@ def test_a_small_update_is_not_rounded_away_in_bfloat16() -> None:
     torch.manual_seed(0)
     base = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8, bias=False)).to(torch.bfloat16)
     base[0].weight.data.fill_(1.0)
-    model = get_peft_model(base, flora.FloraConfig(r=8, target_modules=["0"], path="rebuild", scale=1e-3))
+    model = get_peft_model(base, flora.FloraConfig(r=8, target_modules=["0"], way="summed", scale=1e-3))
     with torch.no_grad():
         for value in layers(model)["base_model.model.0"].delta("default").parameters():
             value.fill_(0.3)

@@ -221,10 +221,13 @@ def _noise(like: Tensor, dropped: int) -> Tensor:
 
 
 def _hashed(places: Tensor, dropped: int) -> Tensor:
-    """The same as in ``gpu.py``, where the numbers have no sign."""
-    mixed = places * -0x61C8864F  # 0x9E3779B1
-    mixed = (mixed ^ ((mixed >> 15) & 0x1FFFF)) * -0x7A143589  # 0x85EBCA77
-    return (mixed >> (32 - dropped)) & ((1 << dropped) - 1)
+    """The numbers below ``2 ** dropped``, each as often, in an order without a pattern; ``gpu.py`` has the same.
+
+    Every step maps the numbers of 16 bits one to one.
+    """
+    mixed = (places * 0x9E3B) & 0xFFFF
+    mixed = ((mixed ^ (mixed >> 7)) * 0x85EB) & 0xFFFF
+    return (mixed ^ (mixed >> 8)) >> (16 - dropped)
 
 
 PERIOD = 2**16  # entries after which the pattern begins again

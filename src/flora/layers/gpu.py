@@ -40,9 +40,9 @@ def _add_rounded_kernel(  # type: ignore[no-untyped-def]
     total = tl.load(weight + stored, mask=inside, other=0.0).to(tl.float32) + scale * change
 
     # The same pattern as ``device.rounded``.
-    mixed = (place & 0xFFFF).to(tl.uint32) * 0x9E3779B1
-    mixed = (mixed ^ (mixed >> 15)) * 0x85EBCA77
-    noise = (mixed >> (32 - DROPPED)).to(tl.int32)
+    mixed = ((place & 0xFFFF).to(tl.int32) * 0x9E3B) & 0xFFFF
+    mixed = ((mixed ^ (mixed >> 7)) * 0x85EB) & 0xFFFF
+    noise = (mixed ^ (mixed >> 8)) >> (16 - DROPPED)
     bits = ((total.to(tl.int32, bitcast=True) + noise) >> DROPPED) << DROPPED
     tl.store(out + place, bits.to(tl.float32, bitcast=True).to(out.dtype.element_ty), mask=inside)
 
