@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -71,7 +72,13 @@ def digits_table() -> str:
 
 
 def quality_table() -> str:
-    """Each task at its smallest budget: FLoRA, the others at the same number of parameters, and full fine-tuning."""
+    """Each task at equal parameters: where there are such results, with one learning rate and the defaults for all.
+
+    Otherwise, from the older comparisons, each task at its smallest budget.
+    """
+    if any((RESULTS / "quality").glob("*.jsonl")):
+        return _untuned_quality()
+
     shown = ("flora", "lora", "dora", "lycoris", "full")
     lines = [
         "| task | parameters | " + " | ".join(NAMES[name] for name in shown) + " |",
@@ -84,11 +91,25 @@ def quality_table() -> str:
         cells = [task, f"{budget:,}", *(_score(rows.get(method, {})) for method in shown)]
         lines.append(f"| {' | '.join(cells)} |")
     seeds = len(read(next(iter(TASKS)))["seeds"])
-    lines += [
-        "",
-        f"Mean and standard deviation over {seeds} seeds; each method's learning rate is chosen on validation.",
-    ]
+    lines += ["", f"Mean and standard deviation over {seeds} seeds; learning rates are chosen on validation."]
     return "\n".join(lines)
+
+
+def _untuned_quality() -> str:
+    """The table of the quality page for one learning rate and all defaults."""
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.quality import page
+    from benchmarks.quality.pairs import at_rate, cells
+    from benchmarks.quality.run import RATE, stored
+
+    found = cells(stored(sorted((RESULTS / "quality").glob("*.jsonl"))), 1)
+    chosen = {place: cell for place, listed in found.items() if (cell := at_rate(listed, RATE)) is not None}
+    tasks = [task for task in page.TASKS if (task, page.OURS) in chosen]
+    note = (
+        f"No tuning: the learning rate {RATE:g} and all defaults for every method and task. ± is half the 95 % "
+        "interval over n seeds. Differences, tuned runs and origins: [quality](docs/quality.md)."
+    )
+    return f"{page.table(chosen, tasks)}\n\n{note}"
 
 
 def _score(row: dict[str, Any]) -> str:
@@ -96,25 +117,29 @@ def _score(row: dict[str, Any]) -> str:
 
 
 def gpu_table() -> str:
-    """Step time and peak memory of one layer and of whole models on a GPU, as a share of full fine-tuning and LoRA."""
+    """Step time and peak memory of the largest linear layer and of whole models on a GPU, for each method."""
     report = read("gpu")
+    shown = ("frozen", "flora", "lora", "full")
     lines = [
-        "| training step, bfloat16 | | frozen | **FLoRA** | LoRA | full fine-tuning |",
+        "| training step | | " + " | ".join(NAMES[name] if name != "frozen" else name for name in shown) + " |",
         "|---|---|---|---|---|---|",
     ]
-    chosen = [row for row in report["rows"] if row["case"] == "Linear 4096 -> 14336"] + report["models"]
-    chosen = [row for row in chosen if "skipped" not in row]
+    linear = [row for row in report["rows"] if row.get("group") == "linear" and "methods" in row][-1:]
+    chosen = [*linear, *(row for row in report["models"] if "methods" in row)]
     for row in chosen:
-        methods = [row["methods"][name] for name in ("frozen", "flora", "lora", "full")]
-        for mode, label in (("eager", "eager"), ("compiled", "`torch.compile`"), ("captured", "CUDA graph")):
-            times = [f"{method['ms'][mode]['median']:.1f} ms" for method in methods]
-            lines.append(f"| {row['case']}, {row['size']} | {label} | {' | '.join(times)} |")
-        peaks = [f"{method['peak']['eager'] / MIB:,.0f} MiB" for method in methods]
-        lines.append(f"| | peak memory, eager | {' | '.join(peaks)} |")
+        methods = [row["methods"].get(name, {}) for name in shown]
+        label = f"{CASES.get(row['case'], row['case'])}, {row['size']}"
+        for mode, meaning in MODES.items():
+            times = [method.get("ms", {}).get(mode, {}).get("median") for method in methods]
+            if any(times):
+                lines.append(f"| {label} | {meaning} | {' | '.join(_number(value, 'ms', 1) for value in times)} |")
+        peaks = [method.get("peak", {}).get("eager") for method in methods]
+        megabytes = [None if value is None else value / MIB for value in peaks]
+        lines.append(f"| | peak memory, eager | {' | '.join(_number(value, 'MiB', 0) for value in megabytes)} |")
     versions = report["versions"]
     lines += [
         "",
-        f"{report['machine']['device']}, torch {versions['torch']}, PEFT {versions['peft']}, rank "
+        f"{report['machine']['device']}, {report['dtype']}, torch {versions['torch']}, PEFT {versions['peft']}, rank "
         f"{chosen[0]['rank']} for both adapters, commit {report['commit'][:7]}. A step is a forward and a backward "
         "without an optimiser.",
         "",
@@ -123,18 +148,29 @@ def gpu_table() -> str:
     return "\n".join(lines)
 
 
+def _number(value: float | None, unit: str, digits: int) -> str:
+    return "-" if value is None else f"{value:,.{digits}f} {unit}"
+
+
 def _against_lora(rows: list[dict[str, Any]]) -> list[str]:
     """A sentence per row: how FLoRA compares with LoRA and with full fine-tuning, in time and memory."""
     lines = []
     for row in rows:
-        flora, lora, full = (row["methods"][name] for name in ("flora", "lora", "full"))
-        times = {mode: flora["ms"][mode]["median"] / lora["ms"][mode]["median"] for mode in ("eager", "captured")}
-        against_full = flora["ms"]["eager"]["median"] / full["ms"]["eager"]["median"]
-        memory = flora["peak"]["eager"] / lora["peak"]["eager"]
-        lines.append(
-            f"* {row['case']}: {times['eager']:.2f} times LoRA's step in eager mode, {times['captured']:.2f} as a CUDA "
-            f"graph, with {memory:.2f} of its peak memory; {against_full:.2f} times the step of full fine-tuning."
-        )
+        flora, lora, full = (row["methods"].get(name, {}) for name in ("flora", "lora", "full"))
+        parts = []
+        for mode, meaning in MODES.items():
+            times = [method.get("ms", {}).get(mode, {}).get("median") for method in (flora, lora, full)]
+            if all(times):
+                against_lora, against_full = times[0] / times[1], times[0] / times[2]
+                parts.append(
+                    f"{against_lora:.2f} times LoRA's step and {against_full:.2f} times that of full fine-tuning "
+                    f"({meaning})"
+                )
+        peaks = [method.get("peak", {}).get("eager") for method in (flora, lora)]
+        if all(peaks):
+            parts.append(f"{peaks[0] / peaks[1]:.2f} of LoRA's peak memory")
+        if parts:
+            lines.append(f"* {CASES.get(row['case'], row['case'])}: FLoRA takes {'; '.join(parts)}.")
     return lines
 
 
@@ -144,6 +180,15 @@ def read(name: str) -> dict[str, Any]:
     return found
 
 
+MODES = {"eager": "eager", "compiled": "`torch.compile`", "captured": "CUDA graph"}
+CASES = {  # the names of the GPU's rows, in words
+    "convnext": "ConvNeXt-V2-Large",
+    "unet": "diffusion U-Net",
+    "unet3d": "3-D U-Net",
+    "resnet": "ResNet-50",
+    "llama": "two Mixtral blocks with experts",
+    "linear-4096-4096": "Linear 4096 -> 4096",
+}
 NAMES = {
     "frozen": "head only",
     "flora": "**FLoRA**",
