@@ -19,6 +19,7 @@ from flora.tuner.layer import FloraLayer
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.filterwarnings("ignore:LSTM with projections"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch's own compiler
     pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk"),
 ]
 ROWS = [
