@@ -13,7 +13,6 @@ run through ``torch.func.functional_call``, one thread at a time.
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, nullcontext
 from types import MethodType
@@ -80,6 +79,8 @@ def shell_of(module: nn.Module, weights: Mapping[str, Any], shells: list[Shell] 
     own, inner = _by_owner(weights)
     cls, start = type(module), dict(vars(module))
     start["_parameters"] = {**module._parameters, **own}
+    if isinstance(module, nn.RNNBase):
+        start["_parameters"] = _own_weights(module, own)
     if inner:
         children = {name: shell_of(module._modules[name], group, shells) for name, group in inner.items()}
         start["_modules"] = {**module._modules, **children}
@@ -96,8 +97,6 @@ def shell_of(module: nn.Module, weights: Mapping[str, Any], shells: list[Shell] 
         if isinstance(value, MethodType) and value.__self__ is module:
             start[name] = MethodType(value.__func__, stand_in)
     object.__setattr__(stand_in, "__dict__", dict(start))
-    if isinstance(module, nn.RNNBase):
-        _list_weights(stand_in)
     if shells is not None:
         shells.append(Shell(module, stand_in, start))
     return stand_in
@@ -125,11 +124,16 @@ def _without_parametrizations(module: nn.Module, start: dict[str, Any], own: Map
     return type(module).__bases__[0]
 
 
-def _list_weights(shell: Any) -> None:
-    """The list of weights that a recurrent layer runs with, and what it compares to see that none has changed."""
-    found = [getattr(shell, name, None) for name in shell._flat_weights_names]
-    vars(shell)["_flat_weights"] = found
-    vars(shell)["_flat_weight_refs"] = [None if weight is None else weakref.ref(weight) for weight in found]
+def _own_weights(module: nn.RNNBase, own: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights of a recurrent layer for its shell: on a GPU its forward moves them into one piece of memory.
+
+    It does so because it sees that they are not those of the module. What is frozen is moved as an alias, so that the
+    module's own tensor stays where it is.
+    """
+    return {
+        name: value if name in own or value is None or value.requires_grad else value.detach()
+        for name, value in {**module._parameters, **own}.items()
+    }
 
 
 def _keep_what_was_set(shell: Shell) -> None:
