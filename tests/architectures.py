@@ -207,7 +207,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, shared_expert_intermediate_size=12,
     ),
     "recurrent-gemma": causal("recurrent_gemma", lru_width=16, num_hidden_layers=3, attention_window_size=8),
-    "rwkv": causal("rwkv", attention_hidden_size=16),
+    "rwkv": Architecture(  # with a cache it changes states in place that its backward needs
+        causal("rwkv", attention_hidden_size=16).build, lambda: {**text(), "use_cache": False}, True
+    ),
     # Encoders.
     "bert": encoder("bert", "AutoModelForMaskedLM"),
     "roberta": encoder("roberta"),
@@ -339,4 +341,4 @@ ARCHITECTURES: dict[str, Architecture] = {
     "monai autoencoder": medical("AutoEncoder", (1, 1, 16, 16), 2, 1, 1, (4, 8), (2, 2)),
     "monai vit": medical("ViT", (1, 1, 16, 16), 1, (16, 16), (8, 8), 16, 24, 2, 2, spatial_dims=2),
 }  # fmt: skip
-FAST = ("llama", "mamba", "mixtral", "t5", "wavlm", "vit", "unet-2d-condition", "monai dynunet")
+FAST = ("llama", "mamba", "mixtral", "t5", "wavlm", "vit", "monai dynunet")

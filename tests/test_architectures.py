@@ -21,6 +21,7 @@ from flora.tuner.layer import FloraLayer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries; ours are looked at where they matter
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 EACH = [
     pytest.param(name, marks=[] if name in FAST else pytest.mark.slow, id=name.replace(" ", "-"))
     for name in ARCHITECTURES
@@ -30,7 +31,7 @@ EACH = [
 def test_the_number_of_architectures() -> None:
     assert len(ARCHITECTURES) >= 90
     assert set(FAST) <= set(ARCHITECTURES)
-    assert len(FAST) == 8
+    assert len(FAST) == 7
 
 
 def base_model(row: Architecture) -> nn.Module:
@@ -118,7 +119,9 @@ def adapt(base: nn.Module) -> PeftModel:
 def test_an_architecture(name: str, tmp_path: Path) -> None:
     row = ARCHITECTURES[name]
     base = base_model(row)
-    fresh, plain = copy.deepcopy(base), run(base, row)
+    fresh = copy.deepcopy(base)
+    with torch.no_grad():
+        plain = run(copy.deepcopy(base), row)
     model = adapt(base)
     tolerance = TOLERANCE[plain[0].dtype]
     layers = [layer for layer in model.modules() if isinstance(layer, FloraLayer)]
@@ -127,7 +130,10 @@ def test_an_architecture(name: str, tmp_path: Path) -> None:
     merged = copy.deepcopy(model).merge_and_unload()
     assert not any(isinstance(module, FloraLayer) for module in merged.modules())
     for training in (True, False):
-        check_training(name, model.train(training), merged.train(training), row, tolerance)
+        for module in merged.train(training).modules():
+            if isinstance(module, BATCH_NORMS):  # they are frozen in an adapted model
+                module.eval()
+        check_training(name, model.train(training), merged, row, tolerance)
 
     with torch.no_grad():
         out = run(model, row)
@@ -169,7 +175,8 @@ def check_training(name: str, model: PeftModel, merged: nn.Module, row: Architec
 def check_generation(model: PeftModel, merged: nn.Module, row: Architecture, tolerance: float) -> None:
     """Decoding with a cache: the logits of every step."""
     _, given = inputs_of(row, model)
-    given.pop("decoder_input_ids", None)
+    for key in ("decoder_input_ids", "use_cache"):
+        given.pop(key, None)
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "use_cache": True}
     options |= {"output_logits": True, "return_dict_in_generate": True, "pad_token_id": 0}
     found = [each.generate(**given, **options) for each in (model, merged)]

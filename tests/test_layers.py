@@ -219,6 +219,19 @@ def test_a_layer_called_by_keyword(name: str) -> None:
     assert torch.equal(model(input=value), model(value))
 
 
+@pytest.mark.parametrize("name", ["linear", "gpt-2 conv1d", "conv2d", "transposed conv2d", "bilinear"])
+@pytest.mark.parametrize("path", ["rebuild", "factored"])
+def test_the_output_may_be_changed_in_place(name: str, path: str) -> None:
+    row = CASES[name]
+    grads = []
+    for change in (torch.Tensor.mul_, torch.Tensor.mul):
+        model = adapted(row, path)
+        change(model(*inputs_of(row), **row.kwargs), 3).sum().backward()
+        grads.append([value.grad for value in model.parameters() if value.grad is not None])
+    assert len(grads[0]) > 1
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
+
+
 COMPILED = [
     (name, path) for name, path in (param.values for param in ROWS) if not name.startswith(("lstm", "gru", "rnn"))
 ]

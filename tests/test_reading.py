@@ -164,7 +164,8 @@ def test_questions_about_it_form_nothing() -> None:
 
 
 WRITES: dict[str, Callable[[Any], object]] = {
-    "in place": lambda layer: layer.weight.mul_(2),
+    "in place": lambda layer: layer.weight.add_(2),
+    "by a tensor": lambda layer: layer.weight.mul_(torch.ones(6)),
     "data": lambda layer: layer.weight.data.copy_(torch.zeros(18, 6)),
     "an entry": lambda layer: layer.weight.__setitem__((0, 0), 1.0),
     "init": lambda layer: nn.init.zeros_(layer.weight),
@@ -180,6 +181,23 @@ def test_writing_through_it_is_refused(write: Callable[[Any], object]) -> None:
     with pytest.raises(RuntimeError, match="write to the base layer's"):
         write(layer)
     assert torch.equal(layer.get_base_layer().weight, before)
+
+
+@torch.no_grad()
+def test_multiplying_it_by_a_number_multiplies_weight_and_update() -> None:
+    """As RWKV does between training and inference."""
+    model = mixer()
+    layer = model.base_model.model.qkv
+    stored, read = layer.get_base_layer().weight.clone(), layer.weight.detach().clone()
+    weight = layer.weight
+    weight.div_(4)
+    assert torch.allclose(weight.detach().clone(), read / 4)
+    assert torch.allclose(layer.weight.detach().clone(), read / 4)
+    assert torch.equal(layer.get_base_layer().weight, stored / 4)
+    layer.weight.mul_(4.0)
+    assert torch.allclose(layer.weight.detach().clone(), read)
+    model.merge_adapter()
+    assert torch.allclose(layer.weight, read)
 
 
 def test_saving_copies_and_moves_see_the_base_weight() -> None:

@@ -189,6 +189,8 @@ class _Summed(torch.autograd.Function):
             form = _merged(core, factors, device.kronecker([factors[mode] for mode in modes]))
         steps = _steps(*form)
         y = operation.run(x, _sum(weight, steps, scale).to(x.dtype), bias)
+        if y._is_view():  # a caller may change the output in place, which autograd refuses of a view made in here
+            y = torch.ops.aten._unsafe_view(y, y.shape)
 
         ctx.operation, ctx.scale, ctx.modes, ctx.count = operation, scale, modes, len(factors)
         ctx.save_for_backward(x, weight, bias, core, *factors, *steps.factors, *steps.rows)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from functools import partial
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -159,6 +160,7 @@ class Reading(Tensor):
 
     _form: Callable[[], Tensor]
     _formed: Tensor | None
+    _rescale: Callable[[float], Callable[[], Tensor]] | None = None  # by a number; gives the new ``form``
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -182,6 +184,10 @@ class Reading(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.detach.default:
             return cls(args[0], args[0].plain)
+        if func in RESCALING and args[0]._rescale is not None and _is_number(args[1]):
+            factor = float(args[1]) if func in RESCALING[:2] else 1 / float(args[1])
+            args[0]._form, args[0]._formed = args[0]._rescale(factor), None
+            return args[0]
         written = [value for value in args[:1] if func._schema.is_mutable and isinstance(value, Reading)]
         if written or isinstance((kwargs or {}).get("out"), Reading):
             raise RuntimeError(NOT_TO_BE_WRITTEN)
@@ -210,6 +216,19 @@ class Reading(Tensor):
         return repr(self.plain())
 
 
+# RWKV multiplies and divides its weights in place by a number when it goes from training to inference and back.
+RESCALING = (
+    torch.ops.aten.mul_.Tensor,
+    torch.ops.aten.mul_.Scalar,
+    torch.ops.aten.div_.Tensor,
+    torch.ops.aten.div_.Scalar,
+)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.ndim == 0)
+
+
 class _Read(torch.autograd.Function):
     """From core and factors to a reading; the gradient by forming the update once more."""
 
@@ -224,7 +243,9 @@ class _Read(torch.autograd.Function):
             _note(layer, weight)
             return _sum(stored, updates)
 
-        return Reading(stored, form)
+        reading = Reading(stored, form)
+        reading._rescale = partial(_rescale, layer, weight)
+        return reading
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -238,6 +259,15 @@ class _Read(torch.autograd.Function):
         found = torch.autograd.grad(total, [inputs[index] for index in wanted], grads[0], create_graph=twice)
         by_index = dict(zip(wanted, found, strict=True))
         return None, None, None, *(by_index.get(index) for index in range(len(inputs)))
+
+
+def _rescale(layer: AdaptedLayer, weight: str, factor: float) -> Callable[[], Tensor]:
+    """Multiplies a weight by a number in place, and with it every adapter's update; returns what forms the sum."""
+    with torch.no_grad():
+        layer.stored(weight).mul_(factor)
+    for adapter in layer.settings:
+        layer.delta(adapter, weight).scale *= factor
+    return partial(layer.summed, layer.in_force(), weight)
 
 
 def _sum(stored: Tensor, updates: Sequence[Update]) -> Tensor:
