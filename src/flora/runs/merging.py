@@ -22,14 +22,16 @@ from flora.convert.base_model import adapted_class, is_stored_as, local_folder, 
 from flora.convert.report import ROUNDING
 from flora.convert.streaming import Streamed, files_inside, stream_merged
 from flora.errors import UserError
+from flora.layers.merged import MARK, fingerprint
 from flora.runs.reloading import attach, load_base
 from flora.runs.run_folder import ADAPTER, ADAPTER_CONFIG, CONFIG
 from flora.runs.sample_inputs import random_inputs
-from flora.storage.atomic import check_target, claim, read_json
+from flora.storage.atomic import check_target, claim, read_json, write_json
 from flora.storage.checkpoint import Checkpoint
 from flora.storage.progress import hidden_bars
 from flora.storage.tensors import check_exists
 
+BASE_CONFIG = "config.json"
 COMPANIONS = ("*token*", "preprocessor_config.json", "processor_config.json", "chat_template*", "vocab*", "merges.txt")
 
 
@@ -114,9 +116,12 @@ def merge(
         if known is None and first.config.get("auto_mapping"):
             model_class = adapted_class(first.config, first.path)
         pairs = [(load(source.path, base=known), source.weight) for source in sources]
+        marks = _marks(folder, [adapter for adapter, _ in pairs])
 
         def check(work: Path) -> None:
             outcome.update(_compare_models(model_class, folder, work, sources, pairs))
+            if marks:
+                write_json(work / BASE_CONFIG, {**read_json(work / BASE_CONFIG), MARK: marks})
 
         layers = stream_merged(
             folder,
@@ -143,6 +148,31 @@ def _check_request(adapters: Path | Sequence[Path], weights: Sequence[float] | N
         config = read_json(path / ADAPTER_CONFIG) if (path / ADAPTER_CONFIG).is_file() else {}
         sources.append(_Source(path, number, config))
     return sources
+
+
+def _marks(folder: Path, adapters: Sequence[Adapter]) -> list[str]:
+    """What the merged model's config will say is in it: what the base's says, and these adapters.
+
+    Returns:
+        Nothing for a model that is none of transformers, whose config takes no other keys.
+
+    Raises:
+        UserError: the base says that one of them is merged into it already.
+    """
+    config = read_json(folder / BASE_CONFIG) if (folder / BASE_CONFIG).is_file() else {}
+    if "model_type" not in config:
+        return []
+    before, marks = list(config.get(MARK) or []), []
+    for adapter in adapters:
+        forms = [entry.form for entry in adapter.weights.values()]
+        mark = fingerprint(tensor for form in forms for tensor in (form.core, *form.factors) if tensor is not None)
+        if mark in before:
+            raise UserError(
+                f"this adapter is merged into {folder} already ({MARK} in its {BASE_CONFIG} says so): it would be "
+                "applied twice; give the model it was trained on with --base"
+            )
+        marks.append(mark)
+    return before + marks
 
 
 def _companions(sources: Sequence[_Source]) -> list[Path]:

@@ -18,6 +18,7 @@ from flora.errors import UserError
 from flora.layers.patterns import exact_pattern
 from flora.tucker.form import Tucker, concatenate
 from flora.tuner import targets as find
+from flora.tuner.applied import mark_merged, warn_if_merged, warn_of_scale
 from flora.tuner.config import FloraConfig
 from flora.tuner.layer import BASE, FloraLayer
 from flora.tuner.merging import check_finite, merged_weights
@@ -177,6 +178,8 @@ class FloraModel(BaseTuner):
     ) -> nn.Module:
         if merge and safe_merge:
             self._check_merge(adapter_names)
+        if merge:
+            mark_merged(self.model, self._layers(), self.active_adapters if adapter_names is None else adapter_names)
         self._places = places_of(self.model)
         model = cast(nn.Module, super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names))
         self._places = {}
@@ -346,10 +349,19 @@ class FloraModel(BaseTuner):
                 value.copy_(given[key])
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: FloraConfig, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """PEFT's own; says what the file will not hold."""
+        warn_of_scale((module for module in model.modules() if isinstance(module, FloraLayer)), adapter_name)
+        return cast("dict[str, Tensor]", super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs))
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: FloraConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """PEFT's renaming, then a check that every tensor of the file has its place in this base model."""
+        warn_if_merged(model, adapter_name, state_dict, cls.prefix)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         remapped = under_all_names(model, FloraLayer, remapped)
         misfit = find_misfit({key: value.shape for key, value in model.state_dict().items()}, remapped, cls.prefix)
