@@ -23,7 +23,8 @@ import flora
 from flora.convert.streaming import stream_merged
 
 DEFAULT_CONFIGS, SLOW_CONFIGS = 40, 320
-IN_LORA, IN_KOHYA = {"fc", "block.0.fc", "block.1.fc", "conv", "emb"}, {"fc", "block.0.fc", "block.1.fc", "conv"}
+LINEAR = {"fc", "block.0.fc", "block.1.fc"}
+IN_LORA, IN_KOHYA = {*LINEAR, "patch", "emb"}, {*LINEAR, "patch"}
 
 
 class Experts(nn.Module):
@@ -38,7 +39,7 @@ class Zoo(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(3)
-        self.conv, self.up = nn.Conv2d(3, 4, (3, 2)), nn.ConvTranspose1d(3, 5, 3)
+        self.patch, self.up = nn.Conv2d(3, 4, (3, 2)), nn.ConvTranspose1d(3, 5, 3)
         grouped = nn.ModuleDict({"fc": nn.Linear(6, 8), "conv": nn.Conv1d(4, 6, 3, groups=2)})
         self.block = nn.ModuleList([nn.ModuleDict({"fc": nn.Linear(6, 8)}), grouped])
         self.fc, self.bil = nn.Linear(5, 7), nn.Bilinear(3, 4, 5)
@@ -48,7 +49,7 @@ class Zoo(nn.Module):
 
 
 WEIGHTS: dict[str, list[str]] = {  # module -> its weights that are adapted
-    "conv": ["weight"],
+    "patch": ["weight"],
     "up": ["weight"],
     "block.0.fc": ["weight"],
     "block.1.fc": ["weight"],
@@ -64,23 +65,25 @@ WEIGHTS: dict[str, list[str]] = {  # module -> its weights that are adapted
 EXPERTS = {"experts": ["up", "down"]}
 TARGETS: list[Any] = [
     ["fc"],
-    ["fc", "conv"],
+    ["fc", "conv", "patch"],
     ["block.1.fc", "attn", "lstm"],
     ["emb", "bil", "up", "norm"],
     ["cross", "attn", "^fc"],
     list(WEIGHTS),
     r"block\.\d\..*",
-    r"(.*\.)?(fc|conv)",
-    "conv|emb|fc",
+    r"(.*\.)?(fc|conv|patch)",
+    ["fc", "patch", "emb"],
+    ["patch", "block.1.fc"],
+    "patch|emb|fc",
     "all",
 ]
 EXCLUDED: list[Any] = [None, None, ["block.1.fc"], ["conv"], r"block\.0\..*", ["lstm", "cross"]]
 KEYS = [
     "fc", "block.1.fc", r"block\.\d\..*", ".*", "attn", "attn.out_proj", "out_proj", "out_proj.weight",
-    "in_proj_weight", "lstm", r".*_hh_l0", "emb.weight", "experts.up", "experts", "^fc", "conv|up", "bil", r"cross\..*",
-    r"(attn|cross)",
+    "in_proj_weight", "lstm", r".*_hh_l0", "emb.weight", "experts.up", "experts", "^fc", "patch|up", "bil",
+    r"cross\..*", r"(attn|cross)",
 ]  # fmt: skip
-LISTS = {r"^conv\.weight": [2, 3, 2, 1], r"^bil": [2, 2, 3], r"^emb\.weight": [3, 2], "experts.down": [2, 3, 2]}
+LISTS = {r"^patch\.weight": [2, 3, 2, 1], r"^bil": [2, 2, 3], r"^emb\.weight": [3, 2], "experts.down": [2, 3, 2]}
 FOLDS = {
     r"block.*fc": "(a b) c, a=2",
     "attn": "(heads x) c, heads=2",
@@ -211,7 +214,7 @@ def check_ranks(ranks: tuple[int, ...], sizes: tuple[int, ...], asked: Any, modu
     if isinstance(asked, list):
         assert list(ranks) == asked, module
     elif asked is not None and ranks != sizes:
-        kernel = {"conv": 2, "up": 1, "block.1.conv": 1}.get(module, 0)
+        kernel = {"patch": 2, "up": 1, "block.1.conv": 1}.get(module, 0)
         assert max(ranks[: len(ranks) - kernel]) <= asked, module
 
 
@@ -295,7 +298,9 @@ def check_config(seed: int, tmp_path: Path) -> None:
     flora.save(adapter, tmp_path / "dense.safetensors", format="dense")
     dense = {name: value for name, value in load_file(tmp_path / "dense.safetensors").items() if name in truth.changes}
     check_same(dense, truth.changes, "dense")
-    if truth.modules <= IN_LORA and bias == "none":
+    # In a list of LoRA's targets ``fc`` also means every deeper module of that name.
+    listed = truth.modules if "fc" not in truth.modules else truth.modules | LINEAR
+    if listed == truth.modules <= IN_LORA and bias == "none":
         flora.save(flora.load(folder, base=Zoo()), tmp_path / "lora", format="lora")
         lora = PeftModel.from_pretrained(Zoo(), tmp_path / "lora")
         check_same(values_of(lora.merge_and_unload()), expected, "lora")
@@ -320,7 +325,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:(rank_pattern|scale_pattern|fold) keys .* match no adapted weight"),
     pytest.mark.filterwarnings("ignore:target_modules"),
     pytest.mark.filterwarnings("ignore:You have passed exclude_modules"),
-    pytest.mark.filterwarnings("ignore:Found missing adapter keys"),  # LoRA: ``fc`` in a list means ``block.1.fc`` too
     pytest.mark.filterwarnings("ignore:Could not find a config file"),
 ]
 

@@ -569,8 +569,10 @@ def test_batch_norm_buffers_stay_with_the_base() -> None:
     model = adapted(init_weights=True).train()
     before = model.base_model.model.norm.running_mean.clone()
     model(images())
-    assert not torch.equal(model.base_model.model.norm.running_mean, before)
+    assert torch.equal(model.base_model.model.norm.running_mean, before)
     merged = model.merge_and_unload()
+    assert torch.equal(merged.norm.running_mean, before)
+    merged.train()(images())  # an ordinary model again
     assert not torch.equal(merged.norm.running_mean, before)
 
 
