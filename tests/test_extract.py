@@ -222,6 +222,15 @@ def test_a_fine_tune_of_everything_is_carried_and_loads_into_peft(name: str, tmp
     assert again.extras.keys() == found.extras.keys()
 
 
+def test_numbers_of_eight_bits_are_compared_too(tmp_path: Path) -> None:
+    scales = torch.tensor([1.0, 2.0, 4.0])
+    for folder, number, kind in (("base", 1.0, torch.float32), ("tuned", 2.0, torch.float8_e4m3fn)):
+        (tmp_path / folder).mkdir()
+        tensors = {"net.weight": torch.ones(3, 5) * number, "net.scales": scales.to(kind)}
+        save_file(tensors, tmp_path / folder / "model.safetensors")
+    assert extract(tmp_path / "base", tmp_path / "tuned", rank=2).whole == []
+
+
 def test_what_no_adapter_can_carry_is_named(tmp_path: Path) -> None:
     for folder, number in (("base", 1.0), ("tuned", 2.0)):
         (tmp_path / folder).mkdir()

@@ -275,6 +275,16 @@ def test_a_base_in_float64_merges_exactly(tmp_path: Path) -> None:
     assert torch.allclose(after[name], before[name] + adapter.weights[name].scale * dense, atol=1e-14)
 
 
+def test_a_base_whose_files_do_not_fit_its_class_is_named(tmp_path: Path) -> None:
+    randomised(bert()).save_pretrained(tmp_path / "base")
+    adapt(tmp_path / "base", bert, tmp_path / "adapter", target_modules=["query"])
+    path = tmp_path / "base/model.safetensors"
+    save_file({**load_file(path), "bert.embeddings.LayerNorm.bias": torch.ones(1, 12)}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match="the files in .*base cannot be loaded as a BertForMaskedLM"):
+        merge(tmp_path / "adapter", tmp_path / "out", base=str(tmp_path / "base"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_link_out_of_the_folder_is_not_copied(tmp_path: Path) -> None:
     randomised(bert()).save_pretrained(tmp_path / "base")
     (tmp_path / "private.txt").write_text("the reader's own")

@@ -21,7 +21,7 @@ from flora.convert.arithmetic import add
 from flora.convert.base_model import adapted_class, is_stored_as, local_folder, try_base
 from flora.convert.report import ROUNDING
 from flora.convert.streaming import Streamed, files_inside, stream_merged
-from flora.errors import UserError
+from flora.errors import UserError, user_errors
 from flora.layers.merged import MARK, fingerprint
 from flora.runs.reloading import attach, load_base
 from flora.runs.run_folder import ADAPTER, ADAPTER_CONFIG, CONFIG
@@ -248,7 +248,8 @@ def _compare_models(
         return {"reason": f"{size / 1e9:.0f} GB of weights do not fit into memory"}
 
     with hidden_bars():
-        model: Any = model_class.from_pretrained(base).eval()
+        with user_errors(RuntimeError, about=f"the files in {base} cannot be loaded as a {model_class.__name__}"):
+            model: Any = model_class.from_pretrained(base).eval()
         try:
             inputs = random_inputs(model)
         except UserError as error:

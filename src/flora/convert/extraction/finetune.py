@@ -327,11 +327,19 @@ def _whole(job: _Job, result: Extracted, carry: bool) -> None:
     decomposed = job.parts
     others = {job.files.name_of(key): key for key in job.tuned if key not in decomposed}
     for name, key in others.items():
-        if key not in job.base or not torch.equal(job.base.get(key), job.tuned.get(key)):
+        if key not in job.base or not _is_same(job.base.get(key), job.tuned.get(key)):
             result.whole.append(name)
     if carry:
         _carry(job, result, others)
         result.carried = True
+
+
+def _is_same(old: Tensor, new: Tensor) -> bool:
+    """Whether two tensors hold the same numbers, whatever their types."""
+    old, new = (
+        value.float() if value.is_floating_point() and value.element_size() == 1 else value for value in (old, new)
+    )
+    return torch.equal(old, new)
 
 
 def _carry(job: _Job, result: Extracted, others: Mapping[str, str]) -> None:
