@@ -47,7 +47,7 @@ def origin(results: Mapping[str, Row]) -> str:
 
 
 def verdict_table(found: Sequence[tuple[Check, list[Verdict]]]) -> str:
-    """Every line of the issue."""
+    """Every line with its verdict."""
     rows = []
     for check, verdicts in found:
         wanted = f"{check.sense} {check.limit:g}"

@@ -43,7 +43,7 @@ def test_the_grid_is_that_of_the_targets() -> None:
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def test_the_authors_scheme_computes_what_flora_does(case: Any) -> None:
-    adapted = methods.flora_rebuild(case)
+    adapted = methods.flora_summed(case)
     delta = methods.flora_layers(adapted.module)[0].delta("default")
     scheme = AuthorsScheme(adapted.module[0].get_base_layer(), delta.form.ranks, delta.scale)
     with torch.no_grad():

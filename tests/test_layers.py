@@ -74,8 +74,8 @@ def test_gradients_of_core_and_factors_equal_the_oracles(name: str, path: str, d
     }
     assert found.keys() == expected.keys()
     assert len(found) >= 1
-    for key, value in found.items():  # rounding adds up over the steps and layers of an LSTM
-        assert close(value, expected[key], dtype, slack=4 if "lstm" in name else 1), key
+    for key, value in found.items():  # rounding adds up over the steps of an LSTM, and is magnified by a deviation
+        assert close(value, expected[key], dtype, slack=4 if "lstm" in name or "standardised" in name else 1), key
 
 
 @each_row
