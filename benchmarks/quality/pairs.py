@@ -52,7 +52,7 @@ def cells(lines: Iterable[Mapping[str, Any]], length: int = 1) -> dict[tuple[str
     """(task, method) -> a cell for each learning rate; of equal trainings the last, of several budgets the first."""
     latest: dict[tuple[Any, ...], Mapping[str, Any]] = {}
     for line in lines:
-        if "test" in line and line["length"] == length:
+        if line.get("test") is not None and line["length"] == length:
             latest[line["task"], line["method"], line["budget"], line["learning_rate"], line["seed"]] = line
     found: dict[tuple[str, str], dict[float, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for line in latest.values():
