@@ -362,7 +362,7 @@ def _carry(job: _Job, result: Extracted, others: Mapping[str, str]) -> None:
     adapted = {name.rpartition(".")[0] for name in result.weights if not _is_bare(name, job.layouts.get(name))}
     layers = {name.rpartition(".")[0] for name in job.places}
     holders = _holders({*job.shapes, *others, *result.weights})
-    replaced = set()
+    replaced: set[str] = set()
     for name in result.whole:
         module, _, leaf = name.rpartition(".")
         new = others[name] not in job.base
@@ -388,7 +388,7 @@ def _carry(job: _Job, result: Extracted, others: Mapping[str, str]) -> None:
 
 def _holders(names: Iterable[str]) -> set[str]:
     """The modules that hold other modules: those of which a tensor is more than one step inside."""
-    found = set()
+    found: set[str] = set()
     for name in names:
         parts = name.split(".")
         found.update(".".join(parts[:end]) for end in range(len(parts) - 1))
