@@ -28,6 +28,7 @@ from flora.data.samples import locate
 from flora.recipes import text_causal
 from flora.recipes.text_causal import Task, compute_metrics, load_data
 from flora.runs import training as training_module
+from flora.runs.predicting import predict
 from flora.runs.settings import read
 from flora.runs.training import make_trainer, train, training_arguments
 
@@ -276,3 +277,13 @@ def test_the_experts_of_the_real_config_are_adapted() -> None:
     cores = {name: tuple(value.shape) for name, value in model.named_parameters() if name.endswith(".core")}
     assert len(cores) == 2 * (4 + 2)
     assert sum(shape == (16, 16, 16) for shape in cores.values()) == 2 * 2
+
+
+@pytest.mark.slow
+def test_a_base_in_four_bits_learns_and_answers(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    quick = ["training.disable_tqdm=true", "training.max_steps=4", "training.save_steps=4", "task.load_in_4bit=true"]
+    metrics = train(read("text_causal-tiny", [f"output={tmp_path / 'run'}", *quick]))
+    assert metrics["steps"] == 4
+    (result,) = predict(tmp_path / "run", ["Say the word hot twice ."])
+    assert isinstance(result["text"], str)
