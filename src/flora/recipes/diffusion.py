@@ -211,9 +211,11 @@ def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[
     trained = load_pretrained(DDPMScheduler, where, subfolder="scheduler").config
     # What Stable Diffusion's own sampler is set to, where the config of the training noise does not say it.
     sampler = {"steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False}
-    scheduler = DDIMScheduler.from_config(trained, **sampler)
+    scheduler = cast("Any", DDIMScheduler).from_config(trained, **sampler)
     options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipeline = StableDiffusionPipeline(**loaded, unet=model.get_base_model(), scheduler=scheduler, **options)
+    pipeline = cast("Any", StableDiffusionPipeline)(
+        **loaded, unet=model.get_base_model(), scheduler=scheduler, **options
+    )
     pipeline.to(model.device).set_progress_bar_config(disable=True)
 
     def answer(request: Request) -> dict[str, Any]:

@@ -221,19 +221,20 @@ INPUT_FILES = NIFTI
 
 def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[str, Any]]:
     """Writes the labels of a volume as NIfTI, on the very grid and in the orientation of the input."""
+    files = cast("Any", nibabel)
 
     def answer(request: Request) -> dict[str, Any]:
-        source = cast("Any", nibabel).load(request.given)
-        upright = cast("Any", nibabel).as_closest_canonical(source)
+        source = files.load(request.given)
+        upright = files.as_closest_canonical(source)
         volume = normalised(read_array(Path(request.given)), model.config)
         labels = classes_of(model, volume, task.patch)
 
         # Back from right, anterior, superior to the axes that the file has.
-        there = nibabel.orientations.io_orientation(source.affine)
-        back = nibabel.orientations.ornt_transform(nibabel.orientations.io_orientation(upright.affine), there)
-        mask = nibabel.Nifti1Image(labels.astype(np.uint8), upright.affine).as_reoriented(back)
+        there = files.orientations.io_orientation(source.affine)
+        back = files.orientations.ornt_transform(files.orientations.io_orientation(upright.affine), there)
+        mask = files.Nifti1Image(labels.astype(np.uint8), upright.affine).as_reoriented(back)
         path = request.file(".nii.gz")
-        nibabel.save(mask, path)
+        files.save(mask, path)
         counts = np.bincount(labels.ravel(), minlength=model.config.classes)
         return {"file": str(path), "voxels": {str(number): int(count) for number, count in enumerate(counts)}}
 
@@ -258,7 +259,7 @@ def classes_of(model: Any, volume: Tensor, patch: list[int] | None) -> np.ndarra
         padding_mode="constant",
         cval=float(volume.min()),
     )
-    return cast("np.ndarray", logits[0].argmax(0).cpu().numpy())
+    return logits[0].argmax(0).cpu().numpy()
 
 
 def preprocess_logits(logits: Tensor, labels: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from flora.recipes import CONFIGS, config_names, config_path, load_recipe
 def recipe_table() -> str:
     """Every packaged config with the first sentence of its head."""
     rows = [(name, _description(name)) for name in config_names()]
-    return tabulate(rows, tablefmt="plain")
+    return str(tabulate(rows, tablefmt="plain"))
 
 
 def _description(config: str) -> str:

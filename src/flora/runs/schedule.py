@@ -85,7 +85,7 @@ def fit_to_data(arguments: TrainingArguments, examples: int) -> list[str]:
 def steps_of(arguments: TrainingArguments, examples: int) -> int:
     """The optimiser steps of a run, as the Trainer counts them."""
     if arguments.max_steps > 0:
-        return arguments.max_steps
+        return int(arguments.max_steps)
     batch = arguments.per_device_train_batch_size * max(1, arguments.n_gpu) * arguments.world_size
     batches = math.ceil(examples / batch)
     per_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))

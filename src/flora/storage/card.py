@@ -81,7 +81,7 @@ def _how_to_load(config: Mapping[str, Any], base: str, options: str) -> tuple[st
     if not base or (mapping and not known):
         return "", "base = ...  # the model as it was before the adapter was attached"
     if not mapping:
-        task = config.get("task_type")
+        task = str(config.get("task_type"))
         name = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSequenceClassification"}.get(
             task, "AutoModel"
         )
