@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
@@ -115,7 +115,7 @@ class Config:
         given = {key: value for key, value in self.values.items() if value is not None}
         try:
             with user_errors(*MALFORMED, about=str(self.path)):
-                return parser.parse_object(given)
+                return cast("Namespace", parser.parse_object(given))
         except Exception as error:  # argparse.ArgumentError, which is no UserError
             key = _key_in(str(error))
             if isinstance(error, UserError) or key is None:

@@ -123,7 +123,11 @@ def claim(target: Path, *, wait: bool = False, keep: Collection[str] = ()) -> It
 def _claim_folder(place: Path, target: Path, wait: bool, keep: Collection[str]) -> Iterator[Claim]:
     made = _make_parents(place.parent, target)
     folder = place.with_name(_part_name(place.name))
-    lock = _lock(folder, target, wait)
+    try:
+        lock = _lock(folder, target, wait)
+    except BaseException:
+        _remove_empty(made)
+        raise
     kept = keep
 
     try:
@@ -137,9 +141,7 @@ def _claim_folder(place: Path, target: Path, wait: bool, keep: Collection[str]) 
         with suppress(OSError):  # what cannot be removed now is removed by the next claim
             _clear(folder, kept)
         _leave(folder, lock)
-        for parent in made:  # only those that are empty go
-            with suppress(OSError):
-                parent.rmdir()
+        _remove_empty(made)
 
 
 @contextmanager
@@ -294,6 +296,13 @@ def _make_parents(parent: Path, target: Path) -> list[Path]:
     return missing
 
 
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Removes folders that were made for an output which has not come, the inner ones first."""
+    with suppress(OSError):  # what is not empty stays, and with it what is above
+        for folder in folders:
+            folder.rmdir()
+
+
 def _lock(folder: Path, target: Path, wait: bool) -> Lock:
     """The lock on the folder of a claim, which is made where it is not there."""
     while True:
@@ -308,6 +317,8 @@ def _lock(folder: Path, target: Path, wait: bool) -> Lock:
         except FileNotFoundError:  # another process has removed the folder since
             continue
         except OSError as error:
+            with suppress(OSError):  # only if it is empty
+                folder.rmdir()
             raise _named(error, target) from None
 
         if lock is None:
