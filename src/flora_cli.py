@@ -473,8 +473,8 @@ def main(argv: list[str] | None = None) -> int:
     except MemoryError:
         return _fail("out of memory")
     except Exception as error:
-        code = _users_code(error)
-        return _report_bug() if code is None else _fail(str(error), code)
+        users_code = _users_code(error)
+        return _report_bug() if users_code is None else _fail(str(error), users_code)
 
 
 def _fail(message: str, code: int = 2) -> int:

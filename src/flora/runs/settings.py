@@ -91,7 +91,7 @@ class Settings:
 
     def text(self) -> str:
         """The ``config.yaml`` from which :func:`read` gives the same settings back."""
-        return f"# flora train {FILE}\n" + yaml.safe_dump(self.as_dict(), sort_keys=False)
+        return f"# flora train {FILE}\n{yaml.safe_dump(self.as_dict(), sort_keys=False)}"
 
     def save(self, folder: Path) -> None:
         """Writes ``config.yaml`` into a folder."""

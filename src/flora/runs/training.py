@@ -63,7 +63,7 @@ def make_trainer(model: nn.Module, recipe: Recipe, data: Data, arguments: Traini
     trainer.add_callback(KeepCheckpoints())
     if hasattr(data.train, "set_epoch"):
         trainer.add_callback(TellEpoch(data.train))
-    return cast("Trainer", trainer)
+    return trainer
 
 
 class First(NamedTuple):
