@@ -89,7 +89,8 @@ def steps_of(arguments: TrainingArguments, examples: int) -> int:
     batch = arguments.per_device_train_batch_size * max(1, arguments.n_gpu) * arguments.world_size
     batches = math.ceil(examples / batch)
     per_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
-    return math.ceil(arguments.num_train_epochs * per_epoch)
+    steps: int = math.ceil(arguments.num_train_epochs * per_epoch)
+    return steps
 
 
 def cores() -> int:
