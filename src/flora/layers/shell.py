@@ -82,7 +82,7 @@ def shell_of(module: nn.Module, weights: Mapping[str, Any], shells: list[Shell] 
     if isinstance(module, nn.RNNBase):
         start["_parameters"] = _own_weights(module, own)
     if inner:
-        children = {name: shell_of(module._modules[name], group, shells) for name, group in inner.items()}
+        children = {name: shell_of(module.get_submodule(name), group, shells) for name, group in inner.items()}
         start["_modules"] = {**module._modules, **children}
     if parametrize.is_parametrized(module):
         cls = _without_parametrizations(module, start, own)
@@ -145,7 +145,8 @@ def _keep_what_was_set(shell: Shell) -> None:
         if name in REGISTRIES or name.startswith("_flat_weight") or value is start.get(name):
             continue
         if name in after:
-            before[name] = MethodType(value.__func__, module) if getattr(value, "__self__", None) is stand_in else value
+            bound = isinstance(value, MethodType) and value.__self__ is stand_in
+            before[name] = getattr(module, value.__name__) if bound else value  # type: ignore[union-attr]
         else:
             before.pop(name, None)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,7 @@ def base_weight(layer: AdaptedLayer, weight: str) -> Tensor:
     owner, leaf = _owner(layer, weight)
     if not parametrize.is_parametrized(owner, leaf):
         return parameter(layer.get_base_layer(), weight).detach()
-    with _at_rest(owner.parametrizations[leaf]):  # type: ignore[index]
+    with _at_rest(_parametrization(owner, leaf)):
         return getattr(owner, leaf).detach()  # type: ignore[no-any-return]
 
 
@@ -119,6 +119,11 @@ def _owner(layer: AdaptedLayer, weight: str) -> tuple[nn.Module, str]:
 # ---- parametrized weights ------------------------------------------------------------------------------------------
 
 
+def _parametrization(owner: nn.Module, leaf: str) -> Any:
+    """The list of modules that a parametrized weight is made by, with the tensors that it is made from."""
+    return cast(Any, owner).parametrizations[leaf]
+
+
 @contextmanager
 def _at_rest(parametrizations: Iterable[nn.Module]) -> Iterator[None]:
     """Spectral norm takes a step of its power iteration whenever the weight is read in training; not in here."""
@@ -134,7 +139,7 @@ def _at_rest(parametrizations: Iterable[nn.Module]) -> Iterator[None]:
 
 def _write_through(owner: nn.Module, leaf: str, value: Tensor) -> bool:
     """Writes a weight by the right inverse; where that does not give the weight back, leaves all as it was: False."""
-    lists = owner.parametrizations[leaf]  # type: ignore[index]
+    lists = _parametrization(owner, leaf)
     before = {name: tensor.detach().clone() for name, tensor in lists.state_dict(keep_vars=True).items()}
     try:
         with _at_rest(lists):
@@ -152,7 +157,7 @@ def _write_through(owner: nn.Module, leaf: str, value: Tensor) -> bool:
 
 def _take_off(owner: nn.Module, leaf: str, value: Tensor) -> Parametrization:
     """Puts a plain weight in the place of a parametrized one."""
-    lists = owner.parametrizations[leaf]  # type: ignore[index]
+    lists = _parametrization(owner, leaf)
     modules = list(lists)
     originals = {name: tensor.detach().clone() for name, tensor in lists.named_parameters(recurse=False)}
     wanted = any(tensor.requires_grad for tensor in lists.parameters(recurse=False))
@@ -171,7 +176,7 @@ def _put_on(layer: AdaptedLayer, weight: str, value: Tensor, taken_off: Parametr
     with _at_rest(taken_off.modules):
         for module in taken_off.modules:
             parametrize.register_parametrization(owner, leaf, module, unsafe=True)
-    lists = owner.parametrizations[leaf]  # type: ignore[index]
+    lists = _parametrization(owner, leaf)
     for name, tensor in lists.named_parameters(recurse=False):
         tensor.data = taken_off.originals[name]
         tensor.requires_grad_(wanted)

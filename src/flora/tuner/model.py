@@ -166,7 +166,7 @@ class FloraModel(BaseTuner):
             wanted = layer.active_adapters if adapter_names is None else adapter_names
             adapters = [name for name in wanted if name in layer.settings and name not in layer.merged_adapters]
             if adapters:
-                with onload_layer(layer):  # type: ignore[no-untyped-call]
+                with onload_layer(layer):
                     check_finite(merged_weights(layer, adapters).values(), adapters, layer.place)
 
     def _unload_and_optionally_merge(
@@ -199,7 +199,7 @@ class FloraModel(BaseTuner):
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         """PEFT's own, but for "tucker_only": PEFT takes ``layer.bias``, which of an LSTM is a switch."""
-        configs = [self.peft_config[adapter] for adapter in self.active_adapters]
+        configs = [cast(FloraConfig, self.peft_config[adapter]) for adapter in self.active_adapters]
         wanted = any(config.bias == BIAS_OF_LAYERS for config in configs)
         before = {id(config): config.bias for config in configs}
         for config in configs:

@@ -128,7 +128,7 @@ def _is_watched() -> bool:
     """Whether operations are recorded or rewritten, so that the sum has to be formed by plain ones at once."""
     return (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     )
@@ -167,7 +167,7 @@ class Reading(Tensor):
     @staticmethod
     def __new__(cls, like: Tensor, form: Callable[[], Tensor]) -> Reading:
         """With the shape, type and device of a tensor; ``form`` gives the values."""
-        reading: Reading = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        reading: Reading = Tensor._make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
         )
         reading._form, reading._formed = form, None
@@ -181,7 +181,7 @@ class Reading(Tensor):
         return self._formed
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.aten.detach.default:
             return cls(args[0], args[0].plain)
         if func in RESCALING and args[0]._rescale is not None and _is_number(args[1]):
@@ -212,7 +212,7 @@ class Reading(Tensor):
     def __deepcopy__(self, memo: Any) -> Tensor:
         return self.plain().clone()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return repr(self.plain())
 
 

@@ -63,7 +63,7 @@ class ExpertStack:
         self._sum: Tensor | None = None
 
     @property
-    def __class__(self) -> type:  # type: ignore[override]
+    def __class__(self) -> type:  # type: ignore[misc]
         """It passes for a tensor: layers ask ``isinstance(weight, torch.Tensor)`` before they use its dtype."""
         return Tensor
 
@@ -180,7 +180,7 @@ class ExpertStack:
         return len(self.weight)
 
     def __matmul__(self, other: Any) -> Any:
-        return torch.matmul(self, other)  # type: ignore[call-overload]
+        return torch.matmul(self, other)  # type: ignore[arg-type]
 
     def __rmatmul__(self, x: Tensor) -> Tensor:
         return self.after(x)
