@@ -175,7 +175,8 @@ def add_update(weight: Tensor, factor: Tensor | None, rows: Tensor, scale: float
     """
     if weight.dtype in HALF and factor is not None:
         if HAS_TRITON and weight.is_cuda:
-            return _gpu().add_rounded(weight, factor.float(), rows.float(), scale)
+            rounded_sum: Tensor = _gpu().add_rounded(weight, factor.float(), rows.float(), scale)
+            return rounded_sum
         added: Tensor = torch.ops.flora.add_rounded(weight, factor.float(), rows.float(), scale)
         return added
     if weight.dtype in HALF:
@@ -261,7 +262,8 @@ def kronecker(factors: Sequence[Tensor]) -> Tensor:
     if on_cpu(factors[0]):
         return _kronecker(*factors)
     if HAS_TRITON and factors[0].is_cuda:
-        return _gpu().kronecker(*factors)
+        launched: Tensor = _gpu().kronecker(*factors)
+        return launched
     found: Tensor = torch.ops.flora.kronecker(*factors)
     return found
 

@@ -5,6 +5,7 @@ functions and has the same in plain operations of torch.
 """
 
 # ruff: noqa: N803
+# mypy: disable-error-code="import-not-found,import-untyped,untyped-decorator"
 from __future__ import annotations
 
 import torch

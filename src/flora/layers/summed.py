@@ -76,7 +76,7 @@ def _formed(weight: Tensor, core: Tensor, factors: Factors, scale: float) -> Ten
     """``W + s dW`` in operations that autograd itself differentiates, without a step through Python in backward."""
     modes = _kernel_modes(core, factors, 3)
     if modes:
-        kernel = _Kronecker.apply(*[factors[mode] for mode in modes])  # type: ignore[no-untyped-call]
+        kernel: Tensor = _Kronecker.apply(*_of_modes(factors, modes))  # type: ignore[no-untyped-call]
         core, factors = _merged(core, factors, kernel)
     steps = _steps(core, factors)
     rows, factor = steps.rows[0], factors[0]
@@ -141,8 +141,7 @@ def run_plain(
     """The same in plain operations, for a compiler and for gradients of gradients."""
     modes = _kernel_modes(core, factors)
     if modes:
-        kernel = kronecker([factors[mode] for mode in modes], [core.shape[mode] for mode in modes])
-        core, factors = _merged(core, factors, kernel)
+        core, factors = _merged(core, factors, _kronecker(*_of_modes(factors, modes)))
     steps = _steps(core, factors)
 
     changed = _rounded_sum(weight, steps, scale) if weight.dtype in device.HALF else _sum(weight, steps, scale)
@@ -184,10 +183,10 @@ class _Summed(torch.autograd.Function):
         *factors: Tensor | None,
     ) -> Tensor:
         modes = _kernel_modes(core, factors)
-        form = (core, factors)
+        one_core, one_kernel = core, factors
         if modes:
-            form = _merged(core, factors, device.kronecker([factors[mode] for mode in modes]))
-        steps = _steps(*form)
+            one_core, one_kernel = _merged(core, factors, device.kronecker(_of_modes(factors, modes)))
+        steps = _steps(one_core, one_kernel)
         y = operation.run(x, _sum(weight, steps, scale).to(x.dtype), bias)
         if y._is_view():  # a caller may change the output in place, which autograd refuses of a view made in here
             y = torch.ops.aten._unsafe_view(y, y.shape)
@@ -212,7 +211,7 @@ class _Summed(torch.autograd.Function):
 
         grad_core, *grad_factors = _project(grad_weight, steps, scale, core.dtype)
         if ctx.modes:
-            of_kernel = device.kronecker_gradients(grad_factors.pop(), [factors[mode] for mode in ctx.modes])
+            of_kernel = device.kronecker_gradients(grad_factors.pop(), _of_modes(factors, ctx.modes))
             grad_factors += [None] * (ctx.count - 2)
             for mode, gradient in zip(ctx.modes, of_kernel, strict=True):
                 grad_factors[mode] = gradient
@@ -244,7 +243,11 @@ def _kernel_modes(core: Tensor, factors: Factors, least: int = 2) -> list[int]:
     return modes if size <= LARGEST_KERNEL else []
 
 
-def _merged(core: Tensor, factors: Factors, kernel: Tensor) -> tuple[Tensor, Factors]:
+def _of_modes(factors: Factors, modes: Sequence[int]) -> list[Tensor]:
+    return [factor for mode, factor in enumerate(factors) if mode in modes and factor is not None]
+
+
+def _merged(core: Tensor, factors: Factors, kernel: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """The form with the factors of the kernel's modes as one, which saves two launches for each of them."""
     return core.reshape(core.shape[0], core.shape[1], -1), (factors[0], factors[1], kernel)
 
