@@ -93,9 +93,11 @@ def _how_to_load(config: Mapping[str, Any], base: str, options: str) -> tuple[st
 
 def fill_blank_card(folder: Path, config: Mapping[str, Any]) -> None:
     """Writes a card into a folder that has none, or replaces the blank one that PEFT writes; others stay."""
-    path = folder / CARD
+    path, card = folder / CARD, ModelCard(adapter_card(config))
     if path.is_file():
         text = path.read_text(encoding="utf-8")
         if "import flora" in text or BLANK not in text:
             return
-    ModelCard(adapter_card(config)).save(path)
+        # PEFT promises this entry to its readers, also where it is no id of the hub.
+        card.data.base_model = ModelCard(text, ignore_metadata_errors=True).data.base_model
+    card.save(path)
