@@ -26,10 +26,10 @@ from transformers import (
 from convert_cases import random_adapter
 from flora.convert import load, save
 from flora.convert.extraction import finetune as module
-from flora.convert.extraction.allocation import choices, is_cut, spend
 from flora.convert.extraction.finetune import Extracted, extract
 from flora.layers.axes import roles_of
 from flora.layers.layout import from_shape
+from flora.tucker.allocation import choices, is_cut, spend
 from flora.tucker.decomposition import decompose
 from flora.tucker.form import count_params
 from flora.tucker.ranks import Weight, resolve, solve_budget

@@ -14,9 +14,9 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import flora
-from flora.convert.extraction.allocation import choices_of_energy
-from flora.gradient import sketch as sketches
-from flora.gradient.start import adapt_and_tell, smallest_good_step
+from flora.tucker.allocation import choices_of_energy
+from flora.tuner.gradient import sketch as sketches
+from flora.tuner.gradient.start import adapt_and_tell, smallest_good_step
 from flora.tuner.layer import FloraLayer
 
 

@@ -26,7 +26,6 @@ LEVELS: list[set[str]] = [
     {"tucker", "storage"},
     {"layers", "data"},
     {"tuner", "convert"},
-    {"gradient"},
     {"flora"},
     {"volume_unet", "recipes"},
     {"report"},
@@ -41,7 +40,7 @@ FOREIGN: dict[str, set[str]] = {
     "tucker": {"einops"},
     "storage": {"huggingface_hub", "safetensors", "tqdm", "transformers"},
     "layers": {"regex", "transformers", "triton"},
-    "tuner": {"peft", "safetensors", "transformers"},
+    "tuner": {"peft", "safetensors", "tqdm", "transformers"},
     "convert": {
         "diffusers",
         "safetensors",
@@ -49,7 +48,6 @@ FOREIGN: dict[str, set[str]] = {
         "transformers",
         "yaml",
     },  # never peft: a format is key names and shapes
-    "gradient": {"peft", "tqdm"},
     "flora": set(),
 }
 DISTRIBUTIONS = {  # the name that is imported -> the name that is installed; tokenizers comes with transformers

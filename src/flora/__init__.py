@@ -19,8 +19,8 @@ from flora.tuner.config import FloraConfig  # noqa: E402  (needs the registered 
 if TYPE_CHECKING:
     from flora.convert import Adapter, load, save
     from flora.convert.extraction.finetune import extract
-    from flora.gradient.start import adapt, start
     from flora.tucker.decomposition import decompose
+    from flora.tuner.gradient.start import adapt, start
 
 __all__ = [
     "INITIALIZERS",
@@ -47,8 +47,8 @@ _LATER = {
     "save": "flora.convert",
     "extract": "flora.convert.extraction.finetune",
     "decompose": "flora.tucker.decomposition",
-    "adapt": "flora.gradient.start",
-    "start": "flora.gradient.start",
+    "adapt": "flora.tuner.gradient.start",
+    "start": "flora.tuner.gradient.start",
     "plan_model": "flora.report.model_plan",
 }
 

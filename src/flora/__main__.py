@@ -1,7 +1,5 @@
 """``python -m flora``: the command, where its script is not on the path."""
 
-import sys
+import runpy
 
-from flora_cli import main
-
-sys.exit(main())
+runpy.run_module("flora_cli", run_name="__main__")

@@ -22,13 +22,13 @@ from torch import nn
 
 from flora.comparison.authors import AuthorsScheme
 from flora.comparison.matching import Costs, match_ranks
-from flora.gradient.start import Start
 from flora.layers.axes import KERNELS, roles_of
 from flora.layers.entries import Entries
 from flora.layers.patterns import exact_pattern, names_of
 from flora.runs.training import First, trainable
 from flora.tucker.ranks import resolve
 from flora.tuner.config import FloraConfig
+from flora.tuner.gradient.start import Start
 
 LOKR_FACTORS = (-1, 16, 8, 4, 2)  # how LoKr splits a matrix, from its default, the cheapest, to the dearest
 PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -23,10 +23,10 @@ from flora.comparison.rivals import (
     peft_costs,
     supported,
 )
-from flora.gradient.start import adapt_and_tell, start
 from flora.layers.patterns import exact_pattern
 from flora.tucker.form import count_params
 from flora.tuner.config import FloraConfig
+from flora.tuner.gradient.start import adapt_and_tell, start
 
 BATCHES = 12  # as many as our own start takes
 

@@ -16,7 +16,6 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from flora.errors import UserError, user_errors
-from flora.gradient.start import adapt_and_tell
 from flora.recipes import Data, Recipe, optional
 from flora.report.card import model_card
 from flora.report.plots import loss_curve
@@ -42,6 +41,7 @@ from flora.storage.atomic import Claim, read_json, write_json, write_text
 from flora.storage.progress import show_loss
 from flora.storage.system import sync
 from flora.tuner.config import FloraConfig
+from flora.tuner.gradient.start import adapt_and_tell
 
 SAME = 1e-6  # an evaluation of the same model on the same data may differ by this much
 

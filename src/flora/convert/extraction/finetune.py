@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from flora.convert.adapter import Adapter, Entry
 from flora.convert.base_model import Base, try_base
-from flora.convert.extraction.allocation import FIRST, Choice, choices, for_energy, is_cut, spend
 from flora.convert.extraction.store import Store
 from flora.convert.formats.filemap import FileMap
 from flora.convert.report import table
@@ -25,6 +24,7 @@ from flora.errors import UserError
 from flora.layers.axes import roles_of
 from flora.layers.layout import Layout, from_shape, is_raw
 from flora.storage.checkpoint import Checkpoint
+from flora.tucker.allocation import FIRST, Choice, choices, for_energy, is_cut, spend
 from flora.tucker.decomposition import decompose
 from flora.tucker.fold import parse_fold
 from flora.tucker.form import Tucker, count_params

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from flora.convert.extraction.allocation import Choice
 from flora.errors import UserError
 from flora.storage.atomic import staged
 from flora.storage.tensors import read_object, read_tensors, write_json, write_tensors
+from flora.tucker.allocation import Choice
 from flora.tucker.form import Tucker
 
 

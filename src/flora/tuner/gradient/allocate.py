@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from flora.convert.extraction.allocation import Choice, choices_of_energy, spend
-from flora.gradient.collect import Place
-from flora.gradient.sketch import Directions
 from flora.layers.patterns import exact_pattern
+from flora.tucker.allocation import Choice, choices_of_energy, spend
 from flora.tucker.form import count_params
 from flora.tuner.config import FloraConfig
+from flora.tuner.gradient.collect import Place
+from flora.tuner.gradient.sketch import Directions
 from flora.tuner.parameter import ParamWrapper
 
 MOST = 4  # times what equal ranks would give a weight, at most

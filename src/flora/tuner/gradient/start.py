@@ -21,8 +21,11 @@ from torch import nn
 from tqdm import tqdm
 
 from flora.errors import UserError
-from flora.gradient.allocate import Allocation, allocate, write_ranks
-from flora.gradient.collect import (
+from flora.tucker.ranks import solve_budget
+from flora.tuner import targets
+from flora.tuner.config import FloraConfig
+from flora.tuner.gradient.allocate import Allocation, allocate, write_ranks
+from flora.tuner.gradient.collect import (
     Batches,
     Loss,
     Place,
@@ -33,11 +36,8 @@ from flora.gradient.collect import (
     places_of,
     stored_weight,
 )
-from flora.gradient.forms import Ray, place_directions, place_step, ray
-from flora.gradient.sketch import Directions, Sketch, share
-from flora.tucker.ranks import solve_budget
-from flora.tuner import targets
-from flora.tuner.config import FloraConfig
+from flora.tuner.gradient.forms import Ray, place_directions, place_step, ray
+from flora.tuner.gradient.sketch import Directions, Sketch, share
 from flora.tuner.merging import base_weight
 from flora.tuner.parameter import ParamWrapper
 from flora.tuner.resolution import Resolution

@@ -16,8 +16,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from tqdm import tqdm
 
 from flora.errors import UserError
-from flora.gradient.sketch import Sketch, add_up, is_distributed
 from flora.tucker.delta import TuckerDelta
+from flora.tuner.gradient.sketch import Sketch, add_up, is_distributed
 from flora.tuner.layer import FloraLayer
 
 Loss = Callable[[nn.Module, Any], Tensor]

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flora.gradient.sketch import Directions, complete
 from flora.tucker.delta import TuckerDelta
 from flora.tucker.form import Tucker, mode_product
+from flora.tuner.gradient.sketch import Directions, complete
 
 
 class Ray(NamedTuple):
