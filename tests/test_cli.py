@@ -146,7 +146,7 @@ def test_an_error_inside_a_library_keeps_its_traceback(
         (UserError("a setting is wrong"), 2, "flora: error: a setting is wrong\n"),
         (WrongTypeError("a\nsetting"), 2, "flora: error: a setting\n"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "No space left on device\n"),
-        (PermissionError(errno.EACCES, "Permission denied", "x"), 2, "Permission denied: 'x'\n"),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), 2, "x: Permission denied\n"),
         (MemoryError(), 2, "flora: error: out of memory\n"),
         (KeyboardInterrupt(), 130, "flora: error: interrupted\n"),
         (ValueError("of a library"), 1, "how to report"),

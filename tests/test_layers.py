@@ -177,9 +177,8 @@ def test_threads_compute_what_one_thread_does(name: str, path: str) -> None:
     def run() -> None:
         with torch.no_grad():  # a thread has a switch of its own
             for _ in range(4):
-                try:
-                    out = model(*inputs, **row.kwargs)
-                    wrong.extend([] if torch.equal(out, expected) else [(out - expected).abs().max()])
+                try:  # torch splits its sums by the threads that it has itself, so the last bit may differ
+                    torch.testing.assert_close(model(*inputs, **row.kwargs), expected, rtol=1e-5, atol=1e-6)
                 except Exception as error:
                     wrong.append(error)
 

@@ -99,5 +99,5 @@ def fill_blank_card(folder: Path, config: Mapping[str, Any]) -> None:
         if "import flora" in text or BLANK not in text:
             return
         # PEFT promises this entry to its readers, also where it is no id of the hub.
-        card.data.base_model = ModelCard(text, ignore_metadata_errors=True).data.base_model
+        card.data["base_model"] = ModelCard(text, ignore_metadata_errors=True).data.get("base_model")
     card.save(path)

@@ -98,7 +98,7 @@ def _choose(layer: AdaptedLayer, active: list[str], work: Work) -> Choice:
 
 def _work(layer: AdaptedLayer, active: list[str], x: Tensor, *, compiled: bool) -> Work:
     """What this input asks of the layer."""
-    base = layer.get_base_layer()
+    base: Any = layer.get_base_layer()
     if layer.row.kind == "embedding":
         inputs = x.numel()
     elif layer.row.kind == "linear":

@@ -354,7 +354,7 @@ class FloraModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """PEFT's own; says what the file will not hold."""
         warn_of_scale((module for module in model.modules() if isinstance(module, FloraLayer)), adapter_name)
-        return cast("dict[str, Tensor]", super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs))
+        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from functools import partial
+from functools import partial, reduce
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -273,10 +273,8 @@ def _rescale(layer: AdaptedLayer, weight: str, factor: float) -> Callable[[], Te
 def _sum(stored: Tensor, updates: Sequence[Update]) -> Tensor:
     """``W + s dW`` in the dtype of W; the update is formed in the adapters' dtype, also under autocast."""
     with torch.autocast(stored.device.type, enabled=False):
-        total: Any = 0
-        for update in updates:
-            total = total + update.form.scaled(update.scale).to_dense().reshape(stored.shape)
-        return (stored + total).to(stored.dtype)
+        changes = [update.form.scaled(update.scale).to_dense().reshape(stored.shape) for update in updates]
+        return (stored + reduce(torch.add, changes)).to(stored.dtype)
 
 
 def _tensors(updates: Sequence[Update]) -> Iterator[Tensor]:

@@ -62,8 +62,8 @@ class ExpertStack:
         self.terms = tuple(terms)
         self._sum: Tensor | None = None
 
-    @property
-    def __class__(self) -> type:  # type: ignore[misc]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         """It passes for a tensor: layers ask ``isinstance(weight, torch.Tensor)`` before they use its dtype."""
         return Tensor
 
