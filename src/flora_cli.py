@@ -44,11 +44,14 @@ def train(args: argparse.Namespace) -> int:
     metrics = train(settings, resume=resume, overwrite=overwrite)
     if not metrics:  # one of several processes, and not the first
         return 0
+
     for split in ("validation", "test"):
         print(f"{split:<11}", _line(metrics[split]))
+
     trained, total = metrics["trainable_parameters"], metrics["total_parameters"]
     print(f"trained     {trained:,} of {total:,} parameters in {metrics['seconds']:.1f} s, {metrics['steps']} steps")
     print(f"written     {settings.output} (adapter file {metrics['adapter_bytes']:,} bytes)")
+
     return 0
 
 
@@ -67,15 +70,21 @@ def evaluate(args: argparse.Namespace) -> int:
 
     metrics, same = evaluate(Path(args.folder), args.overrides, args.split, run_recipe_file=args.run_recipe_file)
     print(f"{args.split:<11}", _line(metrics))
+
     if same is None:
         return 0
+
     print(
         "the same as at the end of training"
         if same
         else "NOT the same as in metrics.json, the end of training: the data, the base model or the versions changed, "
         "or a new head is missing from adapter.modules_to_save"
     )
-    return 0 if same else 1
+
+    if same:
+        return 0
+
+    return 1
 
 
 def predict(args: argparse.Namespace) -> int:
@@ -92,10 +101,15 @@ def predict(args: argparse.Namespace) -> int:
     """
     from flora.runs.predicting import predict, result_line
 
-    out = Path(args.out) if args.out else None
+    if not args.out:
+        out = None
+    else:
+        out = Path(args.out)
+
     results = predict(Path(args.folder), args.inputs, out, args.prompt, run_recipe_file=args.run_recipe_file)
     for result in results:
         print(result_line(result))
+
     return 0
 
 
@@ -118,6 +132,7 @@ def compare(args: argparse.Namespace) -> int:
     print("\n" + comparison_table(report["rows"], report["metric"], "simple") + "\n")
     print("\n".join(comparison_notes(report)))
     print(f"written to {report['folder']}: README.md, compare.png, compare.json")
+
     return 0
 
 
@@ -138,11 +153,17 @@ def plan(args: argparse.Namespace) -> int:
     settings = {"r": args.r, "kernel_r": args.kernel_r, "budget": args.budget}
     modules = args.target_modules or ([] if args.target_parameters else ["all"])
     if modules:
-        settings["target_modules"] = modules[0] if modules[0] in ("all", "all-linear", "all-conv") else modules
+        if modules[0] in ("all", "all-linear", "all-conv"):
+            settings["target_modules"] = modules[0]
+        else:
+            settings["target_modules"] = modules
+
     if args.target_parameters:
         settings["target_parameters"] = args.target_parameters
+
     report = model_plan(args.model, settings, positions=args.positions)
     print(json.dumps(report, indent=2) if args.json else plan_text(report))
+
     return 0
 
 
@@ -160,15 +181,23 @@ def inspect(args: argparse.Namespace) -> int:
     from flora.storage.atomic import check_target, staged
     from flora.storage.replacing import PAGE, PAGE_MARK
 
-    page = Path(args.html) if args.html else None
+    if not args.html:
+        page = None
+    else:
+        page = Path(args.html)
+
     if page is not None:
         check_target(page, PAGE, overwrite=True)
+
     report = anatomy(Path(args.folder))
     print(anatomy_text(report))
+
     if page is not None:
         with staged(page, PAGE, overwrite=True) as new:
             new.write_text(anatomy_page(report) + PAGE_MARK, encoding="utf-8")
+
         print(f"written to {page}")
+
     return 0
 
 
@@ -197,6 +226,7 @@ def merge(args: argparse.Namespace) -> int:
         run_recipe_file=args.run_recipe_file,
     )
     print(report)
+
     return 0
 
 
@@ -225,6 +255,7 @@ def convert(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
     )
     print(report)
+
     return 0
 
 
@@ -245,6 +276,7 @@ def extract(args: argparse.Namespace) -> int:
     written = extract_to(args.base, args.tuned, Path(args.out), **size, **options)
     print(written.found.table())
     print(written.report)
+
     return 0
 
 
@@ -264,18 +296,23 @@ def recipes(args: argparse.Namespace) -> int:
     if args.action == "list":
         print(recipe_table())
         return 0
+
     if args.name is None:
         raise UserError(f"which one? flora recipes {args.action} NAME, with NAME one of {', '.join(config_names())}")
     if args.name not in config_names():
         raise UserError(f"no config {args.name!r} is packaged; there are {', '.join(config_names())}")
+
     if args.action == "keys":
         print(task_keys(args.name))
         return 0
+
     target = Path(f"{args.name}.yaml")
     if target.exists():
         raise UserError(f"{target} exists here already; rename it first")
+
     write_text(target, config_path(args.name).read_text(encoding="utf-8"))
     print(f"written to {target}; edit it, then: flora train {target}")
+
     return 0
 
 
@@ -302,7 +339,9 @@ def numbers(text: str) -> list[int]:
 def fraction_or_count(text: str) -> float | int:
     """A budget: a count of parameters, or a fraction of the model."""
     value = float(text)
-    return int(value) if value.is_integer() else value
+    if value.is_integer():
+        return int(value)
+    return value
 
 
 def words(text: str) -> list[str]:
@@ -419,6 +458,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub = verbs.add_parser(verb, help=summary, description=text, formatter_class=raw)
         for names, options in ARGUMENTS[verb]:
             sub.add_argument(*names, **options)
+
     return parser
 
 
@@ -445,14 +485,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(strange)}")
     if rest:
         args.overrides = [*args.overrides, *rest]
+
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb. What the user or the system got wrong is one line and exit code 2; a traceback is our bug."""
     args = parse(argv)
+
     # PEFT asks transformers for an attribute that it has renamed: nothing that who types a command could change
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+
     try:
         code = COMMANDS[args.verb](args)
         sys.stdout.flush()
@@ -462,6 +505,7 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "flora":
             return _report_bug()
+
         from flora.runs.missing import install_hint
 
         return _fail(f"{args.verb} needs {install_hint(error.name or '', getattr(args, 'config', ''))}")
@@ -474,7 +518,9 @@ def main(argv: list[str] | None = None) -> int:
         return _fail("out of memory")
     except Exception as error:
         users_code = _users_code(error)
-        return _report_bug() if users_code is None else _fail(str(error), users_code)
+        if users_code is None:
+            return _report_bug()
+        return _fail(str(error), users_code)
 
 
 def _fail(message: str, code: int = 2) -> int:
@@ -486,14 +532,18 @@ def _system_message(error: OSError) -> str:
     """What the system refuses, and about which file."""
     if error.errno is None or error.strerror is None:
         return str(error)
-    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    if error.filename is None:
+        return error.strerror
+    return f"{error.filename}: {error.strerror}"
 
 
 def _users_code(error: Exception) -> int | None:
     """The exit code of an error about something that the user gave; None for one of ours."""
     from flora.errors import UserError
 
-    return error.exit_code if isinstance(error, UserError) else None
+    if not isinstance(error, UserError):
+        return None
+    return error.exit_code
 
 
 def _report_bug() -> int:

@@ -51,6 +51,8 @@ def user_errors(*kinds: type[Exception], about: str = "") -> Iterator[None]:
         raise
     except kinds as error:
         reason = " ".join(str(error).split()) or "no reason given"
+
         if isinstance(error, KeyError):
             reason = f"{reason} is missing"
+
         raise UserError(f"{about}: {reason}" if about else reason) from error

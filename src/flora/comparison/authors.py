@@ -28,7 +28,12 @@ class AuthorsScheme(nn.Module):
         super().__init__()
         self.base, self.scale = base.requires_grad_(False), scale
         weight = cast("Tensor", base.weight)
-        core = torch.zeros(*ranks) if zero else torch.randn(*ranks)
+
+        if zero:
+            core = torch.zeros(*ranks)
+        else:
+            core = torch.randn(*ranks)
+
         self.core = nn.Parameter(core.to(weight))
         self.factors = nn.ParameterList(
             (torch.randn(size, rank) * (2 * rank) ** -0.5).to(weight)
@@ -61,8 +66,11 @@ def run_with(base: Any, weight: Tensor, x: Tensor) -> Tensor:
     """What the layer computes with another weight and no bias."""
     if isinstance(base, nn.Linear):
         return F.linear(x, weight)
+
     if isinstance(base, nn.ConvTranspose2d):
         geometry: Any = (base.stride, base.padding, base.output_padding, base.groups, base.dilation)
         return F.conv_transpose2d(x, weight, None, *geometry)
+
     y: Tensor = base._conv_forward(x, weight, None)
+
     return y

@@ -54,15 +54,23 @@ class Bench:
         """The run's result: the stored one if all its settings are the same, else that of running it now."""
         path = self.folder / "runs" / f"{run.name}.json"
         identity = self._identity(run)
-        stored = read_json(path) if path.is_file() else {}
+
+        if path.is_file():
+            stored = read_json(path)
+        else:
+            stored = {}
+
         if stored.get("identity") == identity:
             return cast("dict[str, Any]", stored)
+
         try:
             found = self._run(run)
         except RefusedError as error:
             found = {"refused": str(error)}
+
         result = {"identity": identity, **found, **provenance()}
         write_json(path, result)
+
         return result
 
     def _identity(self, run: Run) -> dict[str, Any]:
@@ -73,25 +81,31 @@ class Bench:
     def _run(self, run: Run) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as scratch:
             trainer, data, result = train_once(self.settings, self.recipe, run, Path(scratch))
-            return {**result, **self._final(run, trainer, data, result)} if run.final else result
+            if run.final:
+                return {**result, **self._final(run, trainer, data, result)}
+            return result
 
     def _final(self, run: Run, trainer: Trainer, data: Data, result: dict[str, Any]) -> dict[str, Any]:
         """The test metrics, the size of the file, and how far the merged model is from the unmerged one."""
         model = cast("nn.Module", trainer.model)
         found: dict[str, Any] = {"test": measure(trainer, data.test)}
         found["file_bytes"] = _file_bytes(model)
+
         if not isinstance(model, PeftModel):
             return found
         if run.method == KEPT and run.seed == self.settings.seed and not (self.folder / KEPT / ADAPTER).is_file():
             self._keep(run, model, data, {**result, **found})
+
         batch = next(iter(trainer.get_eval_dataloader(data.test)))
         inputs = {key: value.to(trainer.args.device) for key, value in batch.items() if key != "labels"}
+
         try:
             _, difference, _ = verified_merge(model, inputs)
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # as other libraries' adapters fail
             if run.method == KEPT:
                 raise
             return {**found, "merge_error": str(error).partition("\n")[0]}
+
         return {**found, "merge_difference": difference}
 
     def _keep(self, run: Run, model: PeftModel, data: Data, result: dict[str, Any]) -> None:
@@ -99,15 +113,23 @@ class Bench:
         training = {**self.settings.training, "learning_rate": run.learning_rate}
         adapter = {**self.settings.adapter, "budget": run.budget}
         target = self.folder / run.method
+
         with staged_folder(target) as staged:
             model.save_pretrained(str(staged))
+
             if data.processor is not None:
                 data.processor.save_pretrained(staged)
             if data.labels is not None:
                 write_json(staged / LABELS, data.labels)
+
             replace(self.settings, training=training, adapter=adapter, output=target).save(staged)
             metrics = {"recipe": self.settings.recipe, **result, "adapter_bytes": result["file_bytes"]}
-            classes = None if data.labels is None else len(data.labels)
+
+            if data.labels is None:
+                classes = None
+            else:
+                classes = len(data.labels)
+
             card = model_card(metrics, read_json(staged / ADAPTER_CONFIG), str(target), classes)
             write_text(staged / "README.md", card)
             write_json(staged / METRICS, {**metrics, **provenance()})
@@ -117,11 +139,13 @@ def _file_bytes(model: nn.Module) -> int:
     """The size of the file that holds what was trained: the adapter, or the trained parameters of the model."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / ADAPTER
+
         if isinstance(model, PeftModel):
             model.save_pretrained(scratch)
         else:
             trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
             save_file({name: value.detach().cpu().contiguous() for name, value in trained.items()}, path)
+
         return path.stat().st_size
 
 
@@ -139,14 +163,21 @@ def compare(settings: Settings, methods: Sequence[str], seeds: Sequence[int]) ->
     Raises:
         ValueError: a method is unknown, or there is no method or seed.
     """
-    methods = list(METHODS) if list(methods) == ["all"] else methods
+    if list(methods) == ["all"]:
+        methods = list(METHODS)
+    else:
+        methods = methods
+
     for method in methods:
         if method not in METHODS:
             raise UserError(f"unknown method {method!r}, expected {', '.join(METHODS)}{nearest(method, list(METHODS))}")
+
     if not methods or not seeds or len(set(methods)) < len(methods) or len(set(seeds)) < len(seeds):
         raise UserError(f"methods {list(methods)} and seeds {list(seeds)} must each be given, and once")
+
     folder = settings.output.with_name(f"{settings.output.name}-compare")
     _check_ours(folder)
+
     with claim(folder):
         clear_parts(folder)
         clear_parts(folder / "runs")
@@ -163,6 +194,7 @@ def _compare(settings: Settings, methods: Sequence[str], seeds: Sequence[int], f
     recipe = settings.load_recipe()
     bench, budgets = Bench(settings, recipe, folder), _budgets(settings, recipe)
     places = [(method, budget) for method in methods for budget in (budgets if METHODS[method].matched else [None])]
+
     with tqdm(unit="run") as bar:
         found = _search(bench, places, seeds, bar)
         rows = []
@@ -172,6 +204,7 @@ def _compare(settings: Settings, methods: Sequence[str], seeds: Sequence[int], f
             finals = [_tell(bench, Run(method, budget, best, seed, final=True), bar) for seed in seeds]
             named = {"method": method, "title": METHODS[method].title, "budget": budget}
             rows.append({**named, **_row(recipe.METRIC, search, best, finals)})
+
     report = {
         "recipe": settings.recipe,
         "folder": str(folder),
@@ -183,6 +216,7 @@ def _compare(settings: Settings, methods: Sequence[str], seeds: Sequence[int], f
         **provenance(),
     }
     _write(folder, report)
+
     return report
 
 
@@ -198,13 +232,22 @@ def _search(
                 if rate not in known:
                     runs = [Run(method, budget, rate, seed, final=False) for seed in seeds[:SEARCH_SEEDS]]
                     known[rate] = statistics.fmean(_score(_tell(bench, run, bar), bench.recipe) for run in runs)
+
             scores[method, budget] = dict(sorted(known.items()))
+
         chosen = {max(known, key=known.__getitem__) for known in scores.values() if max(known.values()) > -math.inf}
-        wider = [rates[0] ** 2 / rates[1]] if rates[0] in chosen and len(rates) > 1 else []
+        if rates[0] in chosen and len(rates) > 1:
+            wider = [rates[0] ** 2 / rates[1]]
+        else:
+            wider = []
+
         wider += [rates[-1] ** 2 / rates[-2]] if rates[-1] in chosen and len(rates) > 1 else []
+
         if not wider:
             break
+
         rates = sorted([*rates, *(float(f"{rate:.1g}") for rate in wider)])
+
     return scores
 
 
@@ -215,21 +258,36 @@ def _budgets(settings: Settings, recipe: Recipe) -> list[int]:
 
 def _score(result: dict[str, Any], recipe: Recipe) -> float:
     """The validation metric; below every other where there is none, or training diverged."""
-    score = float(result["validation"][recipe.METRIC]) if "validation" in result else -math.inf
-    return -math.inf if math.isnan(score) else score
+    if "validation" in result:
+        score = float(result["validation"][recipe.METRIC])
+    else:
+        score = -math.inf
+
+    if math.isnan(score):
+        return -math.inf
+
+    return score
 
 
 def _tell(bench: Bench, run: Run, bar: tqdm[Any]) -> dict[str, Any]:
     """Runs, and says so."""
     bar.set_description(f"{run.method} lr={run.learning_rate:g} seed={run.seed}")
     result = bench.result(run)
-    what = f"final, seed {run.seed}" if run.final else "search"
+
+    if run.final:
+        what = f"final, seed {run.seed}"
+    else:
+        what = "search"
+
     told = f"{run.method:<8} {run.budget or '':<8} lr {run.learning_rate:<8g} {what:<14}"
+
     if "refused" in result:
         bar.write(f"{told} refused: {result['refused']}")
     else:
         bar.write(f"{told} validation {_score(result, bench.recipe):.4f}  {result['seconds']:.1f} s")
+
     bar.update()
+
     return result
 
 
@@ -237,9 +295,11 @@ def _row(metric: str, search: dict[float, float], best: float, finals: list[dict
     """A method's line of the table, with every number it is made of; or why there is none."""
     if refusals := [result["refused"] for result in finals if "refused" in result]:
         return {"refused": refusals[0]}
+
     values = [result["test"][metric] for result in finals]
     memory = [result["peak_memory"] for result in finals if result["peak_memory"] is not None]
     merged = [result["merge_difference"] for result in finals if "merge_difference" in result]
+
     return {
         "trainable_parameters": finals[0]["trainable_parameters"],
         "learning_rate": best,

@@ -24,14 +24,21 @@ def match_ranks(costs: Costs, budget: int) -> dict[str, int]:
     least = sum(costs(1).values())
     if least > budget:
         raise UserError(f"rank 1 costs {least:,} parameters, more than the {budget:,} that every adapter may spend")
+
     low, high = 1, 2
     while sum(costs(high).values()) <= budget:
         if costs(high) == costs(low):  # nothing more can be had
             return dict.fromkeys(costs(low), low)
+
         low, high = high, 2 * high
+
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if sum(costs(middle).values()) <= budget else (low, middle)
+        if sum(costs(middle).values()) <= budget:
+            low, high = (middle, high)
+        else:
+            low, high = (low, middle)
+
     now, more = costs(low), costs(low + 1)
     left = budget - sum(now.values())
     ranks = dict.fromkeys(now, low)
@@ -39,4 +46,5 @@ def match_ranks(costs: Costs, budget: int) -> dict[str, int]:
         if 0 < more[name] - now[name] <= left:
             left -= more[name] - now[name]
             ranks[name] += 1
+
     return ranks

@@ -16,6 +16,7 @@ STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 def watch_growth() -> Iterator[Callable[[], int | None]]:
     """Yields a function that says by how many bytes the resident memory grew at most since; None off Linux."""
     gc.collect()
+
     try:
         ctypes.CDLL(None).malloc_trim(0)
         RESET.write_text("5")  # the peak starts anew from here

@@ -49,9 +49,12 @@ def bitfit(base: nn.Module, request: Request) -> nn.Module:
     biases = [value for name, value in base.named_parameters() if name.rpartition(".")[2] == "bias"]
     if not biases:
         raise RefusedError("the model has no biases")
+
     base.requires_grad_(False)
+
     for value in biases:
         value.requires_grad_(True)
+
     return train_head(base, request.head)
 
 

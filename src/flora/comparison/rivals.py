@@ -126,16 +126,21 @@ def lokr(base: nn.Module, request: Request) -> nn.Module:
     spent: dict[int, PeftConfig] = {}
     for factor in LOKR_FACTORS:
         configure = partial(_lokr, request, factor)
+
         try:
             ranks, found = solve(base, request, configure)
         except RefusedError:
             if spent:
                 break
+
             raise
+
         cost = sum(peft_costs(base, configure, ranks, found).values())
         spent[cost] = configure(ranks, found)
+
         if cost >= 0.95 * request.budget:
             break
+
     return attach(base, spent[max(spent)])
 
 
@@ -149,6 +154,7 @@ def lycoris(base: nn.Module, request: Request) -> nn.Module:
         from lycoris.modules.locon import LoConModule
     except ImportError:
         raise RefusedError("lycoris-lora is not installed") from None
+
     modules = dict(base.named_modules())
     names = [name for name in targets(base, request.adapter) if type(modules[name]) in PLAIN]
     base.requires_grad_(False)
@@ -161,7 +167,9 @@ def lycoris(base: nn.Module, request: Request) -> nn.Module:
     adapters = nn.ModuleList(attach(name, rank) for name, rank in ranks.items())
     for adapter in adapters:
         cast("Any", adapter).apply_to()
+
     base.add_module("lycoris", adapters)
+
     return train_head(base, request.head)
 
 
@@ -191,10 +199,12 @@ def authors(base: nn.Module, request: Request) -> nn.Module:
 
     ranks = match(lambda rank: {name: cost(name, rank) for name in names}, request)
     base.requires_grad_(False)
+
     for name, rank in ranks.items():
         parent, _, leaf = name.rpartition(".")
         scheme = AuthorsScheme(modules[name], ranks_of(name, rank), entries.scale(names_of(name)), zero=True)
         setattr(base.get_submodule(parent), leaf, scheme)
+
     return train_head(base, request.head)
 
 
@@ -206,7 +216,9 @@ def targets(base: nn.Module, adapter: dict[str, Any]) -> dict[str, list[str]]:
     for name in tuner.targeted_parameter_names:
         owner, _, leaf = name.rpartition(".")
         found.setdefault(owner, []).append(leaf)
+
     adapted.unload()
+
     return found
 
 
@@ -248,11 +260,13 @@ def fields_of(request: Request, alpha: str | None, ranks: dict[str, int], found:
     higher = {patterns[name]: rank for name, rank in ranks.items() if rank != least}
     raw = [f"{name}.{leaf}" for name in ranks for leaf in found[name]]
     scales = {}
+
     if alpha is not None:
         scales = {
             alpha: request.scale * least,
             "alpha_pattern": {pattern: request.scale * rank for pattern, rank in higher.items()},
         }
+
     return {
         "r": least,
         **scales,
@@ -301,14 +315,17 @@ def supported(base: nn.Module, request: Request, configure: Configure) -> Target
     found = {}
     for name, leaves in targets(base, request.adapter).items():
         layer = nn.Sequential(copy.deepcopy(modules[name]).to("meta"))
+
         # What PEFT refuses, each adapter with an error of its own kind, is left out.
         with warnings.catch_warnings(), suppress(ValueError, NotImplementedError, TypeError, UserWarning):
             warnings.filterwarnings("error", "LoRA adapter added to ConvNd layer with groups")
             config = _without_head(configure({"0": 1}, {"0": leaves}))
             if getattr(config, "use_dora", False) and _has_zero_row(modules[name]):
                 continue
+
             attach(layer, config)
             found[name] = leaves
+
     return found
 
 

@@ -93,10 +93,13 @@ def lora_form(base: nn.Module, request: Request) -> nn.Module:
         }
     )
     first = request.first_batches()
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the adapter has more parameters than the weight itself")  # as LoRA has then
         adapted = adapt_and_tell(base, config, first.batches, loss=first.loss)
+
     request.starts.append(adapted.start)
+
     return adapted.model
 
 
@@ -129,6 +132,7 @@ def lora_ga(base: nn.Module, request: Request) -> nn.Module:
 
     options = {"init_lora_weights": "lora_ga", "lora_ga_config": newer("LoraGAConfig")()}
     configure = partial(lora_config, request, {})
+
     return _on_linear(base, request, configure, prepare=prepare, **options)
 
 
@@ -147,6 +151,8 @@ def _on_linear(
     config = configure(ranks, found)
     for name, value in options.items():
         setattr(config, name, value)
+
     if prepare is not None:
         prepare(config)
+
     return attach(base, config)

@@ -44,9 +44,21 @@ class Run:
     @property
     def name(self) -> str:
         """The name of its files."""
-        size = "" if self.budget is None else f"-{self.budget}"
-        kind = "final" if self.final else "search"
-        longer = "" if self.length == 1 else f"-x{self.length}"
+        if self.budget is None:
+            size = ""
+        else:
+            size = f"-{self.budget}"
+
+        if self.final:
+            kind = "final"
+        else:
+            kind = "search"
+
+        if self.length == 1:
+            longer = ""
+        else:
+            longer = f"-x{self.length}"
+
         return f"{kind}-{self.method}{size}-lr{self.learning_rate:g}{longer}-seed{self.seed}"
 
 
@@ -98,28 +110,35 @@ def train_once(settings: Settings, recipe: Recipe, run: Run, scratch: Path) -> T
         diverged = isinstance(error, DivergedError)
         if not diverged and all(torch.isfinite(value).all() for value in model.parameters()):
             raise
+
         raise RefusedError(f"training diverged at the learning rate {run.learning_rate:g}") from error
+
     result: dict[str, Any] = {
         "trainable_parameters": trainable(model),
         "total_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "seed": run.seed,
         **trained,
     }
+
     if request.starts:
         begun = request.starts[-1]
         result["start"] = {"step": begun.step, "seconds": round(begun.seconds, 3), "left_out": list(begun.left_out)}
+
     return Trained(trainer, data, result)
 
 
 def _train(trainer: Trainer, seed: int) -> dict[str, Any]:
     """Trains; the time it takes, and by how much the memory grows at most."""
     set_seed(seed)
+
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+
     with watch_growth() as growth:
         started = time.perf_counter()
         trainer.train()
         seconds, grown = time.perf_counter() - started, growth()
+
     return {
         "seconds": round(seconds, 3),
         "steps": trainer.state.global_step,

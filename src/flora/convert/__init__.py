@@ -45,8 +45,10 @@ def detect(path: str | Path) -> str:
     for name in ("flora", "lora", "dense", "official", "kohya"):
         if FORMATS[name].detect(path):
             return name
+
     if path.is_file():
         raise UserError(f"{path} is not an adapter that can be read: none of its keys belongs to {', '.join(FORMATS)}")
+
     kind = read_object(path / CONFIG).get("peft_type")
     raise UserError(
         f"{path / CONFIG} has peft_type {kind!r}; only TUCKER (ours) and LORA can be read, merge others with PEFT"
@@ -77,8 +79,17 @@ def _load(path: Path, base: Base | nn.Module | str | Path | None, scale: float |
     kind = detect(path)
     if scale is not None and kind != "official":
         raise UserError(f"{path} is of format {kind!r}, which stores its own scale; leave scale out")
-    known = None if base is None else open_base(base)
-    layouts = None if known is None else known.layouts
+
+    if base is None:
+        known = None
+    else:
+        known = open_base(base)
+
+    if known is None:
+        layouts = None
+    else:
+        layouts = known.layouts
+
     if kind == "official":
         adapter = official.read(path, layouts, scale=scale)
     elif kind == "flora":
@@ -86,10 +97,16 @@ def _load(path: Path, base: Base | nn.Module | str | Path | None, scale: float |
         named = adapter.config.get("base_model_name_or_path")
         if known is None and named and adapter.recorded_layouts() is None and (Path(named) / "config.json").is_file():
             known = open_base(named)
-        adapter = adapter if known is None else adapter.with_layouts(known.layouts)
+
+        if known is None:
+            adapter = adapter
+        else:
+            adapter = adapter.with_layouts(known.layouts)
     else:
         adapter = FORMATS[kind].read(path, layouts)
+
     _check_entries(adapter, path, known)
+
     return adapter
 
 
@@ -102,17 +119,24 @@ def _check_entries(adapter: Adapter, path: Path, base: Base | None) -> None:
                 raise UserError(f"{path}: {name} is stored as {part.dtype}, expected a floating-point type")
             if part.numel() == 0 or not 0 < part.ndim <= MOST_DIMENSIONS:
                 raise UserError(f"{path}: {name} has a tensor of shape {tuple(part.shape)}, which is no update")
+
         if not math.isfinite(entry.scale):
             raise UserError(f"{path}: {name} has the scale {entry.scale}, expected a finite number")
         if len({part.dtype for part in parts}) > 1:
             raise UserError(f"{path}: the tensors of {name} have different types of numbers; the file was edited")
+
         if entry.layout is not None and len(entry.layout.axes) != len(entry.shape):
             raise UserError(
                 f"{path}: {name} has the shape {entry.shape} and the axes {', '.join(entry.layout.axes)}; the file was "
                 "edited, or the base model is another"
             )
 
-        expected = None if base is None else base.shapes.get(name)  # a parametrised weight is no parameter
+        # a parametrised weight is no parameter
+        if base is None:
+            expected = None
+        else:
+            expected = base.shapes.get(name)
+
         if expected is not None and entry.shape != expected:
             raise UserError(
                 f"{name} has shape {expected} in the base model and {entry.shape} in the adapter; give the base model "
@@ -148,18 +172,27 @@ def save(
     """
     path = Path(path)
     _check_options(adapter, path, format, prefix, mid)
+
     if drop_extras:
         bare = {**adapter.config, "modules_to_save": None, "trainable_token_indices": None, "bias": "none"}
         adapter = Adapter(adapter.weights, {}, bare)
+
     with staged(path, _kind(format), overwrite=overwrite) as work:
         if format == "kohya":
             remarks = kohya.write(adapter, work, prefix=prefix or "lycoris", mid=mid)
         else:
             remarks = FORMATS[format].write(adapter, work)
+
         layouts = {name: entry.layout for name, entry in adapter.weights.items() if entry.layout is not None}
-        written = native.read(work) if format == "flora" else FORMATS[format].read(work, layouts or None)
+
+        if format == "flora":
+            written = native.read(work)
+        else:
+            written = FORMATS[format].read(work, layouts or None)
+
         largest, relative, worst = compare(adapter, written)
         count = size_of(work)
+
     return Report(path, format, len(adapter.weights), largest, relative, worst, count, None, tuple(remarks or ()))
 
 
@@ -178,7 +211,9 @@ def _check_options(adapter: Adapter, path: Path, format: str, prefix: str | None
 
 def _kind(format: str) -> Kind:
     """What an output of a format looks like, which alone is ever replaced."""
-    return ADAPTER if format in FOLDERS else TENSORS
+    if format in FOLDERS:
+        return ADAPTER
+    return TENSORS
 
 
 def convert(

@@ -40,8 +40,15 @@ class Entry:
     @property
     def groups_of_modes(self) -> tuple[int, ...]:
         """How many modes of the form make each stored dimension; all ones without a fold."""
-        fold = self.layout.fold if self.layout else None
-        return (1,) * self.form.core.ndim if fold is None else fold_groups(fold)
+        if not self.layout:
+            fold = None
+        else:
+            fold = self.layout.fold
+
+        if fold is None:
+            return (1,) * self.form.core.ndim
+
+        return fold_groups(fold)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -102,14 +109,25 @@ class Adapter:
         for name, rows in self.extras.items():
             if name.endswith(TOKEN_ROWS):
                 module = name.removesuffix(TOKEN_ROWS)
-                key = match_pattern(given, module) if isinstance(given, Mapping) else None
-                numbers = given[key] if key is not None else given
+
+                if not isinstance(given, Mapping):
+                    key = None
+                else:
+                    key = match_pattern(given, module)
+
+                if key is not None:
+                    numbers = given[key]
+                else:
+                    numbers = given
+
                 if not isinstance(numbers, list) or rows.ndim != 2 or len(numbers) != len(rows):
                     raise UserError(
                         f"{name} holds {rows.shape[:1].numel()} rows, and trainable_token_indices of the config is "
                         f"{given}; copy adapter_config.json and the weights again, from one save"
                     )
+
                 found[f"{module}.weight"] = (numbers, rows)
+
         return found
 
     def layout(self, name: str) -> Layout:
@@ -121,9 +139,11 @@ class Adapter:
         entry = self.weights[name]
         if entry.layout is not None:
             return entry.layout
+
         guess = from_shape(name, entry.shape)
         if guess.kind == "other":
             return guess
+
         raise UserError(
             f"{name} of shape {entry.shape} could be {_doubt(guess.kind)}: the adapter does not record which; "
             f"{GIVE_BASE}"
@@ -142,14 +162,25 @@ class Adapter:
                 raise UserError(
                     f"the base model has no weight {name!r}; give the base model the adapter was trained on"
                 )
+
             if len(layout.axes) != len(entry.shape) and not layout.fold:
                 raise UserError(
                     f"{name} has {len(layout.axes)} dimensions in the base model, {entry.shape} in the adapter; give "
                     "the base model the adapter was trained on"
                 )
-            given = entry.layout.fold if entry.layout else None
-            default = layout.fold if entry.form.core.ndim != len(layout.axes) else None
+
+            if not entry.layout:
+                given = None
+            else:
+                given = entry.layout.fold
+
+            if entry.form.core.ndim == len(layout.axes):
+                default = None
+            else:
+                default = layout.fold
+
             weights[name] = replace(entry, layout=replace(layout, fold=given or default))
+
         return Adapter(weights, dict(self.extras), dict(self.config))
 
     def recorded_layouts(self) -> dict[str, dict[str, Any]] | None:
@@ -160,6 +191,7 @@ class Adapter:
                 return None
             if not is_usual(name, entry.layout):
                 recorded[name] = entry.layout.to_json()
+
         return recorded
 
 

@@ -31,7 +31,9 @@ def scale(adapter: Adapter, factor: float) -> Adapter:
             f"{next(iter(adapter.extras))} is a whole tensor that replaces the base model's and cannot be scaled; "
             "leave such tensors out first (adapter.extras.clear())"
         )
+
     weights = {name: replace(entry, scale=factor * entry.scale) for name, entry in adapter.weights.items()}
+
     return Adapter(weights, dict(adapter.extras), dict(adapter.config))
 
 
@@ -43,19 +45,27 @@ def add(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
     """
     if not adapters:
         raise UserError("there is no adapter to add; give at least one")
+
     total = scale(*adapters[0])
     numbers = {module: found for adapter, _ in adapters for module, found in _numbered_rows(adapter).items()}
     if numbers:
         total.config["trainable_token_indices"] = numbers
+
     for adapter, factor in adapters[1:]:
         other = scale(adapter, factor)
         for name, entry in other.weights.items():
             held = total.weights.get(name)
-            total.weights[name] = entry if held is None else _add_entries(name, held, entry)
+            if held is None:
+                total.weights[name] = entry
+            else:
+                total.weights[name] = _add_entries(name, held, entry)
+
         for name, value in other.extras.items():
             if name in total.extras and not torch.equal(total.extras[name], value):
                 raise UserError(f"{name} is a whole tensor and differs between the adapters; keep it in one of them")
+
             total.extras[name] = value
+
     return total
 
 
@@ -74,7 +84,9 @@ def _add_entries(name: str, first: Entry, second: Entry) -> Entry:
 
 
 def _unfolded(layout: Layout | None) -> Layout | None:
-    return None if layout is None else replace(layout, fold=None)
+    if layout is None:
+        return None
+    return replace(layout, fold=None)
 
 
 def dense_change(name: str, entry: Entry) -> Tensor:
@@ -89,6 +101,7 @@ def dense_change(name: str, entry: Entry) -> Tensor:
             f"the whole change of {name}, of shape {entry.shape}, has {size(needed)}, more than this machine has "
             "memory; write a format that keeps the factors (--to flora or --to lora)"
         )
+
     return entry.dense()
 
 

@@ -66,16 +66,19 @@ def open_base(base: Base | nn.Module | str | Path) -> Base:
     """
     if isinstance(base, Base):
         return base
+
     if isinstance(base, nn.Module):
         model = base
     else:
         with user_errors(*MALFORMED, about=f"{base} cannot be opened as a model"):
             model = _build(check_exists(Path(base), "base model"))
+
     shapes = {
         name: tuple(parameter.shape)
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if parameter.is_floating_point() or parameter.is_complex()
     }
+
     return Base(shapes, of_module(model), model)
 
 
@@ -93,12 +96,14 @@ def _build(folder: Path) -> nn.Module:
     settings = read_object(folder / "config.json")
     if "_class_name" in settings:
         return _from_diffusers(settings)
+
     names = [name for name in settings.get("architectures") or [] if isinstance(name, str)]
     if not names or stored_class(settings) is None:
         raise UserError(
             f"{folder / 'config.json'} names no installed architecture (architectures: {names}); pass the model "
             "itself as base in Python"
         )
+
     return meta_model(str(folder))
 
 
@@ -110,6 +115,7 @@ def _from_diffusers(settings: Mapping[str, Any]) -> nn.Module:
         raise UserError(
             f"diffusers {diffusers.__version__} has no class {settings['_class_name']!r}; install a newer one"
         )
+
     with torch.device("meta"), user_errors(Exception, about=f"the config of a {settings['_class_name']}"):
         return cast("nn.Module", found.from_config(dict(settings)))
 
@@ -133,9 +139,12 @@ def meta_model(source: str) -> nn.Module:
         raise UserError(f"no config of a transformers model in {source!r}: {reason}") from None
 
     found = stored_class({"architectures": config.architectures})
-    build = AutoModel.from_config if found is None else found
-    if found is None and type(config) not in AutoModel._model_mapping:
-        build = _only_class_of(config, source)
+    build: Any = found
+    if found is None:
+        build = AutoModel.from_config
+        if type(config) not in AutoModel._model_mapping:
+            build = _only_class_of(config, source)
+
     with torch.device("meta"), user_errors(Exception, about=f"no model can be built from the config in {source!r}"):
         return cast("nn.Module", build(config))
 
@@ -150,6 +159,7 @@ def _only_class_of(config: Any, source: str) -> Any:
     if len(takers) != 1:
         names = ", ".join(each.__name__ for each in takers) or "none that is known"
         raise UserError(f'the config in {source!r} names no class; add to it "architectures": one of {names}')
+
     return takers[0]
 
 
@@ -159,10 +169,17 @@ def _transformers_config(source: str) -> Any:
     path = Path(source)
     if not path.is_file():
         return AutoConfig.from_pretrained(source)
+
     text = path.read_text(encoding="utf-8")
-    values = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
+
+    if path.suffix in (".yaml", ".yml"):
+        values = yaml.safe_load(text)
+    else:
+        values = json.loads(text)
+
     if not isinstance(values, dict) or "model_type" not in values:
         raise UserError("it has no model_type")
+
     return AutoConfig.for_model(values.pop("model_type"), **values)
 
 
@@ -176,6 +193,7 @@ def stored_class(settings: Mapping[str, Any]) -> Any:
             import diffusers
         except ImportError:
             raise UserError(f"the base is a diffusers {settings['_class_name']}: pip install diffusers") from None
+
         library, names = cast("Any", diffusers), [settings["_class_name"]]
     else:
         import transformers
@@ -183,6 +201,7 @@ def stored_class(settings: Mapping[str, Any]) -> Any:
         library, names = transformers, settings.get("architectures") or []
 
     found = (getattr(library, name, None) for name in names if isinstance(name, str))
+
     return next((each for each in found if isinstance(each, type) and issubclass(each, nn.Module)), None)
 
 
@@ -202,9 +221,12 @@ def adapted_class(config: Mapping[str, Any], folder: Path) -> Any:
         found = getattr(module, name, None)
         if not (isinstance(found, type) and issubclass(found, nn.Module)):
             raise UserError(f"{folder}: auto_mapping names {name!r}, which is no model in {module.__name__}")
+
         return found
+
     if isinstance(task, str) and task in AUTO_CLASSES:
         return getattr(importlib.import_module("transformers"), AUTO_CLASSES[task])
+
     raise UserError(
         f"{folder / 'adapter_config.json'} says neither the class (auto_mapping) nor a task_type of "
         f"{', '.join(AUTO_CLASSES)}; save the adapter with save_pretrained from its PeftModel"
@@ -217,8 +239,13 @@ def _named_class(mapping: object, folder: Path) -> tuple[Any, str]:
     The module is imported only if it is part of an installed package. Python would also find one in the folder where a
     command runs, and that may be a folder that somebody sent.
     """
-    library = mapping.get("parent_library") if isinstance(mapping, Mapping) else None
-    name = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
+    if not isinstance(mapping, Mapping):
+        library = None
+        name = None
+    else:
+        library = mapping.get("parent_library")
+        name = mapping.get("base_model_class")
+
     if not isinstance(library, str) or not isinstance(name, str):
         raise UserError(f"{folder}: auto_mapping is {mapping!r}, expected the names of a library and a class in it")
     if library in sys.modules:
@@ -230,6 +257,7 @@ def _named_class(mapping: object, folder: Path) -> tuple[Any, str]:
             f"{folder}: the base model's class is {library}.{name}, and {package} is not an installed package, so it "
             "is not imported; install it, or in Python import it yourself before this call"
         )
+
     with user_errors(ImportError, about=f"{folder}: the base model's class is {library}.{name}"):
         return importlib.import_module(library), name
 
@@ -246,11 +274,13 @@ def is_stored_as(folder: Path, config: Mapping[str, Any], adapter: Path) -> bool
     """
     if not (config.get("auto_mapping") or config.get("task_type")):
         return True
+
     wanted, settings = adapted_class(config, adapter), read_object(folder / "config.json")
     mapping = getattr(wanted, "_model_mapping", None)
     if mapping is not None:  # an auto class: which one it stands for here
         with user_errors(Exception, about=f"{folder / 'config.json'}"):
             wanted = mapping.get(type(_transformers_config(str(folder))), wanted)
+
     return wanted.__name__ in [*(settings.get("architectures") or ()), settings.get("_class_name")]
 
 
@@ -265,6 +295,7 @@ def local_folder(named: str) -> Path:
     """
     if Path(named).exists():
         return Path(named)
+
     from transformers.utils.hub import snapshot_download
 
     try:

@@ -60,7 +60,11 @@ class Report:
     remarks: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        source = "" if self.source_bytes is None else f", source {size(self.source_bytes)}"
+        if self.source_bytes is None:
+            source = ""
+        else:
+            source = f", source {size(self.source_bytes)}"
+
         lines = [
             f"{self.target}: {self.format}, {self.weights} weights, {size(self.target_bytes)}{source}",
             f"exact (no SVD): largest error {self.largest_error:.1e}, "
@@ -80,6 +84,7 @@ def compare(source: Adapter, written: Adapter) -> tuple[float, float, str]:
     if source.weights.keys() != written.weights.keys() or source.extras.keys() != written.extras.keys():
         odd = sorted((source.weights.keys() ^ written.weights.keys()) | (source.extras.keys() ^ written.extras.keys()))
         raise UserError(f"what was written does not hold {odd[0]} as the source does; nothing was kept")
+
     largest, relative, worst = 0.0, 0.0, next(iter(source.weights), "")
     for name, entry in source.weights.items():
         found = _difference(entry, written.weights[name])
@@ -88,8 +93,10 @@ def compare(source: Adapter, written: Adapter) -> tuple[float, float, str]:
             raise UserError(
                 f"{name}: what was written differs by {found.relative:.1e} from the source; nothing was kept"
             )
+
         largest = max(largest, found.largest)
         relative, worst = max((relative, worst), (found.relative, name))
+
     return largest, relative, worst
 
 
@@ -107,6 +114,7 @@ def _difference(expected: Entry, written: Entry) -> _Difference:
     Tucker forms is a Tucker form, and its norm is that of a small core. The norm is also a bound of every entry.
     """
     first, second = (in_dtype(entry, torch.float64) for entry in (expected, written))
+
     if math.prod(expected.shape) <= LARGE:
         dense = first.dense()
         apart = second.dense() - dense
@@ -116,20 +124,21 @@ def _difference(expected: Entry, written: Entry) -> _Difference:
     apart = core_in_orthonormal_basis(concatenate(forms, [first.scale, -second.scale]))
     norm = float(apart.norm())
     full = abs(first.scale) * float(core_in_orthonormal_basis(forms[0]).norm())
+
     return _Difference(norm, _ratio(norm, full))
 
 
 def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else part
+    if whole:
+        return part / whole
+    return part
 
 
 def size_of(path: Path) -> int:
     """Bytes of a file, or of all files in a folder."""
-    return (
-        path.stat().st_size
-        if path.is_file()
-        else sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    )
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def table(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:

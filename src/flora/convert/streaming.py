@@ -88,27 +88,49 @@ def stream_merged(
         OSError: no space left; nothing is left behind.
     """
     base, out = Path(base), Path(out)
-    pairs = [(adapters, 1.0)] if isinstance(adapters, Adapter) else list(adapters)
-    names = [path.name for path in base.iterdir()] if base.is_dir() else []  # what a merge copies from there
+
+    if isinstance(adapters, Adapter):
+        pairs = [(adapters, 1.0)]
+    else:
+        pairs = list(adapters)
+
+    # what a merge copies from there
+    if base.is_dir():
+        names = [path.name for path in base.iterdir()]
+    else:
+        names = []
+
     check_target(out, MODEL, overwrite=overwrite, sources=[base], also=names)
+
     if out.resolve() == base.resolve() or base.resolve() in out.resolve().parents:
         raise UserError(f"{out} is in the base model's own folder, which is never written to; give another output")
 
     source = Checkpoint(base)
-    known = try_base(base) if known is None else known
+
+    if known is None:
+        known = try_base(base)
+    else:
+        known = known
+
     plan = _Plan(FileMap(source, None if known is None else known.model), pairs)
 
     with staged(out, MODEL, overwrite=overwrite, sources=[base], also=names) as work:
         work.mkdir()
         _copy_companions(source, work)
+
         for path in companions:
             shutil.copyfile(path, work / path.name)
+
         _extend_index(source, work, plan)
+
         for file in tqdm(source.shards, desc="shards", unit="shard", disable=not progress):
             stream_tensors(work / file, plan.contents(file), plan.tensor, source.metadata(file))
+
         difference, worst = _verify(plan, Checkpoint(work))
+
         if check is not None:
             check(work)
+
     return Streamed(out, plan.count, difference, worst)
 
 
@@ -140,6 +162,7 @@ class _Plan:
         for adapter, weight in adapters:
             for name, entry in adapter.weights.items():
                 self.changes.setdefault(name, []).append((entry, weight))
+
         self.places = {name: self._check_change(name) for name in self.changes}
         self._owner = {key: name for name, keys in self.places.items() for key in keys}
         self._latest: tuple[str, dict[str, Tensor]] = ("", {})
@@ -149,7 +172,9 @@ class _Plan:
                 tied = adapter.extras.get(files.tied_to(name) or "")
                 if name.endswith(TOKEN_ROWS) or (tied is not None and torch.equal(tied, value)):
                     continue  # rows come below; of two tied tensors the files have one
+
                 self._replace(name, value, weight)
+
             for name, (numbers, values) in adapter.token_rows.items():
                 self._replace_rows(name, _Rows(torch.tensor(numbers), values), weight)
 
@@ -162,11 +187,13 @@ class _Plan:
         shapes = {entry.shape for entry, _ in self.changes[name]}
         if len(shapes) > 1:
             raise UserError(f"{name} has the shapes {', '.join(map(str, sorted(shapes)))} in the adapters")
+
         keys = self.files.find(name, shapes.pop())
         for key in keys:
             dtype = self.source.dtype(key)
             if dtype not in DTYPES.values():
                 raise UserError(f"{key} is stored as {dtype}; merge into the unquantised model instead")
+
         return keys
 
     def _replace(self, name: str, value: Tensor, weight: float) -> None:
@@ -178,6 +205,7 @@ class _Plan:
                 f"{name} has shape {self.source.shape(key)} in {self.source.path} and {shape} in the adapter, which "
                 "replaces it as a whole; give the base model with that head, as it was trained on"
             )
+
         if self.files.model is None and key is None:
             self._check_no_other_name(name)
 
@@ -188,8 +216,10 @@ class _Plan:
                     f"{name} is a whole tensor, which replaces the base model's: it can be taken from one adapter "
                     "only, with weight 1; leave it out of the others (--drop-extras)"
                 )
+
             if key in self._owner:
                 raise UserError(f"{name} is changed and replaced as a whole as well; leave one of them out")
+
             self.replaced[key] = part
 
     def _check_no_other_name(self, name: str) -> None:
@@ -208,6 +238,7 @@ class _Plan:
                 f"{name}: trained token rows replace those of the base model, so they can be taken from one "
                 "adapter only, with weight 1"
             )
+
         if key is None:
             raise UserError(f"{self.source.path} has no weight {name!r}, of which the adapter trained token rows")
         if key in self._owner or key in self.replaced:
@@ -220,6 +251,7 @@ class _Plan:
                 f"{rows.numbers.tolist()} of shape {tuple(rows.values.shape)}; give the base model that the adapter "
                 "was trained on"
             )
+
         self.rows[key] = rows
 
     def contents(self, file: str) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -237,11 +269,14 @@ class _Plan:
             return self._merged(self._owner[key])[key]
 
         old = self.source.get(key)
+
         if key in self.replaced:
             return self.replaced[key].to(old.dtype)
+
         if key in self.rows:
             rows = self.rows[key]
             return old.index_copy(0, rows.numbers, rows.values.to(old.dtype))
+
         return old
 
     def _merged(self, name: str) -> dict[str, Tensor]:
@@ -260,15 +295,21 @@ class _Plan:
         for key, value in written.items():
             if not torch.isfinite(value).all():
                 raise UserError(f"{key} would have NaN or infinite entries after the merge; nothing was written")
+
         return written
 
 
 def _add(weight: Tensor, changes: Sequence[tuple[Entry, float]]) -> Tensor:
     """``weight + sum of the changes``, in float64 for a weight in float64, else in float32."""
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    if weight.dtype == torch.float64:
+        dtype = torch.float64
+    else:
+        dtype = torch.float32
+
     total = weight.to(dtype)
     for entry, factor in changes:
         total = total + factor * in_dtype(entry, dtype).dense()
+
     return total
 
 
@@ -276,6 +317,7 @@ def _copy_companions(source: Checkpoint, work: Path) -> None:
     """Whatever lies beside the weights: config, tokenizer, index, generation settings."""
     if source.path.is_file():
         return
+
     paths = [path for path in sorted(source.folder.rglob("*")) if path.suffix not in WEIGHT_FILES]
     for path in files_inside(source.folder, paths):
         inside = path.relative_to(source.folder)
@@ -291,6 +333,7 @@ def files_inside(folder: Path, paths: Iterable[Path]) -> list[Path]:
     cache of the Hugging Face hub keeps its files beside its snapshots and links to them, which is allowed.
     """
     homes = [folder.resolve()]
+
     if folder.resolve().parent.name == "snapshots":
         homes.append(folder.resolve().parents[1] / "blobs")
 
@@ -298,16 +341,19 @@ def files_inside(folder: Path, paths: Iterable[Path]) -> list[Path]:
     for path in paths:
         if not path.is_file():
             continue
+
         if any(path.resolve().is_relative_to(home) for home in homes):
             kept.append(path)
         else:
             outside.append(path)
+
     if outside:
         warnings.warn(
             f"{outside[0]} is a link out of {folder} and is not copied ({len(outside)} such files); put the file "
             "itself there if the merged model needs it",
             stacklevel=3,
         )
+
     return kept
 
 
@@ -331,6 +377,7 @@ def _verify(plan: _Plan, written: Checkpoint) -> tuple[float, str]:
         expected = _apply(Tucker(old.double(), (None,) * old.ndim), inputs)
         for entry, weight in listed:
             expected = expected + weight * entry.scale * _apply(entry.stored_form(), inputs)
+
         difference = float((_apply(Tucker(new.double(), (None,) * new.ndim), inputs) - expected).abs().max())
 
         relative = difference / max(float(expected.abs().max()), 1e-30)
@@ -339,14 +386,17 @@ def _verify(plan: _Plan, written: Checkpoint) -> tuple[float, str]:
             raise UserError(
                 f"{name}: the merged layer differs from the unmerged by {relative:.1e}; nothing was written"
             )
+
         largest, worst = max((largest, worst), (relative, name))
 
     for key, value in plan.replaced.items():
         if not torch.equal(written.get(key), value.to(written.get(key).dtype)):
             raise UserError(f"{key} was not written as the adapter has it; nothing was written")
+
     for key, rows in plan.rows.items():
         if not torch.equal(written.get(key)[rows.numbers], rows.values.to(written.get(key).dtype)):
             raise UserError(f"{key} was not written with the rows of the adapter; nothing was written")
+
     return largest, worst
 
 
@@ -356,5 +406,9 @@ def _apply(form: Tucker, inputs: Sequence[Tensor]) -> Tensor:
     for mode, vectors in enumerate(inputs, start=1):
         factor = form.factors[mode]
         core = mode_product(core, vectors if factor is None else vectors @ factor.double(), mode)
+
     first = form.factors[0]
-    return core if first is None else mode_product(core, first.double(), 0)
+    if first is None:
+        return core
+
+    return mode_product(core, first.double(), 0)

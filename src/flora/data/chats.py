@@ -42,7 +42,10 @@ class Record(NamedTuple):
 
 def prompt_of(instruction: str, given: str) -> str:
     """What the model is asked in the frame of Alpaca, up to where its answer starts."""
-    lead = f"### Input:\n{given}\n\n" if given else ""
+    if given:
+        lead = f"### Input:\n{given}\n\n"
+    else:
+        lead = ""
     return f"{INTRODUCTION[bool(given)]}{REQUEST}### Instruction:\n{instruction}\n\n{lead}### Response:\n"
 
 
@@ -63,17 +66,20 @@ def read_record(entry: object, names: Mapping[str, str] | None = None) -> Record
         return _conversation(row["messages"])
     if "conversations" in row:
         return _conversation(_of_sharegpt(row["conversations"]))
+
     if "chosen" in row:
         raise UserError(
             "it has 'chosen' and 'rejected': preferences are learnt by TRL's DPOTrainer, which takes "
             "peft_config=FloraConfig(...)"
         )
+
     if "prompt" in row and "completion" in row:
         return _completion(row["prompt"], row["completion"])
     if "instruction" in row or "output" in row:
         return _instruction(row)
     if "text" in row:
         return Record("text", {"text": _text(row, "text")})
+
     raise UserError(
         "expected messages, conversations, prompt and completion, instruction and output, or text; the record has "
         f"{', '.join(map(repr, row))}; name them, such as task.columns={{prompt: question, completion: answer}}"
@@ -91,7 +97,10 @@ def _text(row: Mapping[str, Any], key: str) -> str:
 
 def _instruction(row: Mapping[str, Any]) -> Record:
     texts = {key: _text(row, key) for key in ("instruction", "output")}
-    given = _text(row, "input") if row.get("input") else ""
+    if row.get("input"):
+        given = _text(row, "input")
+    else:
+        given = ""
     return Record("instruction", {"prompt": prompt_of(texts["instruction"], given), "completion": texts["output"]})
 
 
@@ -106,25 +115,32 @@ def _conversation(given: Any) -> Record:
     """Messages of which the last one is the answer that is learnt."""
     if not isinstance(given, list):
         raise UserError(f"expected a list of messages, got {type(given).__name__}")
+
     messages = [parsed(message, ["role", "content"]) for message in given]
     for message in messages:
         if not isinstance(message["content"], str) or not message["content"].strip():
             raise UserError(f"a message of the {message['role']} is empty or no text: {message['content']!r}")
+
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise UserError("the messages must end with a question and the assistant's answer")
+
     plain = [{"role": message["role"], "content": message["content"]} for message in messages]
+
     return Record("conversation", {"prompt": plain[:-1], "completion": plain[-1:]})
 
 
 def _of_sharegpt(turns: Any) -> list[dict[str, Any]]:
     if not isinstance(turns, list):
         raise UserError(f"'conversations' must be a list of turns, got {type(turns).__name__}")
+
     messages = []
     for turn in turns:
         given = parsed(turn, ["from", "value"])
         if given["from"] not in SPEAKERS:
             raise UserError(f"a turn is from {given['from']!r}, expected {', '.join(SPEAKERS)}")
+
         messages.append({"role": SPEAKERS[given["from"]], "content": given["value"]})
+
     return messages
 
 
@@ -137,9 +153,12 @@ def chat_template(kind: str, bos: str, eos: str) -> str:
         eos: What ends an answer.
     """
     before, after = "", ""
+
     if kind == "instruction":
         before, _, after = prompt_of("\0", "").partition("\0")
+
     answer = "{{ message['content'] }}{{ " + json.dumps(eos) + " }}"
     question = "{{ " + json.dumps(before) + " }}{{ message['content'] }}{{ " + json.dumps(after) + " }}"
     turn = "{% if message['role'] == 'assistant' %}" + answer + "{% else %}" + question + "{% endif %}"
+
     return "{{ " + json.dumps(bos) + " }}{% for message in messages %}" + turn + "{% endfor %}"

@@ -49,13 +49,17 @@ def find_files(root: Path) -> dict[str, tuple[Path, Path]]:
         name = path.stem.removeprefix("instances_")
         folder = next((one for one in (root / name, root / "images" / name) if one.is_dir()), root / "images")
         found |= {split: (path, folder) for split, names in SPLIT_NAMES.items() if re.sub(r"\d", "", name) in names}
+
     if "train" in found:
         return found
+
     for split, folder in split_paths(root).items():
         files = sorted(folder.glob("*.json"))
         if len(files) != 1:
             raise UserError(f"{folder} has {len(files)} JSON files, expected one with the boxes of its images")
+
         found[split] = (files[0], folder)
+
     return found
 
 
@@ -74,6 +78,7 @@ def read_coco(path: Path, folder: Path) -> Part:
         raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from None
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not of COCO's format: {type(error).__name__} {error}") from None
+
     return Part({key: Item(str(image), image) for key, image in images.items()}, rows, categories)
 
 
@@ -88,11 +93,13 @@ def read_rows(place: str, rows: Any, image_column: str, objects_column: str) -> 
     names = getattr(getattr(column.features[objects_column]["category"], "feature", None), "names", None)
     if names is None:
         raise UserError(f"{place}: {objects_column}.category has no names of classes")
+
     annotations = []
     for at, objects in enumerate(column[objects_column]):
         for box, category in zip(objects["bbox"], objects["category"], strict=True):
             row = {"image_id": at, "bbox": box, "category_id": category}
             annotations.append(Item(f"{place}, row {at}", row))
+
     return Part(images, annotations, dict(enumerate(names)))
 
 
@@ -124,6 +131,7 @@ def examples(part: Part, labels: list[str], bad: Bad, what: str) -> list[Item[Ex
         one = {"bbox": row["bbox"], "category_id": labels.index(part.categories[row["category_id"]])}
         area, crowd = row["bbox"][2] * row["bbox"][3], row.get("iscrowd", 0)
         objects[row["image_id"]].append(one | {"area": area, "iscrowd": crowd})
+
     return [Item(item.place, Example(part.images[item.value].value, objects[item.value])) for item in images]
 
 
@@ -139,6 +147,7 @@ def check_annotation(row: dict[str, Any], sizes: dict[Any, Any], categories: dic
         raise UserError(f"there is no image {row['image_id']!r} that can be used")
     if categories.get(row["category_id"]) not in labels:
         raise UserError(f"category {row['category_id']!r} is out of range, not one of {', '.join(labels[:5])} ...")
+
     box, size = row["bbox"], sizes[row["image_id"]]
     left, top, width, height = box
     if not (all(map(math.isfinite, box)) and width > 0 and height > 0):

@@ -116,8 +116,10 @@ def crop_and_mirror(images: Sequence[Image.Image], least: float, draw: random.Ra
     cropped = [max(1, round(side * draw.uniform(least, 1))) for side in (width, height)]
     left, top = draw.randint(0, width - cropped[0]), draw.randint(0, height - cropped[1])
     images = [image.crop((left, top, left + cropped[0], top + cropped[1])) for image in images]
+
     if draw.random() < 0.5:
         images = [image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in images]
+
     return list(images)
 
 
@@ -148,5 +150,8 @@ class Prepared(Dataset[dict[str, Any]]):
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        draw = None if self.seed is None else random.Random(f"{self.seed} {self.epoch} {index}")
+        if self.seed is None:
+            draw = None
+        else:
+            draw = random.Random(f"{self.seed} {self.epoch} {index}")
         return self.prepare(self.examples[index], draw)

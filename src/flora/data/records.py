@@ -53,6 +53,7 @@ def sift(items: Iterable[Item[Value]], check: Callable[[Value], object], *, bad:
     """
     if bad not in ("error", "skip"):
         raise UserError(f"task.bad_data is {bad!r}, expected error or skip")
+
     items, good, reasons = list(items), [], []
     for item in tqdm(items, desc=f"checking {what}", delay=2, leave=False):
         reason = _reason(item.value, check)
@@ -60,14 +61,23 @@ def sift(items: Iterable[Item[Value]], check: Callable[[Value], object], *, bad:
             good.append(item)
         else:
             reasons.append(f"{item.place}: {reason}")
+
     if reasons:
-        more = f" (and {len(reasons) - SHOWN} more)" if len(reasons) > SHOWN else ""
+        if len(reasons) > SHOWN:
+            more = f" (and {len(reasons) - SHOWN} more)"
+        else:
+            more = ""
+
         told = f"{len(reasons)} of {len(items)} {what} cannot be used: {'; '.join(reasons[:SHOWN])}{more}"
+
         if bad == "error":
             raise UserError(f"{told}. Repair or remove them, or set task.bad_data=skip")
+
         print(f"left out: {told}", flush=True)
+
     if not good:
         raise UserError(f"there are no {what} to use; check task.data")
+
     return good
 
 
@@ -75,10 +85,12 @@ def _reason(value: Value, check: Callable[[Value], object]) -> str | None:
     """Why the check refuses a value."""
     if isinstance(value, Path) and value.exists() and not value.is_file():
         return "is not a regular file"
+
     try:
         check(value)
     except Exception as error:  # a decoder raises whatever it likes about a broken, or a hostile, file
         return " ".join(str(error).split()) or type(error).__name__
+
     return None
 
 
@@ -90,7 +102,9 @@ def text_of(path: Path) -> str:
     """
     if path.exists() and not path.is_file():  # a device never ends
         raise UserError(f"{path} is not a regular file")
+
     data = path.read_bytes()
+
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -112,12 +126,15 @@ def json_entries(path: Path) -> list[Item[Any]]:
     """
     if path.suffix != ".json":
         return cast("list[Item[Any]]", json_lines(path))
+
     try:
         entries = json.loads(text_of(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from None
+
     if not isinstance(entries, list):
         raise UserError(f"{path} must be one list of entries, got {type(entries).__name__}")
+
     return [Item(f"{path}: entry {at}", entry) for at, entry in enumerate(entries, start=1)]
 
 
@@ -126,8 +143,13 @@ def table_rows(path: Path, columns: Sequence[str]) -> list[Item[Any]]:
     dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
     text = text_of(path)
     header = next(csv.reader([text.partition("\n")[0].rstrip("\r")], **dialect), [])
-    names = None if set(columns) & set(header) else columns
+    if set(columns) & set(header):
+        names = None
+    else:
+        names = columns
+
     reader = csv.DictReader(io.StringIO(text, newline=""), names, **dialect)
+
     return [  # fields beyond the header lie under None
         Item(f"{path}:{reader.line_num}", {key: field for key, field in row.items() if field is not None})
         for row in reader
@@ -141,15 +163,20 @@ def parsed(entry: object, required: Sequence[str] = ()) -> dict[str, Any]:
         ValueError: it is not a JSON object, or lacks a required key.
     """
     try:
-        value = json.loads(entry) if isinstance(entry, str) else entry
+        if isinstance(entry, str):
+            value = json.loads(entry)
+        else:
+            value = entry
     except json.JSONDecodeError as error:
         raise UserError(f"not valid JSON ({error.msg} at column {error.colno})") from None
+
     if not isinstance(value, dict):
         raise UserError(f"expected a JSON object, got {type(value).__name__}")
     if missing := [key for key in required if key not in value]:
         raise UserError(f"lacks {', '.join(map(repr, missing))}; it has {', '.join(map(repr, value))}")
     if None in value:
         raise UserError(f"has {len(value[None])} more fields than there are columns")
+
     return value
 
 
@@ -161,15 +188,19 @@ def class_folders(folder: Path, endings: Sequence[str] = IMAGES) -> tuple[list[I
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is a file; give a folder that has a sub-folder of files for each class")
+
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not classes:
         raise UserError(f"{folder} has no sub-folders; put the files of each class into a folder of its name")
+
     items: list[Item[Path]] = []
     for name in classes:
         files = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in endings)
         if not files:
             raise UserError(f"the class folder {folder / name} has no files ({', '.join(endings)}); fill or remove it")
+
         items += [Item(str(path), path) for path in files]
+
     return items, classes
 
 
@@ -198,13 +229,18 @@ def split_paths(root: Path, ending: str = "") -> dict[str, Path]:
             f"task.data is {str(root)!r}: no such file or folder here{_near_path(str(root))}; "
             "a hub id is NAME or ORG/NAME"
         )
+
     found = {}
     for split, names in SPLIT_NAMES.items():
         paths = [root / f"{name}{ending}" for name in names]
         existing = [path for path in paths if path.exists()]
         if existing:
             found[split] = existing[0]
-    return found if "train" in found else {"train": root}
+
+    if "train" in found:
+        return found
+
+    return {"train": root}
 
 
 def split_files(root: Path, endings: Sequence[str]) -> dict[str, Path]:
@@ -218,6 +254,7 @@ def split_files(root: Path, endings: Sequence[str]) -> dict[str, Path]:
         paths = split_paths(root, ending)
         if paths["train"].is_file() and paths["train"].suffix == ending:
             return paths
+
     kinds = ", ".join(endings)
     raise UserError(
         f"task.data is {str(root)!r}: expected a file ({kinds}), or a folder with train{endings[0]} or alike"
@@ -242,11 +279,13 @@ def load_pretrained(kind: Any, where: str, **options: Any) -> Any:
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         remedy = ""
+
         if Path(where).is_dir() and any(word in kind.__name__ for word in ("Processor", "Extractor", "Tokenizer")):
             remedy = (
                 f'; the folder needs the files that {kind.__name__}.from_pretrained("ORIGINAL MODEL")'
                 f'.save_pretrained("{where}") writes'
             )
+
         raise FileNotFoundError(f"task.model is {where!r}: {kind.__name__} cannot load it ({reason}){remedy}") from None
 
 
@@ -285,6 +324,7 @@ def hub(where: str, name: str | None = None, revision: str | None = None) -> dic
             f"task.data is {where!r}: no such file or folder here{_near_path(where)}. To load a data set of the hub by "
             'its id, install datasets: pip install "flora-peft[vision]"'
         ) from None
+
     try:
         loaded = load_dataset(where, name, revision=revision)
     except (OSError, ValueError) as error:
@@ -293,9 +333,11 @@ def hub(where: str, name: str | None = None, revision: str | None = None) -> dic
             f"task.data is {where!r}: no such file or folder here{_near_path(where)}, "
             f"and the hub has no such data set for us ({reason})"
         ) from None
+
     found = {split: loaded[own] for split, names in SPLIT_NAMES.items() for own in names if own in loaded}
     if "train" not in found:
         raise UserError(f"the data set {where!r} has the splits {', '.join(loaded)}, but no train split")
+
     return found
 
 
@@ -304,14 +346,20 @@ def _near_path(where: str) -> str:
     path = Path(where)
     if not path.parent.is_dir():
         return ""
+
     near = difflib.get_close_matches(path.name, [other.name for other in path.parent.iterdir()], n=1)
-    return f"; did you mean {str(path.parent / near[0])!r}?" if near else ""
+    if near:
+        return f"; did you mean {str(path.parent / near[0])!r}?"
+
+    return ""
 
 
 def row_file(rows: Any, row: int, column: str) -> Path | io.BytesIO:
     """The file in a row of a hub data set whose column of sounds or images is not decoded (``decode=False``)."""
     stored = rows[row][column]
-    return Path(stored["path"]) if stored["bytes"] is None else io.BytesIO(stored["bytes"])
+    if stored["bytes"] is None:
+        return Path(stored["path"])
+    return io.BytesIO(stored["bytes"])
 
 
 def records(
@@ -333,7 +381,9 @@ def records(
     if not is_local(where):
         parts = {split: _undecoded(part) for split, part in hub(where, name).items()}
         return {key: [Item(f"{where}: {key}[{at}]", row) for at, row in enumerate(part)] for key, part in parts.items()}
+
     files = split_files(Path(where), endings)
+
     return {
         split: table_rows(path, columns) if path.suffix in (".csv", ".tsv") else json_entries(path)
         for split, path in files.items()
@@ -360,10 +410,13 @@ def with_held_out(parts: dict[str, list[Value]], share: float = HELD_OUT) -> dic
     for split in ("validation", "test"):
         if parts.get(split):
             continue
+
         train = list(parts["train"])
         count = max(1, round(share * len(train)))
         if count >= len(train):
             raise UserError(f"task.data has no {split} part and only {len(train)} items to hold some out of")
+
         random.Random(SPLIT_SEED).shuffle(train)
         parts[split], parts["train"] = train[:count], train[count:]
+
     return {split: parts[split] for split in SPLIT_NAMES}

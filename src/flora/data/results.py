@@ -23,6 +23,7 @@ def ranked(logits: Tensor, names: Sequence[str]) -> dict[str, Any]:
     """
     scores = torch.softmax(logits.float().flatten(), 0)
     best = scores.argsort(descending=True, stable=True)[:SHOWN].tolist()
+
     return {
         "class": names[best[0]],
         "score": round(float(scores[best[0]]), 4),
@@ -64,4 +65,5 @@ def with_boxes(image: Image.Image, boxes: Sequence[Mapping[str, Any]]) -> Image.
         left, top, *_ = found["box"]
         pen.rectangle(found["box"], outline="red", width=2)
         pen.text((left + 3, top + 2), f"{found['class']} {found['score']:.2f}", fill="red")
+
     return drawn

@@ -53,6 +53,7 @@ def roles_of(axes: Sequence[str], fold: Fold | None = None) -> tuple[Role, ...]:
         ('output', 'output', 'summed')
     """
     stored = tuple(ROLES.get(axis, "output") for axis in axes)
+
     if fold is None:
         return stored
 
@@ -65,4 +66,6 @@ def _part(role: Role, name: str) -> Role:
     """The role of one part of a stored axis."""
     if role not in ("summed", "kernel"):
         return role
-    return "kernel" if ROLES.get(name) == "kernel" else "summed"
+    if ROLES.get(name) == "kernel":
+        return "kernel"
+    return "summed"

@@ -52,7 +52,9 @@ def rates(cpu: bool, element_size: int) -> Rates:
     """The rates of a class of device, for numbers of that many bytes."""
     if cpu:
         return CPU
-    return GPU_HALF if element_size == 2 else GPU_SINGLE
+    if element_size == 2:
+        return GPU_HALF
+    return GPU_SINGLE
 
 
 # ---- products with a small matrix ----------------------------------------------------------------------------------
@@ -66,9 +68,14 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype, scale: float = 1.0)
     unrounded = SUMS_IN_FLOAT32 and left.device.type in ("cuda", "meta") and left.dtype in HALF
     if unrounded and dtype == torch.float32:
         found: Tensor = torch.mm(left, right, out_dtype=dtype)  # type: ignore[call-overload,unused-ignore]
-        return found if scale == 1 else found.mul_(scale)
+
+        if scale == 1:
+            return found
+        return found.mul_(scale)
+
     if scale == 1:
         return torch.mm(left, right)
+
     return torch.addmm(left.new_empty(1, 1), left, right, beta=0, alpha=scale)
 
 
@@ -113,6 +120,7 @@ def widen(hidden: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     # A CPU would write the bias first and then add; as one more column it costs no pass over the output.
     ones = hidden.new_ones(1, len(hidden))
     with_ones = torch.cat([hidden.t(), ones])
+
     return torch.mm(with_ones.t(), torch.cat([matrix, bias.unsqueeze(1)], 1).t())
 
 
@@ -132,17 +140,23 @@ def rows_at_a_time(count: int, width: int, x: Tensor) -> int:
     if not on_cpu(x) or x.dtype in HALF:  # in half precision the sums of parts would be rounded
         return count
     parts = -(-max(1, count) // max(LEAST_ROWS, CACHED // width))
-    return count if parts <= 1 else BLOCK * -(-count // parts // BLOCK)
+    if parts <= 1:
+        return count
+    return BLOCK * -(-count // parts // BLOCK)
 
 
 def empty_narrow(like: Tensor, rows: int, columns: int) -> Tensor:
     """An empty tensor in the memory layout that ``project`` and ``outer`` leave."""
-    return like.new_empty(columns, rows).t() if on_cpu(like) else like.new_empty(rows, columns)
+    if on_cpu(like):
+        return like.new_empty(columns, rows).t()
+    return like.new_empty(rows, columns)
 
 
 def kept(x: Tensor, *small: Tensor | None) -> Sequence[Tensor | None]:
     """What to keep of small matrices for backward: a CPU forms them once more, on a GPU that would be a launch each."""
-    return [None] * len(small) if on_cpu(x) else small
+    if on_cpu(x):
+        return [None] * len(small)
+    return small
 
 
 def writes_planes(channels: int, x: Tensor) -> bool:
@@ -177,14 +191,18 @@ def add_update(weight: Tensor, factor: Tensor | None, rows: Tensor, scale: float
         if HAS_TRITON and weight.is_cuda:
             rounded_sum: Tensor = _gpu().add_rounded(weight, factor.float(), rows.float(), scale)
             return rounded_sum
+
         added: Tensor = torch.ops.flora.add_rounded(weight, factor.float(), rows.float(), scale)
         return added
+
     if weight.dtype in HALF:
         return dither(weight.float().add_(rows.t(), alpha=scale), weight.dtype)
 
     rows = rows.to(weight.dtype)
+
     if factor is None:
         return torch.add(weight, rows.t(), alpha=scale)
+
     return torch.addmm(weight, factor.to(weight.dtype), rows.t(), alpha=scale)
 
 
@@ -198,7 +216,10 @@ def rounded(total: Tensor, dtype: torch.dtype) -> Tensor:
 
     The low bits, which the narrower format drops, get a number between zero and one step added, and are then cut off.
     """
-    dropped = 16 if dtype == torch.bfloat16 else 13
+    if dtype == torch.bfloat16:
+        dropped = 16
+    else:
+        dropped = 13
     bits = total.contiguous().view(torch.int32) + _noise(total, dropped)
     return (bits & -(1 << dropped)).view(torch.float32)
 
@@ -206,6 +227,7 @@ def rounded(total: Tensor, dtype: torch.dtype) -> Tensor:
 def _noise(like: Tensor, dropped: int) -> Tensor:
     """A fixed pattern of whole numbers below ``2 ** dropped`` in the shape of a tensor, with a long period."""
     count = like.numel()
+
     if torch.compiler.is_compiling():  # a compiler computes it on the way
         places = torch.arange(count, device=like.device, dtype=torch.int32)
         return _hashed(places & (PERIOD - 1), dropped).view(like.shape)
@@ -216,8 +238,10 @@ def _noise(like: Tensor, dropped: int) -> Tensor:
         table = _hashed(torch.arange(PERIOD, device=like.device, dtype=torch.int32), dropped)
         if type(table) is Tensor:  # a stand-in of torch's own must not outlive its mode
             _NOISE[key] = table
+
     if count > PERIOD:
         table = table.expand(-(-count // PERIOD), PERIOD).reshape(-1)
+
     return table[:count].view(like.shape)
 
 
@@ -261,10 +285,13 @@ def kronecker(factors: Sequence[Tensor]) -> Tensor:
     """The Kronecker product of two or three contiguous matrices (k, r): (prod(k), prod(r))."""
     if on_cpu(factors[0]):
         return _kronecker(*factors)
+
     if HAS_TRITON and factors[0].is_cuda:
         launched: Tensor = _gpu().kronecker(*factors)
         return launched
+
     found: Tensor = torch.ops.flora.kronecker(*factors)
+
     return found
 
 
@@ -276,31 +303,45 @@ def kronecker_gradients(grad: Tensor, factors: Sequence[Tensor]) -> list[Tensor]
         flat = _gpu().kronecker_gradients(grad, *factors)
     else:
         flat = torch.ops.flora.kronecker_gradients(grad, *factors)
+
     parts = flat.split([factor.numel() for factor in factors])
+
     return [part.view(factor.shape) for part, factor in zip(parts, factors, strict=True)]
 
 
 def _kronecker(first: Tensor, second: Tensor, third: Tensor | None = None) -> Tensor:
-    factors = [first, second] if third is None else [first, second, third]
+    if third is None:
+        factors = [first, second]
+    else:
+        factors = [first, second, third]
+
     found = form.kronecker(factors, [factor.shape[1] for factor in factors])
     if found is None:
         raise AssertionError("there are factors")
+
     return found
 
 
 def _kronecker_gradients(grad: Tensor, first: Tensor, second: Tensor, third: Tensor | None = None) -> Tensor:
     """The gradients flat, one after the other: each is summed over the indices of the other matrices."""
     (k1, r1), (k2, r2), (k3, r3) = first.shape, second.shape, (1, 1) if third is None else third.shape
+
     # shape: (k1 r1, k2 r2, k3 r3)
     split = grad.reshape(k1, k2, k3, r1, r2, r3).permute(0, 3, 1, 4, 2, 5).reshape(k1 * r1, k2 * r2, k3 * r3)
     flat_first, flat_second = first.reshape(-1), second.reshape(-1)
 
     # shape: (k1 r1, k2 r2)
-    of_pair = split[:, :, 0] if third is None else torch.matmul(split, third.reshape(-1))
+    if third is None:
+        of_pair = split[:, :, 0]
+    else:
+        of_pair = torch.matmul(split, third.reshape(-1))
+
     found = [torch.mv(of_pair, flat_second), torch.mv(of_pair.t(), flat_first)]
+
     if third is not None:
         both = torch.outer(flat_first, flat_second).view(1, -1)
         found.append(torch.mm(both, split.view(-1, k3 * r3)).view(-1))
+
     return torch.cat(found)
 
 

@@ -44,7 +44,9 @@ class Entries:
     def rank(self, names: Sequence[str]) -> Ranks:
         """The rank request for a weight: of ``rank_pattern``, else ``r``."""
         found = self.ranks.find(names)
-        return self.r if found is None else found.value
+        if found is None:
+            return self.r
+        return found.value
 
     def scale(self, names: Sequence[str]) -> float:
         """The constant s for a weight: of ``scale_pattern``, else ``alpha / rank``, else ``scale``, else 1.
@@ -55,34 +57,44 @@ class Entries:
         found = self.scales.find(names)
         if found is not None:
             return float(found.value)
+
         if self.alpha is None:
-            return DEFAULT_SCALE if self.given_scale is None else float(self.given_scale)
+            if self.given_scale is None:
+                return DEFAULT_SCALE
+            return float(self.given_scale)
 
         rank = self.rank(names)
         if not isinstance(rank, int):
             raise UserError(f"alpha needs an int rank, but {names[-1]} has the ranks {list(rank)}; give scale")
+
         return self.alpha / rank
 
     def fold(self, names: Sequence[str]) -> str | None:
         """How a weight is seen as an N-d tensor, as far as the config says."""
         found = self.folds.find(names)
-        return None if found is None else found.value or None
+        if found is None:
+            return None
+        return found.value or None
 
 
 def check_entries(config: Mapping[str, Any]) -> None:
     """Raises a UserError that names the field unless the values of the fields can be used."""
     if config.get("r") is not None:
         check_request(config["r"])
+
     for field in ("rank_pattern", "scale_pattern", "fold"):
         _check_table(config.get(field), field)
 
     for key, rank in (config.get("rank_pattern") or {}).items():
         check_request(rank, f"rank_pattern[{key!r}]")
+
     for key, scale in (config.get("scale_pattern") or {}).items():
         check_number(scale, f"scale_pattern[{key!r}]")
+
     for key, fold in (config.get("fold") or {}).items():
         if not isinstance(fold, str):
             raise WrongTypeError(f"fold[{key!r}] must be a text such as '(heads dim) in, heads=12', got {fold!r}")
+
     for field in ("scale", "alpha"):
         if config.get(field) is not None:
             check_number(config[field], field)

@@ -38,13 +38,22 @@ def prepare(x: Tensor, weight: Tensor, bias: Tensor | None) -> Ready | None:
     """How a layer is to be run, or None where its dtypes do not fit each other as they are."""
     kind = x.device.type
     fused = is_plain_eager() and not weight.requires_grad
+
     if not casts(kind):
-        return Ready(x, bias, fused, None) if x.dtype == weight.dtype else None
+        if x.dtype != weight.dtype:
+            return None
+        return Ready(x, bias, fused, None)
 
     if torch.float64 in (x.dtype, weight.dtype):  # autocast leaves it alone
         return None
+
     dtype = torch.get_autocast_dtype(kind)
-    bias = None if bias is None else bias.to(dtype)
+
+    if bias is None:
+        bias = None
+    else:
+        bias = bias.to(dtype)
+
     return Ready(x.to(dtype), bias, fused, torch.autocast(kind, enabled=False))
 
 
@@ -85,7 +94,9 @@ def in_its_dtype(
         return run(x, weight, bias)
     if torch.float64 in (x.dtype, weight.dtype):  # autocast leaves it alone
         return None
+
     dtype = torch.get_autocast_dtype(kind)
+
     with torch.autocast(kind, enabled=False):
         return run(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 

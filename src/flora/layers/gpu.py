@@ -53,13 +53,18 @@ def add_rounded(weight: Tensor, factor: Tensor, rows: Tensor, scale: float) -> T
     height, width = weight.shape
     out = torch.empty(height, width, dtype=weight.dtype, device=weight.device)
     grid = (triton.cdiv(height, BLOCK_ROWS), triton.cdiv(width, BLOCK_COLUMNS))
-    dropped = 16 if weight.dtype == torch.bfloat16 else 13
+
+    if weight.dtype == torch.bfloat16:
+        dropped = 16
+    else:
+        dropped = 13
 
     _add_rounded_kernel[grid](
         weight, factor, rows, out, height, width, factor.shape[1], scale,
         *weight.stride(), *factor.stride(), *rows.stride(),
         DROPPED=dropped, ROWS=BLOCK_ROWS, COLUMNS=BLOCK_COLUMNS, RANK=BLOCK_RANK,
     )  # fmt: skip
+
     return out
 
 
@@ -80,8 +85,10 @@ def _kronecker_kernel(  # type: ignore[no-untyped-def]
     i1, i2, i3, j1, j2, j3 = _places(entry, k2, k3, r1, r2, r3)
     value = tl.load(first + i1 * r1 + j1, mask=inside)
     value *= tl.load(second + i2 * r2 + j2, mask=inside)
+
     if HAS_THIRD:
         value *= tl.load(third + i3 * r3 + j3, mask=inside)
+
     tl.store(out + entry, value, mask=inside)
 
 
@@ -100,6 +107,7 @@ def _kronecker_gradients_kernel(  # type: ignore[no-untyped-def]
         a = tl.load(first + i1 * r1 + j1, mask=inside, other=0.0).to(tl.float32)
         b = tl.load(second + i2 * r2 + j2, mask=inside, other=0.0).to(tl.float32)
         value_c = value
+
         if HAS_THIRD:
             c = tl.load(third + i3 * r3 + j3, mask=inside, other=0.0).to(tl.float32)
             value_c = value * c
@@ -107,9 +115,11 @@ def _kronecker_gradients_kernel(  # type: ignore[no-untyped-def]
         of_first = wanted == i1 * r1 + j1
         of_second = wanted == k1 * r1 + i2 * r2 + j2
         total += tl.where(of_first, value_c * b, 0.0) + tl.where(of_second, value_c * a, 0.0)
+
         if HAS_THIRD:
             of_third = wanted == k1 * r1 + k2 * r2 + i3 * r3 + j3
             total += tl.where(of_third, value * a * b, 0.0)
+
     tl.store(out + wanted, tl.sum(total))
 
 
@@ -121,6 +131,7 @@ def kronecker(first: Tensor, second: Tensor, third: Tensor | None = None) -> Ten
     _kronecker_kernel[grid](
         first, second, third, out, out.numel(), k2, k3, r1, r2, r3, HAS_THIRD=third is not None, BLOCK=BLOCK
     )
+
     return out
 
 
@@ -132,4 +143,5 @@ def kronecker_gradients(grad: Tensor, first: Tensor, second: Tensor, third: Tens
         grad.contiguous(), first, second, third, out, grad.numel(), k1, k2, k3, r1, r2, r3,
         HAS_THIRD=third is not None, BLOCK=BLOCK,
     )  # fmt: skip
+
     return out

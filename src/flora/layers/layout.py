@@ -64,6 +64,7 @@ def layout_from_json(name: str, entry: object) -> Layout:
         groups, place, fold = entry.get("groups", 1), entry.get("place", 0), entry.get("fold")
         if isinstance(groups, int) and isinstance(place, int) and isinstance(fold, (str, type(None))):
             return Layout(entry["kind"], tuple(map(str, entry["axes"])), groups, fold, place)
+
     raise UserError(
         f"the recorded layout of {name} is {entry!r}, expected a kind and a list of axes; the file was edited"
     )
@@ -80,6 +81,7 @@ def from_shape(name: str, shape: tuple[int, ...]) -> Layout:
         return Layout("linear", ("out", "in"))
     if len(shape) == 3:
         return Layout("experts", ("expert", "out", "in"))
+
     return Layout("other", tuple(f"d{mode}" for mode in range(len(shape))))
 
 
@@ -97,24 +99,37 @@ def of_module(model: nn.Module) -> dict[str, Layout]:
     """The layout of every weight of a model (which may be on the meta device), by full name, with its default fold."""
     layouts: dict[str, Layout] = {}
     for prefix, module in model.named_modules():
-        stem = f"{prefix}." if prefix else ""
+        if prefix:
+            stem = f"{prefix}."
+        else:
+            stem = ""
+
         found = find_layer(module)
         if found is not None:
             folds = found[1].folds(module)
             for leaf, axes in found[1].weights(module).items():
                 kind, groups = _kind(module, found[1].kind), int(getattr(module, "groups", 1))
+
                 # parents come first: the projection inside an attention belongs to the attention
                 layouts.setdefault(stem + leaf, Layout(kind, axes, groups, folds.get(leaf)))
+
         for place, (leaf, parameter) in enumerate(module.named_parameters(recurse=False)):
             name = stem + leaf
             known = layouts.get(name) or _of_parameter(name, module, tuple(parameter.shape))
-            layouts[name] = known if leaf == "weight" else replace(known, place=place)
+
+            if leaf == "weight":
+                layouts[name] = known
+            else:
+                layouts[name] = replace(known, place=place)
+
     return layouts
 
 
 def _kind(module: nn.Module, kind: str) -> str:
     """The kind of the table's row, made finer where readers tell apart what the table does not."""
-    return "embedding_bag" if isinstance(module, nn.EmbeddingBag) else kind
+    if isinstance(module, nn.EmbeddingBag):
+        return "embedding_bag"
+    return kind
 
 
 def _of_parameter(name: str, module: nn.Module, shape: tuple[int, ...]) -> Layout:

@@ -95,4 +95,5 @@ def nested(name: str, places: Mapping[str, int]) -> str:
             f"{', '.join(sorted(beside))} are parameters of one module, and the adapter does not record their order; "
             f"{GIVE_BASE}"
         )
+
     return module + ".base_layer" * (len(order) - 1 - order.index(beside[name]))

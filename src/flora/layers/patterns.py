@@ -42,7 +42,10 @@ def names_of(module: str, weight: str = "weight") -> tuple[str, ...]:
         >>> names_of("layers.0.attn", "out_proj.weight")
         ('layers.0.attn.out_proj.weight', 'layers.0.attn.out_proj', 'layers.0.attn')
     """
-    full = f"{module}.{weight}" if module else weight
+    if module:
+        full = f"{module}.{weight}"
+    else:
+        full = weight
     inner = full.rpartition(".")[0]
     return tuple(dict.fromkeys((full, inner, module)))
 
@@ -57,7 +60,9 @@ def exact_name(pattern: str) -> str | None:
     if not pattern.startswith("^"):
         return None
     name = re.sub(r"\\(.)", r"\1", pattern[1:])
-    return name if exact_pattern(name) == pattern else None
+    if exact_pattern(name) != pattern:
+        return None
+    return name
 
 
 class Clock:
@@ -87,7 +92,12 @@ class Expression:
 
     def __init__(self, pattern: str, field: str, shown: str | None = None, clock: Clock | None = None) -> None:
         self.field = field
-        self.shown = pattern if shown is None else shown
+
+        if shown is None:
+            self.shown = pattern
+        else:
+            self.shown = shown
+
         self.clock = clock or Clock()
 
         counts = [int(count[:9]) for pair in _COUNT.findall(pattern) for count in pair[::-1] if count]
@@ -97,6 +107,7 @@ class Expression:
                 f"{field} has a regular expression of {len(pattern)} characters whose counts multiply to {copies} "
                 f"({self.shown[:60]!r}...); at most {LONGEST_PATTERN} and {MOST_REPEATS} are read"
             )
+
         try:
             self.compiled = regex.compile(pattern)
         except (regex.error, RecursionError) as error:
@@ -109,17 +120,20 @@ class Expression:
             UserError: it takes too long.
         """
         start = time.perf_counter()
+
         try:
             found = self.compiled.match(name, timeout=max(self.clock.left, SLOW))
         except TimeoutError:
             found, self.clock.left = None, 0.0
 
         self.clock.spend(time.perf_counter() - start)
+
         if self.clock.left <= 0:
             raise UserError(
                 f"{self.field} has {self.shown!r}, which takes more than {SECONDS:g} s to match; write it without a "
                 "repeated group that can match the same text in several ways"
             )
+
         return found
 
 
@@ -167,10 +181,12 @@ class Patterns(Generic[Value]):
         """
         if names[0] in self.exact:
             return self.exact[names[0]]
+
         for name in names:
             found = self._first(name)
             if found is not None:
                 return found
+
         return None
 
     def unmatched(self, names: Collection[str]) -> list[str]:
@@ -189,10 +205,13 @@ class Patterns(Generic[Value]):
                 return first
             if expression.match(name):
                 return entry
+
         return first
 
 
 def match_pattern(patterns: Iterable[str], name: str) -> str | None:
     """The key of a table that holds for a name; where a table is asked more than once, make it a :class:`Patterns`."""
     found = Patterns(dict.fromkeys(patterns)).find((name,))
-    return None if found is None else found.key
+    if found is None:
+        return None
+    return found.key

@@ -29,10 +29,12 @@ def fold_matrix(form: Tucker, scale: float) -> tuple[Tensor | None, Tensor]:
     """
     left, right = form.factors
     core = form.scaled(scale).core
+
     if right is None:
         return left, core
     if core.shape[0] <= core.shape[1]:
         return left, core @ right.T
+
     return (core if left is None else left @ core), right.T
 
 
@@ -40,7 +42,9 @@ def linear(base: nn.Module | None, form: Tucker, scale: float, input: Tensor) ->
     """``x @ W.T`` for W of (out, in): two skinny products. input: (..., in) -> (..., out)."""
     up, down = fold_matrix(form, scale)
     hidden = F.linear(input, down.to(input.dtype))
-    return hidden if up is None else F.linear(hidden, up.to(input.dtype))
+    if up is None:
+        return hidden
+    return F.linear(hidden, up.to(input.dtype))
 
 
 def linear_transposed(base: nn.Module, form: Tucker, scale: float, x: Tensor) -> Tensor:
@@ -57,11 +61,17 @@ def conv(base: Any, form: Tucker, scale: float, input: Tensor) -> Tensor:
     conv_nd, groups = CONV[form.core.ndim - 2], base.groups
     out, inner = form.factors[:2]
     core = spatial_core(form, scale)
-    x = input
+    x: Tensor = input
+
     if inner is not None:
         x = conv_nd(x, _per_group(_pointwise(inner.T, core), groups).to(x.dtype), groups=groups)
+
     x = base._conv_forward(x, (core if out is None else _per_group(core, groups)).to(x.dtype), None)
-    return x if out is None else conv_nd(x, _pointwise(out, core).to(x.dtype), groups=groups)
+
+    if out is None:
+        return x
+
+    return conv_nd(x, _pointwise(out, core).to(x.dtype), groups=groups)
 
 
 def conv_transpose(
@@ -73,14 +83,20 @@ def conv_transpose(
     core = spatial_core(form, scale)
     padding = output_padding(base, input, output_size)
     x = input
+
     if inner is not None:
         size, rank = inner.shape
         down = inner.reshape(groups, size // groups, rank).transpose(1, 2).reshape(groups * rank, size // groups)
         x = conv_nd(x, _pointwise(down, core).to(x.dtype), groups=groups)
         core = _per_group(core, groups)
+
     run = CONV_TRANSPOSE[core.ndim - 2]
     x = run(x, core.to(x.dtype), None, base.stride, base.padding, padding, groups, base.dilation)
-    return x if out is None else conv_nd(x, _per_group(_pointwise(out, core), groups).to(x.dtype), groups=groups)
+
+    if out is None:
+        return x
+
+    return conv_nd(x, _per_group(_pointwise(out, core), groups).to(x.dtype), groups=groups)
 
 
 def output_padding(base: Any, input: Tensor, output_size: list[int] | None) -> list[int]:
@@ -94,7 +110,9 @@ def output_padding(base: Any, input: Tensor, output_size: list[int] | None) -> l
 def spatial_core(form: Tucker, scale: float) -> Tensor:
     """The scaled core with the kernel factors applied: (J1, J2, *kernel)."""
     kernel, core = kernel_factor(form), form.scaled(scale).core
-    return core if kernel is None else apply_kernel(core, kernel, form.shape[2:])
+    if kernel is None:
+        return core
+    return apply_kernel(core, kernel, form.shape[2:])
 
 
 def kernel_factor(form: Tucker) -> Tensor | None:
@@ -115,7 +133,9 @@ def _pointwise(matrix: Tensor, core: Tensor) -> Tensor:
 
 def _per_group(weight: Tensor, groups: int) -> Tensor:
     """The same small weight for every group, stacked along the first dimension."""
-    return weight if groups == 1 else weight.repeat(groups, *(1,) * (weight.ndim - 1))
+    if groups == 1:
+        return weight
+    return weight.repeat(groups, *(1,) * (weight.ndim - 1))
 
 
 def embedding(base: Any, form: Tucker, scale: float, input: Tensor) -> Tensor:
@@ -123,9 +143,12 @@ def embedding(base: Any, form: Tucker, scale: float, input: Tensor) -> Tensor:
     rows, small = _rows(form, scale)
     if rows is None:
         return F.embedding(input, small, base.padding_idx)
+
     out = torch.matmul(F.embedding(input, rows), small)
+
     if base.padding_idx is None or not torch.is_grad_enabled():
         return out
+
     return torch.where((input == base.padding_idx).unsqueeze(-1), out.detach(), out)
 
 
@@ -148,7 +171,11 @@ def embedding_bag(
         include_last_offset=base.include_last_offset,
         padding_idx=base.padding_idx,
     )
-    return bag if rows is None else bag @ small
+
+    if rows is None:
+        return bag
+
+    return bag @ small
 
 
 def _rows(form: Tucker, scale: float) -> tuple[Tensor | None, Tensor]:
@@ -161,7 +188,19 @@ def _rows(form: Tucker, scale: float) -> tuple[Tensor | None, Tensor]:
 def bilinear(base: nn.Module, form: Tucker, scale: float, input1: Tensor, input2: Tensor) -> Tensor:
     """Both inputs into the small space, the core there, then up. (..., in1), (..., in2) -> (..., out)."""
     out, first, second = form.factors
-    x = input1 if first is None else input1 @ first.to(input1.dtype)
-    y = input2 if second is None else input2 @ second.to(input2.dtype)
+    if first is None:
+        x = input1
+    else:
+        x = input1 @ first.to(input1.dtype)
+
+    if second is None:
+        y = input2
+    else:
+        y = input2 @ second.to(input2.dtype)
+
     hidden = F.bilinear(x, y, form.scaled(scale).core.to(x.dtype))
-    return hidden if out is None else F.linear(hidden, out.to(hidden.dtype))
+
+    if out is None:
+        return hidden
+
+    return F.linear(hidden, out.to(hidden.dtype))

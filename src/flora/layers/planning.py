@@ -41,7 +41,9 @@ class Choice(NamedTuple):
     gradient: str
 
     def __str__(self) -> str:
-        return f"{self.way}, narrow" if self == SUMMED_NARROW else self.way
+        if self == SUMMED_NARROW:
+            return f"{self.way}, narrow"
+        return self.way
 
 
 SUMMED = Choice("summed", "dense")
@@ -145,16 +147,21 @@ def choose(
         return CALLED
     if can_add and (not readable or dropping or wanted == "beside"):
         return BESIDE
+
     if not can_sum:
-        return CALLED if wanted == "summed" else BESIDE
+        if wanted == "summed":
+            return CALLED
+        return BESIDE
 
     if work.kind == "conv" and (work.compiled or not work.cpu):
         return SUMMED
+
     only_sums = wanted == "summed" or not can_add
     best, least = (SUMMED if only_sums else BESIDE), math.inf
     for choice, cost in costs(work):
         if cost.seconds < least and not (only_sums and choice.way == "beside"):
             best, least = choice, cost.seconds
+
     return best
 
 
@@ -171,17 +178,24 @@ def costs(work: Work) -> list[tuple[Choice, Cost]]:
     """The ways that a layer of this kind can be run in, and what each costs; none for kinds without figures."""
     if work.kind not in KINDS or len(work.shape) < 2:
         return []
+
     found = [(SUMMED, _summed(work)), (BESIDE, _beside(work))]
+
     if work.kind == "embedding" or work.compiled:
         return found
 
     narrow = (SUMMED_NARROW, _summed_narrow(work))
+
     if not work.cpu:
-        return [*found, narrow] if work.kind == "linear" else found
+        if work.kind == "linear":
+            return [*found, narrow]
+        return found
+
     # On a CPU the narrow ways differ in one thing, which the activations decide.
     in_place = work.groups == 1 and work.element_size >= 4
     if in_place and _activations(work) > SUM_PAYS_FROM * math.prod(work.shape):
         return [found[0], narrow]
+
     return found
 
 
@@ -192,13 +206,20 @@ def _summed(work: Work) -> Cost:
     """Form dW, then the gradient of the whole weight, projected back."""
     dense, size = math.prod(work.shape), work.element_size
     inputs, outputs = _numbers(work)
-    gradient = dense if work.kind == "embedding" else 2 * min(work.inputs, work.outputs) * dense
+
+    if work.kind == "embedding":
+        gradient = dense
+    else:
+        gradient = 2 * min(work.inputs, work.outputs) * dense
+
     if work.kind == "conv" and not work.transposed:
         gradient = 2 * work.outputs * dense
+
     flops = 3 * _build_flops(work.shape, work.ranks) + gradient
     kept = size * (inputs + dense)
 
     rates = device.rates(work.cpu, size)
+
     if work.cpu:
         # The input and the output's gradient are read once more. Where patches do not overlap, torch computes the
         # gradient of a kernel at half the rate.
@@ -210,6 +231,7 @@ def _summed(work: Work) -> Cost:
     # W + dW is formed twice; its gradient is written once and read twice.
     moved = 7 * size * dense
     wide = rates.wide * (GPU_CONV if work.kind == "conv" else 1)
+
     return Cost(flops, moved, size * inputs, flops / wide + moved / rates.bandwidth + 10 * rates.launch)
 
 
@@ -219,13 +241,20 @@ def _summed_narrow(work: Work) -> Cost:
     inputs, outputs = _numbers(work)
     flops = _narrow_flops(work) * 2 // 3
     rates = device.rates(work.cpu, size)
+
     if work.cpu:
         # A linear layer reads input and gradient once, some rows at a time.
-        reads = 1 if work.kind == "linear" else 2
+        if work.kind == "linear":
+            reads = 1
+        else:
+            reads = 2
+
         moved = size * (reads * (inputs + outputs) + BUILD_PASSES * dense)
     else:
         moved = size * (2 * (inputs + outputs) + 4 * dense)
+
     seconds = flops / rates.narrow + moved / rates.bandwidth + 11 * rates.launch
+
     return Cost(flops, moved, size * inputs, seconds)
 
 
@@ -235,14 +264,18 @@ def _beside(work: Work) -> Cost:
     inputs, outputs = _numbers(work)
     flops = _narrow_flops(work)
     passes = 4 * inputs + 4 * outputs
+
     if work.kind == "conv":
         passes += inputs + 4 * work.outputs * hidden
+
     moved, kept = size * passes, size * (inputs + work.outputs * hidden)
 
     rates = device.rates(work.cpu, size)
     narrow, launches = rates.narrow, 11
+
     if work.kind == "conv" and not work.cpu:
         narrow, launches = narrow * GPU_NARROW_CONV, 24
+
     return Cost(flops, moved, kept, flops / narrow + moved / rates.bandwidth + launches * rates.launch)
 
 
@@ -250,9 +283,15 @@ def _numbers(work: Work) -> tuple[int, int]:
     """Numbers of the input and of the output."""
     if work.kind == "embedding":
         return 0, work.outputs * work.shape[1]
-    out, inner = (1, 0) if work.transposed else (0, 1)
+
+    if work.transposed:
+        out, inner = (1, 0)
+    else:
+        out, inner = (0, 1)
+
     in_groups = inner == 1
     inputs = work.inputs * work.shape[inner] * (work.groups if in_groups else 1)
+
     return inputs, work.outputs * work.shape[out] * (1 if in_groups else work.groups)
 
 
@@ -274,18 +313,37 @@ def _build_flops(shape: Sequence[int], ranks: Sequence[int]) -> int:
 def _narrow_flops(work: Work) -> int:
     """Forward, backward to the input and to the form: three times the forward's products."""
     shape, ranks = work.shape, work.ranks
+
     if work.kind == "embedding":
         return 3 * 2 * work.outputs * ranks[0] * shape[1]
+
     if work.kind == "linear":
         inner = min(ranks)
         return 3 * 2 * work.outputs * (inner * sum(shape) if inner not in shape else math.prod(shape))
 
-    out, inner = (1, 0) if work.transposed else (0, 1)
+    if work.transposed:
+        out, inner = (1, 0)
+    else:
+        out, inner = (0, 1)
+
     whole_out, whole_inner = ranks[out] == shape[out], ranks[inner] == shape[inner]
-    down = 0 if whole_inner else work.inputs * shape[inner] * ranks[inner] * work.groups
-    up = 0 if whole_out else work.outputs * ranks[out] * shape[out]
-    core = min(work.inputs, work.outputs) if work.transposed else work.outputs
+    if whole_inner:
+        down = 0
+    else:
+        down = work.inputs * shape[inner] * ranks[inner] * work.groups
+
+    if whole_out:
+        up = 0
+    else:
+        up = work.outputs * ranks[out] * shape[out]
+
+    if work.transposed:
+        core = min(work.inputs, work.outputs)
+    else:
+        core = work.outputs
+
     core *= ranks[out] * ranks[inner] * math.prod(shape[2:]) * (1 if whole_out else work.groups)
+
     return 3 * 2 * (down + core + up)
 
 
@@ -295,8 +353,14 @@ def _hidden(work: Work) -> int:
         return min(work.ranks)
     if work.groups == 1:
         return 0
+
     stride = max(1, work.inputs // max(1, work.outputs))
-    down = 0 if work.ranks[1] == work.shape[1] else stride * work.ranks[1] * work.groups
+
+    if work.ranks[1] == work.shape[1]:
+        down = 0
+    else:
+        down = stride * work.ranks[1] * work.groups
+
     return down + (0 if work.ranks[0] == work.shape[0] else work.ranks[0] * work.groups)
 
 
@@ -338,13 +402,20 @@ class Plan:
             f"per training step on a {self.device.upper()} at {self.positions:,} output positions, "
             "beyond the frozen layer:",
         ]
+
         for way, flops in self.flops.items():
-            mark = "->" if way == fastest else "  "
+            if way == fastest:
+                mark = "->"
+            else:
+                mark = "  "
+
             lines.append(
                 f"{mark} {way:<14} {flops / 1e6:>12,.1f} MFLOP {self.kept[way] / 2**20:>10,.2f} MiB kept"
                 f" {1e3 * self.seconds[way]:>10,.3f} ms"
             )
+
         lines.append(f"way: {self.way}, the faster by operations and bytes moved")
+
         return "\n".join(lines)
 
 
@@ -389,14 +460,17 @@ def plan(
         raise UserError(f"unknown device {device!r}, expected 'cpu' or 'gpu'")
     if len(shape) < 2 or len(ranks) != len(shape):
         raise UserError(f"ranks {ranks} and shape {shape} do not fit; give one rank per dimension, at least two")
+
     for mode, (rank, size) in enumerate(zip(ranks, shape, strict=True)):
         check_rank(rank, f"ranks[{mode}]")
+
         if rank > size:
             raise UserError(f"rank {rank} of mode {mode} is above its size {size} in shape {shape}")
 
     cpu = device == "cpu"
     work = Work(kind, shape, ranks, positions * stride, positions, groups, cpu=cpu, element_size=element_size)
     priced = {str(choice): cost for choice, cost in costs(work)}
+
     return Plan(
         shape,
         ranks,

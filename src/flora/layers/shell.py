@@ -45,13 +45,16 @@ def call_with(module: nn.Module, weights: Mapping[str, Any], *args: Any, **kwarg
     """
     if torch.compiler.is_compiling() or not can_be_shell(module):
         return _swapped(module, weights, *args, **kwargs)
+
     hook = vars(module).get("_hf_hook")
     if hook is None:
         return run_as_shell(module, weights, lambda shell: shell(*args, **kwargs))
 
     args, kwargs = hook.pre_forward(module, *args, **kwargs)
+
     with torch.no_grad() if hook.no_grad else nullcontext():
         out = run_as_shell(module, weights, lambda shell: shell(*args, **kwargs))
+
     return hook.post_forward(module, out)
 
 
@@ -69,8 +72,13 @@ def can_be_shell(module: nn.Module) -> bool:
     """Whether a shallow copy of the module computes what the module does."""
     if isinstance(module, torch.jit.ScriptModule):
         return False
+
     own = vars(module)
-    replaced = own.get("_old_forward") if "_hf_hook" in own else own.get("forward")
+    if "_hf_hook" in own:
+        replaced = own.get("_old_forward")
+    else:
+        replaced = own.get("forward")
+
     return replaced is None or (isinstance(replaced, MethodType) and replaced.__self__ is module)
 
 
@@ -79,15 +87,20 @@ def shell_of(module: nn.Module, weights: Mapping[str, Any], shells: list[Shell] 
     own, inner = _by_owner(weights)
     cls, start = type(module), dict(vars(module))
     start["_parameters"] = {**module._parameters, **own}
+
     if isinstance(module, nn.RNNBase):
         start["_parameters"] = _own_weights(module, own)
+
     if inner:
         children = {name: shell_of(module.get_submodule(name), group, shells) for name, group in inner.items()}
         start["_modules"] = {**module._modules, **children}
+
     if parametrize.is_parametrized(module):
         cls = _without_parametrizations(module, start, own)
+
     for name in own.keys() & start.keys():  # FSDP1 puts a plain tensor of the same name in front of each parameter
         start[name] = own[name]
+
     if "_hf_hook" in start:  # the caller runs accelerate's hook; here the module's own forward is wanted
         start["forward"] = start.pop("_old_forward")
         del start["_hf_hook"]
@@ -96,9 +109,12 @@ def shell_of(module: nn.Module, weights: Mapping[str, Any], shells: list[Shell] 
     for name, value in start.items():
         if isinstance(value, MethodType) and value.__self__ is module:
             start[name] = MethodType(value.__func__, stand_in)
+
     object.__setattr__(stand_in, "__dict__", dict(start))
+
     if shells is not None:
         shells.append(Shell(module, stand_in, start))
+
     return stand_in
 
 
@@ -112,6 +128,7 @@ def _by_owner(weights: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dic
             inner.setdefault(child, {})[rest] = value
         else:
             own[name] = value
+
     return own, inner
 
 
@@ -144,6 +161,7 @@ def _keep_what_was_set(shell: Shell) -> None:
         value = after.get(name)
         if name in REGISTRIES or name.startswith("_flat_weight") or value is start.get(name):
             continue
+
         if name in after:
             bound = isinstance(value, MethodType) and value.__self__ is stand_in
             before[name] = getattr(module, value.__name__) if bound else value  # type: ignore[union-attr]
@@ -165,9 +183,11 @@ def _in_front(module: nn.Module, weights: Mapping[str, Any]) -> Any:
     """Replaces the plain tensors that FSDP1 puts in front of parameters; ``functional_call`` does not see them."""
     fronts = [(vars(module.get_submodule(name.rpartition(".")[0])), name.rpartition(".")[2], name) for name in weights]
     shadowed = [(front, leaf, name, front[leaf]) for front, leaf, name in fronts if leaf in front]
+
     try:
         for front, leaf, name, _ in shadowed:
             front[leaf] = weights[name]
+
         yield
     finally:
         for front, leaf, _, old in shadowed:

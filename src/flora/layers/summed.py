@@ -78,8 +78,10 @@ def _formed(weight: Tensor, core: Tensor, factors: Factors, scale: float) -> Ten
     if modes:
         kernel: Tensor = _Kronecker.apply(*_of_modes(factors, modes))  # type: ignore[no-untyped-call]
         core, factors = _merged(core, factors, kernel)
+
     steps = _steps(core, factors)
     rows, factor = steps.rows[0], factors[0]
+
     if weight.dtype not in device.HALF:
         return _sum(weight, steps, scale)
     if factor is None:
@@ -87,6 +89,7 @@ def _formed(weight: Tensor, core: Tensor, factors: Factors, scale: float) -> Ten
 
     matrix = weight.reshape(-1, rows.shape[0])
     changed: Tensor = _RoundedSum.apply(matrix, factor, rows, scale)  # type: ignore[no-untyped-call]
+
     return changed.view(weight.shape)
 
 
@@ -103,11 +106,14 @@ class _RoundedSum(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, grad: Tensor) -> Any:
         factor, rows = ctx.saved_tensors
+
         if torch.is_grad_enabled():
             wide = ctx.scale * grad.to(factor.dtype)
             return None, wide @ rows, wide.t() @ factor, None
+
         grad_factor = device.product(grad, rows.to(grad.dtype), factor.dtype, ctx.scale)
         grad_rows = device.product(grad.t(), factor.to(grad.dtype), rows.dtype, ctx.scale)
+
         return None, grad_factor.to(factor.dtype), grad_rows.to(rows.dtype), None
 
 
@@ -142,9 +148,14 @@ def run_plain(
     modes = _kernel_modes(core, factors)
     if modes:
         core, factors = _merged(core, factors, _kronecker(*_of_modes(factors, modes)))
+
     steps = _steps(core, factors)
 
-    changed = _rounded_sum(weight, steps, scale) if weight.dtype in device.HALF else _sum(weight, steps, scale)
+    if weight.dtype in device.HALF:
+        changed = _rounded_sum(weight, steps, scale)
+    else:
+        changed = _sum(weight, steps, scale)
+
     return operation.run(x, changed.to(x.dtype), bias)
 
 
@@ -163,8 +174,16 @@ def with_update(weight: Tensor, update: Tensor) -> Tensor:
 def _rounded_sum(weight: Tensor, steps: Steps, scale: float) -> Tensor:
     """``_sum`` in half precision, in operations that a compiler fuses; the gradient passes the rounding by."""
     rows, factor = steps.rows[0], steps.factors[0]
-    update = rows.t() if factor is None else torch.mm(factor, rows.t())
-    update = update if scale == 1 else scale * update
+    if factor is None:
+        update = rows.t()
+    else:
+        update = torch.mm(factor, rows.t())
+
+    if scale == 1:
+        update = update
+    else:
+        update = scale * update
+
     return with_update(weight, update.view(weight.shape) if factor is not None else update.reshape(weight.shape))
 
 
@@ -184,8 +203,10 @@ class _Summed(torch.autograd.Function):
     ) -> Tensor:
         modes = _kernel_modes(core, factors)
         one_core, one_kernel = core, factors
+
         if modes:
             one_core, one_kernel = _merged(core, factors, device.kronecker(_of_modes(factors, modes)))
+
         steps = _steps(one_core, one_kernel)
         y = operation.run(x, _sum(weight, steps, scale).to(x.dtype), bias)
         if y._is_view():  # a caller may change the output in place, which autograd refuses of a view made in here
@@ -193,6 +214,7 @@ class _Summed(torch.autograd.Function):
 
         ctx.operation, ctx.scale, ctx.modes, ctx.count = operation, scale, modes, len(factors)
         ctx.save_for_backward(x, weight, bias, core, *factors, *steps.factors, *steps.rows)
+
         return y
 
     @staticmethod
@@ -200,23 +222,34 @@ class _Summed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, bias, core, *saved = ctx.saved_tensors
         operation, scale, factors = ctx.operation, ctx.scale, saved[: ctx.count]
+
         if torch.is_grad_enabled():
             return again(ctx, _differentiable, (x, weight, bias, operation, scale, core, *factors), (), grad)
 
         steps_taken = (len(saved) - ctx.count) // 2
         steps = Steps(tuple(saved[ctx.count : -steps_taken]), tuple(saved[-steps_taken:]))
         wants_x = ctx.needs_input_grad[0]
-        used = _sum(weight, steps, scale).to(x.dtype) if wants_x else weight
+        if wants_x:
+            used = _sum(weight, steps, scale).to(x.dtype)
+        else:
+            used = weight
+
         grad_x, grad_weight = operation.gradients(grad, x, used, wants_x)
 
         grad_core, *grad_factors = _project(grad_weight, steps, scale, core.dtype)
+
         if ctx.modes:
             of_kernel = device.kronecker_gradients(grad_factors.pop(), _of_modes(factors, ctx.modes))
             grad_factors += [None] * (ctx.count - 2)
+
             for mode, gradient in zip(ctx.modes, of_kernel, strict=True):
                 grad_factors[mode] = gradient
 
-        grad_bias = operation.bias_gradient(grad) if ctx.needs_input_grad[2] else None
+        if not ctx.needs_input_grad[2]:
+            grad_bias = None
+        else:
+            grad_bias = operation.bias_gradient(grad)
+
         return grad_x, None, grad_bias, None, None, grad_core.reshape(core.shape), *grad_factors
 
 
@@ -230,6 +263,7 @@ def _kernel_modes(core: Tensor, factors: Factors, least: int = 2) -> list[int]:
     """The modes of a convolution's kernel whose factors are seen as one: two or three, if the product is small."""
     if len(factors) < 4:
         return []
+
     modes = [mode for mode in range(2, len(factors)) if core.shape[mode] > 1 or factors[mode] is not None]
     if not least <= len(modes) <= 3:
         return []
@@ -239,8 +273,13 @@ def _kernel_modes(core: Tensor, factors: Factors, least: int = 2) -> list[int]:
         factor = factors[mode]
         if factor is None:
             return []
+
         size *= factor.shape[0]
-    return modes if size <= LARGEST_KERNEL else []
+
+    if size <= LARGEST_KERNEL:
+        return modes
+
+    return []
 
 
 def _of_modes(factors: Factors, modes: Sequence[int]) -> list[Tensor]:
@@ -258,12 +297,23 @@ def _steps(core: Tensor, factors: Factors) -> Steps:
     current, ranks = core, core.shape
     for mode in range(len(factors) - 1, -1, -1):
         # shape: (rest, J), then (I, rest)
-        matrix = current if current.ndim == 2 and current.shape[1] == ranks[mode] else current.reshape(-1, ranks[mode])
+        if current.ndim == 2 and current.shape[1] == ranks[mode]:
+            matrix = current
+        else:
+            matrix = current.reshape(-1, ranks[mode])
+
         rows.append(matrix)
+
         if mode:
             factor = factors[mode]
-            current = matrix.t() if factor is None else F.linear(factor, matrix)  # factor @ matrix.T
+            # factor @ matrix.T
+            if factor is None:
+                current = matrix.t()
+            else:
+                current = F.linear(factor, matrix)
+
     rows.reverse()
+
     return Steps(tuple(factors), tuple(rows))
 
 
@@ -280,20 +330,32 @@ def _project(grad: Tensor, steps: Steps, scale: float, dtype: torch.dtype) -> li
     The weight's own gradient is multiplied in its own precision, everything after that in the adapter's.
     """
     found: list[Any] = []
+
     # shape: (I1, rest)
     current = grad.reshape(-1, steps.rows[0].shape[0])
     for mode, (factor, rows) in enumerate(zip(steps.factors, steps.rows, strict=True)):
         if mode:
             # shape: (I, rest), from (rest of the mode before, its J)
             current = current.reshape(-1, rows.shape[0])
-        times = scale if mode == 0 else 1.0
+
+        if mode == 0:
+            times = scale
+        else:
+            times = 1.0
 
         if factor is None:
             found.append(None)
             current = current.t().to(dtype)
-            current = current if times == 1 else times * current
+
+            if times == 1:
+                current = current
+            else:
+                current = times * current
+
             continue
+
         narrow_rows, narrow_factor = rows.to(current.dtype), factor.to(current.dtype)
         found.append(device.product(current, narrow_rows, dtype, times).to(dtype))
         current = device.product(current.t(), narrow_factor, dtype, times).to(dtype)
+
     return [current, *found]

@@ -131,10 +131,12 @@ def _conv_rows() -> dict[type[nn.Module], Layer]:
         cls: Layer("conv", _one("out", "in", *KERNELS[dims]), _conv, plain.conv, fused_conv.conv)
         for dims, cls in straight.items()
     }
+
     for dims, cls in transposed.items():
         rows[cls] = Layer(
             "conv", _one("in", "out", *KERNELS[dims]), _conv_transpose, plain.conv_transpose, fused_conv.conv_transpose
         )
+
     return rows
 
 
@@ -191,24 +193,30 @@ def refusal(module: nn.Module) -> str | None:
         return (
             f"{type(module).__name__} is not in the table of layers ({kinds}); name its parameters in target_parameters"
         )
+
     for name in found[1].weights(module):
         owner, leaf = module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         if parametrize.is_parametrized(owner, leaf):
             continue
+
         if owner._parameters.get(leaf) is None:
             if leaf in owner._parameters:
                 return f"it has no {name} (affine=False)"
+
             if hasattr(owner, f"{leaf}_mask"):
                 return (
                     f"its {name} is pruned: it is masked before every forward; make that permanent first, with "
                     f"torch.nn.utils.prune.remove(module, {leaf!r})"
                 )
+
             return (
                 f"its {name} is recomputed before every forward (old-style weight_norm or spectral_norm); use "
                 "torch.nn.utils.parametrizations instead, or remove the norm first"
             )
+
         if isinstance(owner._parameters[leaf], nn.parameter.UninitializedParameter):
             return f"its {name} has no shape yet (lazy module); run one forward through the model first"
+
     return None
 
 
@@ -217,10 +225,12 @@ def weight_shape(module: nn.Module, name: str) -> tuple[int, ...]:
     weight = parameter(module, name)
     if hasattr(weight, "ds_shape"):
         return tuple(weight.ds_shape)
+
     if name == "weight" and hasattr(module, "out_features") and hasattr(module, "in_features"):
         stated: tuple[int, int] = (module.out_features, module.in_features)  # type: ignore[assignment]
         if weight.numel() != math.prod(stated):
             return stated
+
     return tuple(weight.shape)
 
 

@@ -139,30 +139,36 @@ def load_recipe(name: str) -> Recipe:
     """
     if name.endswith(".py"):
         return _load_file(Path(name))
+
     names = recipe_names()
     if name not in names:
         raise UserError(
             f"recipe is {name!r}, expected one of {', '.join(names)}, or a file my_recipe.py{nearest(name, names)}"
         )
+
     return cast("Recipe", importlib.import_module(f"{__name__}.{name}"))
 
 
 def _load_file(path: Path) -> Recipe:
     if not path.is_file():
         raise FileNotFoundError(f"the recipe {path} does not exist")
+
     # A name that no module has: a recipe called random.py must not take the place of Python's own.
     name = f"flora_recipe_{path.stem}"
     spec = cast("Any", importlib.util.spec_from_file_location(name, path))
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their own module up there
+
     try:
         spec.loader.exec_module(module)
     except (ModuleNotFoundError, UserError):
         raise
     except Exception as error:  # whatever somebody's own code may raise
         raise UserError(f"the recipe {path} cannot be run: {type(error).__name__}: {error}") from error
+
     if missing := [item for item in REQUIRED if not hasattr(module, item)]:
         raise UserError(f"the recipe {path} has no {', '.join(missing)}; see flora.recipes.Recipe for the contract")
+
     return cast("Recipe", module)
 
 
@@ -175,9 +181,11 @@ def config_path(config: str) -> Path:
     path = Path(config)
     if path.is_file():
         return path
+
     packaged = CONFIGS / f"{config}.yaml"
     if packaged.is_file() and packaged.parent == CONFIGS:
         return packaged
+
     names = config_names()
     raise FileNotFoundError(
         f"no config {config!r}: it is neither a file nor a packaged config ({', '.join(names)}){nearest(config, names)}"
@@ -187,4 +195,6 @@ def config_path(config: str) -> Path:
 def nearest(word: str, words: list[str]) -> str:
     """``"; did you mean 'x'?"`` for the nearest of the words, or nothing when none is near."""
     found = difflib.get_close_matches(word, words, n=1)
-    return f"; did you mean {found[0]!r}?" if found else ""
+    if found:
+        return f"; did you mean {found[0]!r}?"
+    return ""

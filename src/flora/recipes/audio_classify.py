@@ -94,12 +94,15 @@ def read_sound(clip: Clip, rate: int) -> np.ndarray:
         wave, own = soundfile.read(clip.open(), dtype="float32", always_2d=True)
     except soundfile.SoundFileError as error:
         raise UserError(f"cannot be decoded ({error})") from None
+
     if not len(wave):
         raise UserError("has no samples")
     if not np.isfinite(wave).all():
         raise UserError("has samples that are NaN or infinite")
+
     ratio = Fraction(rate, own)
     mono: np.ndarray = resample_poly(wave.mean(axis=1), ratio.numerator, ratio.denominator)
+
     return mono.astype(np.float32)
 
 
@@ -110,7 +113,9 @@ def clips(task: Task) -> tuple[dict[str, list[Item[Clip]]], list[str]]:
         FileNotFoundError, ValueError: the data is not there, or not of a layout that is known.
     """
     where = locate(task.data)
-    return _of_folder(Path(where)) if is_local(where) else _of_hub(where, task)
+    if is_local(where):
+        return _of_folder(Path(where))
+    return _of_hub(where, task)
 
 
 def _of_folder(root: Path) -> tuple[dict[str, list[Item[Clip]]], list[str]]:
@@ -121,8 +126,10 @@ def _of_folder(root: Path) -> tuple[dict[str, list[Item[Clip]]], list[str]]:
         files, own = class_folders(path, SOUNDS)
         if unknown := [name for name in own if name not in classes]:
             raise UserError(f"{path / unknown[0]}: {paths['train']} has no such class, only {', '.join(classes)}")
+
         label_of = {item.place: classes.index(item.value.relative_to(path).parts[0]) for item in files}
         parts[split] = [Item(item.place, Clip(partial(Path, item.value), label_of[item.place])) for item in files]
+
     return parts, classes
 
 
@@ -133,18 +140,26 @@ def _of_hub(where: str, task: Task) -> tuple[dict[str, list[Item[Clip]]], list[s
     for column in (task.audio_column, task.label_column):
         if column not in loaded["train"].column_names:
             raise UserError(f"{where} has no column {column!r}, only {', '.join(loaded['train'].column_names)}")
+
     kind = loaded["train"].features[task.label_column]
-    classes = kind.names if isinstance(kind, ClassLabel) else sorted(map(str, set(loaded["train"][task.label_column])))
+    if isinstance(kind, ClassLabel):
+        classes = kind.names
+    else:
+        classes = sorted(map(str, set(loaded["train"][task.label_column])))
+
     parts = {}
     for split, rows in loaded.items():
         sounds = rows.select_columns(task.audio_column).cast_column(task.audio_column, Audio(decode=False))
         labels = rows[task.label_column]
+
         if not isinstance(kind, ClassLabel):
             labels = [classes.index(str(label)) if str(label) in classes else -1 for label in labels]
+
         parts[split] = [
             Item(f"{where}, {split} row {row}", Clip(partial(row_file, sounds, row, task.audio_column), int(label)))
             for row, label in enumerate(labels)
         ]
+
     return parts, classes
 
 
@@ -184,6 +199,7 @@ def load_data(task: Task, seed: int) -> Data:
 
     good = {split: sift(items, check, bad=task.bad_data, what=f"{split} sounds") for split, items in parts.items()}
     sets = {split: Sounds(items, extractor, task.seconds) for split, items in with_held_out(good).items()}
+
     return Data(sets["train"], sets["validation"], sets["test"], processor=extractor, labels=list(classes))
 
 

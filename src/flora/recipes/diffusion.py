@@ -84,7 +84,9 @@ class NoiseTrainer(Trainer):
         """The loss, and on request what the UNet gives."""
         outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
         loss = mse_loss(outputs.sample.float(), inputs["labels"].float())
-        return (loss, outputs) if return_outputs else loss
+        if return_outputs:
+            return (loss, outputs)
+        return loss
 
 
 TRAINER = NoiseTrainer
@@ -109,6 +111,7 @@ class Noised(Dataset[dict[str, Tensor]]):
         noise = torch.tensor(random.standard_normal(clean.shape, dtype=np.float32))
         time = torch.tensor(random.integers(self.scheduler.config.num_train_timesteps, size=1))
         velocity = self.scheduler.config.prediction_type == "v_prediction"
+
         return {
             "sample": self.scheduler.add_noise(clean, noise, time)[0],
             "timestep": time[0],
@@ -134,12 +137,15 @@ def pictures(task: Task) -> dict[str, list[Item[Source]]]:
     where = locate(task.data)
     if not is_local(where):
         return {split: _rows(where, split, rows, task.image_column) for split, rows in hub(where).items()}
+
     parts = {}
     for split, folder in split_paths(Path(where)).items():
         files = sorted(path for path in folder.glob("*") if path.suffix.lower() in IMAGES)
         if not files:
             raise UserError(f"{folder} has no pictures ({', '.join(IMAGES)}); put those of the thing there")
+
         parts[split] = [Item(str(path), cast("Source", partial(Path, path))) for path in files]
+
     return parts
 
 
@@ -187,6 +193,7 @@ def load_data(task: Task, seed: int) -> Data:
         Noised(latents.get(split, latents["train"]), embedding, scheduler, EVALUATED, stream)
         for stream, split in enumerate(("validation", "test"))
     )
+
     return Data(Noised(latents["train"], embedding, scheduler, task.draws, seed + 2), validation, test)
 
 
@@ -196,7 +203,12 @@ def load_base(task: Task) -> Any:
     unet = load_pretrained(UNet2DConditionModel, where, subfolder="unet")
     if unet.config.addition_embed_type is not None:
         raise UserError(f"task.model {where!r} takes more than a prompt; give a Stable Diffusion 1 or 2")
-    unet.name_or_path = str(Path(where) / "unet") if is_local(where) else where
+
+    if is_local(where):
+        unet.name_or_path = str(Path(where) / "unet")
+    else:
+        unet.name_or_path = where
+
     return unet
 
 
@@ -209,6 +221,7 @@ def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[
     parts = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel, "tokenizer": CLIPTokenizer}
     loaded = {name: load_pretrained(kind, where, subfolder=name) for name, kind in parts.items()}
     trained = load_pretrained(DDPMScheduler, where, subfolder="scheduler").config
+
     # What Stable Diffusion's own sampler is set to, where the config of the training noise does not say it.
     sampler = {"steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False}
     scheduler = cast("Any", DDIMScheduler).from_config(trained, **sampler)

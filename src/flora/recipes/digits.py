@@ -68,6 +68,7 @@ class Task:
     def __post_init__(self) -> None:
         if self.rotation % 90:
             raise UserError(f"task.rotation is {self.rotation}, expected a multiple of 90 degrees")
+
         if len(self.hidden_sizes) != len(self.depths):
             raise UserError(
                 f"task.hidden_sizes {self.hidden_sizes} and task.depths {self.depths} differ in length; "
@@ -112,10 +113,12 @@ def load_data(task: Task, seed: int) -> Data:
     most = int(np.bincount(labels[pool]).min())
     if not 1 <= task.labels_per_class <= most:
         raise UserError(f"task.labels_per_class is {task.labels_per_class}, expected 1 to {most}, what the pool has")
+
     chosen = [random.choice(pool[labels[pool] == digit], task.labels_per_class, replace=False) for digit in range(10)]
     parts["train"] = np.concatenate(chosen)
     domain = {name: Digits(parts[name], rotation=task.rotation, invert=task.invert) for name in ("train", "test")}
     validation = Digits(parts["validation"], rotation=task.rotation, invert=task.invert)
+
     return Data(domain["train"], validation, domain["test"])
 
 
@@ -170,6 +173,7 @@ def pretrain(task: Task, folder: Path) -> None:
     )
     config.num_labels = 10
     model = ConvNextV2ForImageClassification(config)
+
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             scratch,
@@ -185,9 +189,11 @@ def pretrain(task: Task, folder: Path) -> None:
         )
         trainer = Trainer(model, arguments, train_dataset=Digits(splits()["base"]))
         show_loss(trainer)
+
         try:
             trainer.train()
         finally:
             torch.set_num_threads(threads)
+
     with staged_folder(folder) as staged, hidden_bars():
         model.cpu().save_pretrained(staged)

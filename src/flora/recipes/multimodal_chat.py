@@ -81,24 +81,30 @@ def messages_of(turns: object, images: int) -> list[dict[str, Any]]:
     """
     if not isinstance(turns, list) or not turns or len(turns) % 2:
         raise UserError("'conversations' must be a list of human and gpt in turn, which ends with an answer")
+
     messages: list[dict[str, Any]] = []
     for at, turn in enumerate(turns):
         given, (role, *names) = parsed(turn, ["from", "value"]), ROLES[at % 2]
         if given["from"] not in names:
             raise UserError(f"turn {at + 1} is from {given['from']!r}, expected {names[0]!r}")
+
         text = given["value"]
         if not isinstance(text, str) or not text.replace(MARK, "").strip():
             raise UserError(f"turn {at + 1} has an empty text or none: {text!r}")
         if role == "assistant" and MARK in text:
             raise UserError(f"turn {at + 1} is an answer with {MARK}, which only questions may have")
+
         content: list[dict[str, Any]] = []
         for at_image, piece in enumerate(text.split(MARK)):
             content += [{"type": "image"}] * (at_image > 0)
             content += [{"type": "text", "text": piece.strip()}] * bool(piece.strip())
+
         messages.append({"role": role, "content": content})
+
     marks = sum(part["type"] == "image" for message in messages for part in message["content"])
     if marks != images:
         raise UserError(f"has {images} images but {MARK} {marks} times")
+
     return messages
 
 
@@ -118,10 +124,14 @@ def _image(image: Any, folder: Path) -> dict[str, Any]:
     if isinstance(image, dict):  # of the hub: the bytes of the file
         with Pillow.open(io.BytesIO(image["bytes"])) as opened:
             opened.load()
+
         return {"bytes": image["bytes"], "path": None}
+
     if not isinstance(image, str):
         raise UserError(f"'image' must be the name of a file, got {type(image).__name__}")
+
     _check_once(folder / image)
+
     return {"bytes": None, "path": str(folder / image)}
 
 
@@ -135,7 +145,11 @@ def load_data(task: Task, seed: int) -> Data:
         FileNotFoundError, ValueError: data or processor cannot be loaded, or entries cannot be used.
     """
     where = locate(task.data)
-    beside = Path(where) if Path(where).is_dir() else Path(where).parent
+    if Path(where).is_dir():
+        beside = Path(where)
+    else:
+        beside = Path(where).parent
+
     check = partial(example, folder=Path(task.images or beside).expanduser())
     items = records(where, (".json", ".jsonl"), name=task.subset)
     good = {key: sift(part, check, bad=task.bad_data, what=f"{key} entries") for key, part in items.items()}
@@ -146,6 +160,7 @@ def load_data(task: Task, seed: int) -> Data:
     parts = with_held_out(rows, task.held_out).values()
     train, validation, test = (Dataset.from_list(part).cast_column("images", pictures) for part in parts)
     collate = DataCollatorForVisionLanguageModeling(processor, max_length=task.max_length, assistant_only_loss=True)
+
     return Data(train, validation, test, collate, processor)
 
 
@@ -164,11 +179,14 @@ def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[
     def answer(request: Request) -> dict[str, Any]:
         if not request.prompt:
             raise UserError("this recipe answers questions about images: give one, --prompt 'What is this?'")
+
         with Pillow.open(request.given) as opened:
             image = opened.convert("RGB")
+
         content = [{"type": "image"}, {"type": "text", "text": request.prompt}]
         text = processor.apply_chat_template([{"role": "user", "content": content}])
         inputs = processor(text=text, images=[image], return_tensors="pt", add_special_tokens=False).to(model.device)
+
         return {"text": generated(model, processor.tokenizer, dict(inputs))}
 
     return answer
@@ -199,6 +217,7 @@ class ChatTrainer(AnswerTrainer):
             if moved:
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
                 optimizer.add_param_group({**group, "params": moved, "lr": rate})
+
         return optimizer
 
 

@@ -78,9 +78,11 @@ def load_data(task: Task, seed: int) -> Data:
     kinds = sorted({record.kind for part in found.values() for record in part})
     if len(kinds) > 1:
         raise UserError(f"task.data has records of the kinds {' and '.join(kinds)}; give one kind")
+
     teach_template(tokenizer, kinds[0], task.model)
     rows = with_held_out({key: [record.columns for record in part] for key, part in found.items()}, task.held_out)
     train, validation, test = (Dataset.from_list(part) for part in rows.values())
+
     return Data(train, validation, test, processor=tokenizer)
 
 
@@ -109,10 +111,12 @@ def load_base(task: Task) -> PreTrainedModel:
         bnb_4bit_compute_dtype=torch.bfloat16,
         bnb_4bit_use_double_quant=True,
     )
+
     try:
         model = load_pretrained(AutoModelForCausalLM, locate(task.model), quantization_config=quantization)
     except ImportError as error:
         raise UserError(f"task.load_in_4bit needs bitsandbytes: pip install bitsandbytes ({error})") from None
+
     return cast("PreTrainedModel", prepare_model_for_kbit_training(model, use_gradient_checkpointing=False))
 
 

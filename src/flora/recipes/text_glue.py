@@ -62,7 +62,9 @@ KINDS = {
 def correlation(measure: Callable[..., Any], labels: np.ndarray, predictions: np.ndarray) -> float:
     """A coefficient of correlation; 0 where one side is constant and it is not defined."""
     constant = np.ptp(labels) == 0 or np.ptp(predictions) == 0
-    return 0.0 if constant else float(measure(labels, predictions).statistic)
+    if constant:
+        return 0.0
+    return float(measure(labels, predictions).statistic)
 
 
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
@@ -137,12 +139,14 @@ def number(label: object, kind: Kind) -> float:
     """
     if label in kind.labels:
         return kind.labels.index(label)
+
     with suppress(TypeError, ValueError):
         value = float(cast("str", label))
         if kind.labels and value in range(len(kind.labels)):
             return int(value)
         if not kind.labels and 0 <= value <= 5:
             return value
+
     names = ", ".join(f"{at} {name}" for at, name in enumerate(kind.labels)) or "a score from 0 to 5"
     raise UserError(f"the label is {label!r}, expected {names}")
 
@@ -162,24 +166,34 @@ def load_data(task: Task, seed: int) -> Data:
     parts = records(locate(task.data), (".jsonl", ".tsv", ".csv"), [*kind.texts, "label"], task.name)
     if parts.get("test") and all(map(hidden, parts["test"])):
         parts["test"] = parts.pop("validation", [])
+
     check = partial(example, kind=kind)
     good = {key: sift(part, check, bad=task.bad_data, what=f"{key} rows") for key, part in parts.items() if part}
     rows = with_held_out({key: [check(item.value) for item in part] for key, part in good.items()})
+
     if task.train_size is not None:
         if not 1 <= task.train_size <= (most := len(rows["train"])):
             raise UserError(f"task.train_size is {task.train_size}, expected 1 to {most}, the training rows there are")
+
         rows["train"] = random.Random(seed).sample(rows["train"], task.train_size)
+
     tokenizer = load_pretrained(AutoTokenizer, locate(task.model))
     train, validation, test = (Examples(part, tokenizer, task.max_length) for part in rows.values())
+
     return Data(train, validation, test, DataCollatorWithPadding(tokenizer), tokenizer)
 
 
 def load_base(task: Task) -> PreTrainedModel:
     """The encoder with a new head for the task, whose name is kept in the model's config."""
     names = dict(enumerate(KINDS[task.name].labels))
-    labels = {"id2label": names, "label2id": {name: at for at, name in names.items()}} if names else {"num_labels": 1}
+    if names:
+        labels = {"id2label": names, "label2id": {name: at for at, name in names.items()}}
+    else:
+        labels = {"num_labels": 1}
+
     model = load_pretrained(AutoModelForSequenceClassification, locate(task.model), **labels)
     model.config.finetuning_task = task.name
+
     return cast("PreTrainedModel", model)
 
 
@@ -204,9 +218,14 @@ def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[
         texts = [text.strip() for text in request.given.split("|||")]
         if len(texts) != len(kind.texts) or not all(texts):
             raise UserError(f"{request.given!r}: expected {' ||| '.join(kind.texts)}, as the task {task.name} has them")
+
         options = {"truncation": True, "max_length": task.max_length, "return_tensors": "pt"}
         logits = model(**tokenizer(*texts, **options).to(model.device)).logits[0]
-        return ranked(logits, kind.labels) if kind.labels else {"score": round(float(logits), 4)}
+
+        if kind.labels:
+            return ranked(logits, kind.labels)
+
+        return {"score": round(float(logits), 4)}
 
     return answer
 
@@ -214,6 +233,11 @@ def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[
 def compute_metrics(prediction: EvalPrediction, name: str = "rte") -> dict[str, float]:
     """The metrics of a task and, as GLUE counts it, their mean ``score``."""
     kind, outputs = KINDS[name], cast("np.ndarray", prediction.predictions)
-    answers = outputs.argmax(-1) if kind.labels else outputs.reshape(-1)
+    if kind.labels:
+        answers = outputs.argmax(-1)
+    else:
+        answers = outputs.reshape(-1)
+
     found = {key: float(METRICS[key](cast("np.ndarray", prediction.label_ids), answers)) for key in kind.metrics}
+
     return {**found, "score": sum(found.values()) / len(found)}

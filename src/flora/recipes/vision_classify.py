@@ -74,6 +74,7 @@ def read_parts(task: Task) -> tuple[dict[str, list[Item[Example]]], list[str]]:
     where = locate(task.data)
     parts: dict[str, list[Item[Example]]] = {}
     names: dict[str, list[str]] = {}
+
     if is_local(where):
         for split, folder in split_paths(Path(where)).items():
             files, names[split] = class_folders(folder)
@@ -91,19 +92,28 @@ def read_parts(task: Task) -> tuple[dict[str, list[Item[Example]]], list[str]]:
                 Item(f"{where} ({split}), row {row}", Example(image, label))
                 for row, (image, label) in enumerate(zip(images, labels, strict=True))
             ]
+
     return parts, names["train"]
 
 
 def _class_name(label: int | str | None, names: list[str]) -> str:
     """The class that a label of the hub means; what is no class stays as it is, to be named in a message."""
-    return names[label] if isinstance(label, int) and 0 <= label < len(names) else str(label)
+    if isinstance(label, int) and 0 <= label < len(names):
+        return names[label]
+    return str(label)
 
 
 def prepare(example: Example, draw: Random | None, labels: list[str], processor: Any) -> dict[str, Tensor]:
     """The image as the model takes it, where there are draws cropped and mirrored first."""
     image = read_image(example.image).convert("RGB")
-    image = image if draw is None else crop_and_mirror([image], CROP, draw)[0]
+
+    if draw is None:
+        image = image
+    else:
+        image = crop_and_mirror([image], CROP, draw)[0]
+
     pixels = processor(image, return_tensors="pt")["pixel_values"][0]
+
     return {"pixel_values": pixels, "labels": torch.tensor(labels.index(example.name))}
 
 
@@ -128,6 +138,7 @@ def load_data(task: Task, seed: int) -> Data:
     ready = partial(prepare, labels=labels, processor=processor)
     train = Prepared(good["train"], ready, seed if task.augment else None)
     validation, test = (Prepared(good[name], ready) for name in ("validation", "test"))
+
     return Data(train, validation, test, processor=processor, labels=labels)
 
 

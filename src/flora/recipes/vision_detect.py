@@ -98,6 +98,7 @@ def load_data(task: Task, seed: int) -> Data:
     processor = load_pretrained(AutoImageProcessor, locate(task.model), backend="pil")
     train = Prepared(good["train"], prepare, seed if task.augment else None)
     validation, test = (Prepared(good[name], prepare) for name in ("validation", "test"))
+
     return Data(train, validation, test, partial(collate, processor=processor), processor, labels)
 
 
@@ -114,8 +115,10 @@ class Detection(Trainer):
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         """The loss; the boxes found, (images, boxes, 6): box, category and score; and the true ones, with crowd."""
         inputs = self._prepare_inputs(inputs)
+
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+
         sizes = torch.stack([label["orig_size"] for label in inputs["labels"]])
         processor = cast("Any", self.processing_class)
         found = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)
@@ -124,7 +127,9 @@ class Detection(Trainer):
             best = one["scores"].argsort(descending=True, stable=True)[:DETECTIONS]
             corners, rest = one["boxes"][best], torch.stack([one["labels"], one["scores"]], -1)[best]
             rows.append(torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2], rest], -1).float())
+
         truth = [label["truth"] for label in inputs["labels"]]
+
         return loss.detach(), *(pad_sequence(boxes, batch_first=True, padding_value=PADDING) for boxes in (rows, truth))
 
 
@@ -155,6 +160,7 @@ def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[
         ]
         path = request.file(".png")
         with_boxes(image, boxes).save(path)
+
         return {"boxes": boxes, "file": str(path)}
 
     return answer
@@ -170,14 +176,17 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         "categories": [{"id": int(one)} for one in np.unique(truth[:, 5])],
         "annotations": [{"id": at, **dict(zip(names, row, strict=True))} for at, row in enumerate(rows, start=1)],
     }
+
     if not len(found):
         return dict.fromkeys(("map", "map_50", "map_75"), 0.0)
+
     with redirect_stdout(StringIO()):  # it prints its table
         coco.createIndex()
         evaluation = COCOeval(coco, coco.loadRes(found[:, [0, 1, 2, 3, 4, 6, 5]]), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
+
     return dict(zip(("map", "map_50", "map_75"), map(float, evaluation.stats), strict=False))
 
 

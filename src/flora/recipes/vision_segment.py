@@ -87,10 +87,12 @@ def read_parts(task: Task) -> dict[str, list[Item[Example]]]:
     where = locate(task.data)
     if is_local(where):
         return local_parts(Path(where))
+
     found = {}
     for split, dataset in hub(where).items():
         pairs = zip(hub_images(dataset, task.image_column), hub_images(dataset, task.label_column), strict=True)
         found[split] = [Item(f"{where} ({split}), row {row}", Example(*pair)) for row, pair in enumerate(pairs)]
+
     return found
 
 
@@ -101,8 +103,10 @@ def local_parts(root: Path) -> dict[str, list[Item[Example]]]:
         paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES)
         if not paths:
             raise UserError(f"{folder} has no images ({', '.join(IMAGES)})")
+
         maps = [(root / "annotations" / path.relative_to(root / "images")).with_suffix(".png") for path in paths]
         found[split] = [Item(str(path), Example(path, labels)) for path, labels in zip(paths, maps, strict=True)]
+
     return found
 
 
@@ -115,9 +119,11 @@ def check_example(example: Example, classes: int, reduce: bool) -> None:
     image, labels = read_image(example.image), read_image(example.labels)
     if image.size != labels.size:
         raise UserError(f"the image has {image.size} pixels (width, height), its label map {labels.size}")
+
     values = np.asarray(labels)
     if values.ndim != 2:
         raise UserError(f"its label map has {values.shape[2]} channels, expected one with the number of each class")
+
     largest = max((int(value) for value in np.unique(values) if value != IGNORED), default=0)
     if largest >= classes + reduce:
         raise UserError(f"label {largest} is out of range: there are {classes} classes, reduce_labels is {reduce}")
@@ -126,8 +132,14 @@ def check_example(example: Example, classes: int, reduce: bool) -> None:
 def prepare(example: Example, draw: Random | None, processor: Any) -> dict[str, Tensor]:
     """Image and label map as the model takes them, where there are draws cropped and mirrored first."""
     pair = [read_image(example.image).convert("RGB"), read_image(example.labels)]
-    image, labels = pair if draw is None else crop_and_mirror(pair, CROP, draw)
+
+    if draw is None:
+        image, labels = pair
+    else:
+        image, labels = crop_and_mirror(pair, CROP, draw)
+
     batch = processor(image, segmentation_maps=np.array(labels), return_tensors="pt")
+
     return {name: batch[name][0] for name in ("pixel_values", "labels")}
 
 
@@ -146,6 +158,7 @@ def load_data(task: Task, seed: int) -> Data:
     ready = partial(prepare, processor=processor)
     train = Prepared(good["train"], ready, seed if task.augment else None)
     validation, test = (Prepared(good[name], ready) for name in ("validation", "test"))
+
     return Data(train, validation, test, processor=processor, labels=names)
 
 
@@ -187,6 +200,7 @@ def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[
         label_map(found + task.reduce_labels).save(path)
         shares = np.bincount(found.ravel(), minlength=len(names)) / found.size
         seen = {names[index]: round(float(shares[index]), 4) for index in np.argsort(-shares) if shares[index] > 0}
+
         return {"file": str(path), "classes": seen}
 
     return answer
@@ -206,6 +220,7 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
     right, found = cast("np.ndarray", prediction.predictions).sum(0).T
     true = cast("np.ndarray", prediction.label_ids).sum(0)[:, 0]
     union = found + true - right
+
     return {
         "miou": float((right[union > 0] / union[union > 0]).mean()),
         "macc": float((right[true > 0] / true[true > 0]).mean()),

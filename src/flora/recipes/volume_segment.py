@@ -82,6 +82,7 @@ def read_array(path: Path) -> np.ndarray:
     """The voxels of a NIfTI file, its axes turned to right, anterior, superior."""
     if path.exists() and not path.is_file():
         raise UserError(f"{path.name} is not a regular file")
+
     try:
         found = cast("Any", nibabel).load(path)
         if math.prod(found.shape) > MOST_VOXELS:  # told by the header, before anything is allocated
@@ -96,9 +97,12 @@ def read_pair(pair: Pair, config: VolumeUNetConfig) -> tuple[Tensor, Tensor]:
     image, labels = (read_array(path) for path in pair)
     if image.ndim not in (3, 4) or image.shape[:3] != labels.shape:
         raise UserError(f"the image has size {image.shape}, its labels {labels.shape}")
+
     volume = normalised(image, config)
+
     if bad := sorted(set(np.unique(labels).tolist()) - set(range(config.classes))):
         raise UserError(f"the labels have {bad[0]:g}, expected whole numbers from 0 to {config.classes - 1}")
+
     return volume, torch.tensor(labels.astype(np.int64))
 
 
@@ -117,12 +121,15 @@ def normalised(image: np.ndarray, config: VolumeUNetConfig) -> Tensor:
     """
     if image.ndim not in (3, 4):
         raise UserError(f"the image has {image.ndim} dimensions, expected 3, or 4 with the channels last")
+
     volume = torch.tensor(image.astype(np.float32)).reshape(*image.shape[:3], -1).movedim(-1, 0)
     if len(volume) != config.num_channels:
         raise UserError(f"the image has {len(volume)} channels, the network takes {config.num_channels}")
     if not torch.isfinite(volume).all():
         raise UserError(f"{int((~torch.isfinite(volume)).sum())} voxels are NaN or infinite")
+
     std, mean = torch.std_mean(volume, dim=(1, 2, 3), correction=0, keepdim=True)
+
     return (volume - mean) / std.clamp_min(1e-6)
 
 
@@ -139,14 +146,17 @@ class Volumes(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         image, labels = read_pair(self.pairs[index % len(self.pairs)], self.config)
+
         if self.stream is not None:
             random = np.random.default_rng([self.stream, index])
             room = [max(0, length - most) for length, most in zip(labels.shape, self.size, strict=True)]
             start = [int(random.integers(free + 1)) for free in room]
             window = (slice(None), *(slice(at, at + most) for at, most in zip(start, self.size, strict=True)))
             image, labels = image[window], labels[window[1:]]
+
         missing = [most - length for length, most in zip(labels.shape, self.size, strict=True)]
         margins = [width for lack in reversed(missing) for width in (lack // 2, lack - lack // 2)]
+
         return {"pixel_values": pad(image, margins, value=float(image.min())), "labels": pad(labels, margins)}
 
 
@@ -158,8 +168,10 @@ def find_pairs(root: Path) -> dict[str, list[Item[Pair]]]:
         if labels.is_dir():  # the Decathlon keeps the labels of its test images to itself
             files = sorted(p for p in images.glob("*") if p.name.endswith(NIFTI) and not p.name.startswith("."))
             parts[part] = [Item(str(path), (path, labels / path.name)) for path in files]
+
     if not parts.get("train"):
         raise FileNotFoundError(f"{root} has no volumes in imagesTr with labels in labelsTr; check task.data")
+
     return parts
 
 
@@ -167,6 +179,7 @@ def data_folder(where: str) -> Path:
     """The folder of a data set; one of the hub is downloaded."""
     if is_local(where):
         return Path(where)
+
     from huggingface_hub import snapshot_download
 
     try:
@@ -180,12 +193,14 @@ def network_folder(task: Task) -> str:
     """Where the network is: the folder or hub id of ``task.model``, or the cache, where a random one is put first."""
     if task.model is not None:
         return locate(task.model)
+
     config = VolumeUNetConfig(task.num_channels, task.classes, task.channels, task.strides, task.res_units)
     folder = cache_folder() / f"volume_unet-{hashlib.sha256(config.to_json_string().encode()).hexdigest()[:12]}"
     if not folder.is_dir():
         with torch.random.fork_rng(), staged_folder(folder) as staged, hidden_bars():
             torch.manual_seed(BASE_SEED)
             VolumeUNet(config).save_pretrained(staged)
+
     return str(folder)
 
 
@@ -198,14 +213,17 @@ def load_data(task: Task, seed: int) -> Data:
     config = load_pretrained(VolumeUNetConfig, network_folder(task))
     if task.patch is not None and config.padded(task.patch) != task.patch:
         raise UserError(f"task.patch is {task.patch}, the next that the strides divide is {config.padded(task.patch)}")
+
     parts, check = find_pairs(data_folder(locate(task.data))), partial(read_pair, config=config)
     good = {part: sift(items, check, bad=task.bad_data, what=f"{part} volumes") for part, items in parts.items()}
     pairs = with_held_out({part: [item.value for item in items] for part, items in good.items()})
     sizes = [read_array(labels).shape for part in pairs.values() for _, labels in part]
     size = config.padded([max(lengths) for lengths in zip(*sizes, strict=True)])
     whole = {part: Volumes(pairs[part], config, size) for part in PARTS}
+
     if task.patch is not None:
         whole["train"] = Volumes(pairs["train"], config, task.patch, task.patches, seed)
+
     return Data(whole["train"], whole["validation"], whole["test"])
 
 
@@ -236,6 +254,7 @@ def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[
         path = request.file(".nii.gz")
         files.save(mask, path)
         counts = np.bincount(labels.ravel(), minlength=model.config.classes)
+
         return {"file": str(path), "voxels": {str(number): int(count) for number, count in enumerate(counts)}}
 
     return answer
@@ -259,6 +278,7 @@ def classes_of(model: Any, volume: Tensor, patch: list[int] | None) -> np.ndarra
         padding_mode="constant",
         cval=float(volume.min()),
     )
+
     return logits[0].argmax(0).cpu().numpy()
 
 

@@ -28,8 +28,13 @@ th:first-child, td:first-child, td:last-child { text-align: left }
 def mode_energy(core: Tensor, mode: int) -> list[float]:
     """The share of the squared norm in each direction of a mode, strongest first; all zero for a zero core."""
     unfolded = core.movedim(mode, 0).flatten(1)
-    gram = unfolded @ unfolded.T if unfolded.shape[0] <= unfolded.shape[1] else unfolded.T @ unfolded
+    if unfolded.shape[0] <= unfolded.shape[1]:
+        gram = unfolded @ unfolded.T
+    else:
+        gram = unfolded.T @ unfolded
+
     energy = torch.linalg.eigvalsh(gram).clamp(min=0).flip(0)
+
     return (energy / energy.sum().clamp(min=torch.finfo(energy.dtype).tiny)).tolist()  # type: ignore[no-any-return]
 
 
@@ -59,7 +64,9 @@ def anatomy(folder: Path) -> dict[str, Any]:
                 "energy": [mode_energy(core, mode) for mode in range(core.ndim)],
             }
         )
+
     extras = {name: list(value.shape) for name, value in adapter.extras.items()}
+
     return {
         "folder": str(folder),
         "layers": layers,
@@ -112,8 +119,14 @@ def anatomy_page(report: dict[str, Any]) -> str:
         cells = [f"<td>{html.escape(text)}</td>" for text in _cells(layer).values()]
         bar = f'<td><span class="bar" style="width:{120 * layer["norm"] / largest:.0f}px"></span></td>'
         rows.append(f"<tr>{''.join(cells)}{bar}</tr>")
-    head = "".join(f"<th>{name}</th>" for name in _cells(report["layers"][0])) if report["layers"] else ""
+
+    if report["layers"]:
+        head = "".join(f"<th>{name}</th>" for name in _cells(report["layers"][0]))
+    else:
+        head = ""
+
     title = html.escape(report["folder"])
+
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
         f"<h1>{title}</h1><p>{html.escape(summary(report))}.</p><table><tr>{head}<th></th></tr>{''.join(rows)}</table></html>\n"

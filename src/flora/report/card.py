@@ -51,7 +51,12 @@ def model_card(
         ("training", f"{metrics['seconds']:.1f} s, {metrics['steps']} steps"),
         ("seed", str(metrics["seed"])),
     ]
-    options = f", num_labels={classes}, ignore_mismatched_sizes=True" if classes else ""
+
+    if classes:
+        options = f", num_labels={classes}, ignore_mismatched_sizes=True"
+    else:
+        options = ""
+
     if mapping.get("parent_library", "").startswith("diffusers") and is_hub_id(base):
         options = ', subfolder="unet"'
 

@@ -26,7 +26,10 @@ def comparison_table(rows: Sequence[Row], metric: str, style: str = "github") ->
         style: a format of tabulate.
     """
     lines = [_line(row, rows, metric) for row in rows if "refused" not in row]
-    align = ("left", *["right"] * (len(lines[0]) - 1)) if lines else ()
+    if lines:
+        align = ("left", *["right"] * (len(lines[0]) - 1))
+    else:
+        align = ()
     return str(tabulate(lines, headers="keys", tablefmt=style, colalign=align, disable_numparse=True))
 
 
@@ -45,7 +48,9 @@ def _line(row: Row, rows: Sequence[Row], metric: str) -> dict[str, str]:
 
 
 def _interval(mean: float, half: float) -> str:
-    return f"{mean:+.4f}" if math.isnan(half) else f"{mean:+.4f} ± {half:.4f}"
+    if math.isnan(half):
+        return f"{mean:+.4f}"
+    return f"{mean:+.4f} ± {half:.4f}"
 
 
 def against(row: Row, rows: Sequence[Row]) -> tuple[float, float] | None:
@@ -60,11 +65,14 @@ def against(row: Row, rows: Sequence[Row]) -> tuple[float, float] | None:
     same = [other for other in ours if row["budget"] in (None, other["budget"])]
     if row["method"] == "flora" or not same:
         return None
+
     best = max(same, key=lambda other: float(other["trainable_parameters"]))
     differences = [a - b for a, b in zip(best["values"], row["values"], strict=True)]
     if len(differences) < 2:
         return differences[0], math.nan
+
     spread = statistics.stdev(differences) / math.sqrt(len(differences))
+
     return statistics.mean(differences), float(student.ppf((1 + CONFIDENCE) / 2, len(differences) - 1)) * spread
 
 
@@ -73,9 +81,11 @@ def comparison_notes(report: Row) -> list[str]:
     rows = [row for row in report["rows"] if "refused" not in row]
     budgets = ", ".join(f"{budget:,}" for budget in report["budgets"])
     seeds = ", ".join(map(str, report["seeds"]))
-    runs = (
-        f"Mean and standard deviation over the seeds {seeds}" if "," in seeds else f"One seed ({seeds}), so no spread"
-    )
+    if "," in seeds:
+        runs = f"Mean and standard deviation over the seeds {seeds}"
+    else:
+        runs = f"One seed ({seeds}), so no spread"
+
     notes = [
         f"{runs}; each learning rate was "
         "chosen by the mean of validation over the first seeds (at most three), from one grid for all that goes on "
@@ -89,6 +99,7 @@ def comparison_notes(report: Row) -> list[str]:
             f"{row['title']}: not possible here ({row['refused']})." for row in report["rows"] if "refused" in row
         ),
     ]
+
     return notes + _edges(rows) + _verdicts(rows) + _merged(rows)
 
 
@@ -100,11 +111,17 @@ def _edges(rows: Sequence[Row]) -> list[str]:
         if len(row["search"]) > 1
         and f"{row['learning_rate']:g}" in (next(iter(row["search"])), list(row["search"])[-1])
     ]
-    return [f"The chosen learning rate is at the edge of the grid for {', '.join(names)}."] if names else []
+
+    if names:
+        return [f"The chosen learning rate is at the edge of the grid for {', '.join(names)}."]
+
+    return []
 
 
 def _name(row: Row) -> str:
-    return str(row["title"]) if row["budget"] is None else f"{row['title']} at {row['budget']:,}"
+    if row["budget"] is None:
+        return str(row["title"])
+    return f"{row['title']} at {row['budget']:,}"
 
 
 def _verdicts(rows: Sequence[Row]) -> list[str]:
@@ -114,9 +131,11 @@ def _verdicts(rows: Sequence[Row]) -> list[str]:
         difference = against(row, rows)
         if difference is None or math.isnan(difference[1]):
             continue
+
         mean, half = difference
         word = "not told apart from" if abs(mean) <= half else "better than" if mean > 0 else "worse than"
         judged[word].append(f"{_name(row)} ({mean:+.4f})")
+
     return [f"FLoRA is {word} {', '.join(names)}." for word, names in judged.items() if names]
 
 
@@ -126,9 +145,15 @@ def _merged(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         if row["merge_difference"] is not None:
             worst[row["title"]] = max(worst.get(row["title"], 0.0), row["merge_difference"])
+
     told = ", ".join(f"{title} {difference:.1e}" for title, difference in worst.items())
     failed = {row["title"]: row["merge_error"] for row in rows if row.get("merge_error")}
-    notes = [f"Largest difference between the outputs of a merged model and the unmerged one: {told}."] if worst else []
+
+    if worst:
+        notes = [f"Largest difference between the outputs of a merged model and the unmerged one: {told}."]
+    else:
+        notes = []
+
     return notes + [f"{title} cannot be merged here: {reason}." for title, reason in failed.items()]
 
 
@@ -137,6 +162,7 @@ def comparison_page(report: Row) -> str:
     machine = report["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     notes = "\n".join(f"* {note}" for note in comparison_notes(report))
+
     return (
         f"# {Path(report['recipe']).stem}: the methods compared\n\n"
         f"{comparison_table(report['rows'], report['metric'])}\n\n"

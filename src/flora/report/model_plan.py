@@ -85,8 +85,14 @@ def plan_model(model: nn.Module, config: FloraConfig, *, positions: int = 4096, 
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         meta = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+
+        if isinstance(tensor, nn.Parameter):
+            memo[id(tensor)] = nn.Parameter(meta, tensor.requires_grad)
+        else:
+            memo[id(tensor)] = meta
+
     base = copy.deepcopy(model, memo)
+
     return ModelPlan(_planned(base, type(model).__name__, copy.deepcopy(config), positions, device))
 
 
@@ -107,11 +113,14 @@ class ModelPlan:
 def _planned(base: nn.Module, name: str, config: FloraConfig, positions: int, device: str | None) -> dict[str, Any]:
     """The report for a model that is on the meta device, which is adapted on the way."""
     total = sum(parameter.numel() for parameter in base.parameters())
+
     with torch.device("meta"), user_errors(ValueError):  # PEFT refuses names that the model does not have
         adapted = get_peft_model(cast("Any", base), config)
+
     device = device or ("gpu" if torch.cuda.is_available() else "cpu")
     counts = Counter(_rows(adapted, positions, device == "cpu"))
     trained = sum(row.parameters * count for row, count in counts.items())
+
     return {
         "model": name,
         "class": type(base).__name__,
@@ -145,7 +154,12 @@ def _rows(adapted: nn.Module, positions: int, cpu: bool) -> Iterator[Row]:
                 weight = inner.partition(".")[0].removeprefix("tucker_")
                 form, kind = delta.form, module.row.kind
                 way, mflops = _cost(module, inner.rpartition(".")[2], positions, cpu)
-                label = _generic(name) if weight == "weight" else f"{_generic(name)} {weight}"
+
+                if weight == "weight":
+                    label = _generic(name)
+                else:
+                    label = f"{_generic(name)} {weight}"
+
                 yield Row(label, kind, form.shape, form.ranks, form.num_params, way, mflops)
 
 
@@ -162,10 +176,15 @@ def _left_out(adapted: nn.Module) -> Iterator[tuple[str, str]]:
     for name, module in adapted.named_modules():
         if any(name.startswith(prefix) for prefix in inside):
             continue
+
         if isinstance(module, FloraLayer):
             inside.append(f"{name}.")
         elif next(module.parameters(recurse=False), None) is not None:
-            reason = refusal(module) if find_layer(module) else "not in the table of layers"
+            if find_layer(module):
+                reason = refusal(module)
+            else:
+                reason = "not in the table of layers"
+
             label = f"{_generic(name.removeprefix(PREFIX))} ({type(module).__name__})"
             yield label, reason or "not among target_modules"
 
@@ -198,4 +217,5 @@ def plan_text(report: dict[str, Any]) -> str:
         f"MFLOP/step: beyond the frozen layers, at {report['positions']:,} output positions "
         f"on a {report['device'].upper()}",
     ]
+
     return "\n".join([table, "", *(["not adapted:", *left, ""] if left else []), *summary])

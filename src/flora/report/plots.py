@@ -25,11 +25,14 @@ def loss_curve(path: Path, history: Sequence[dict[str, Any]], title: str) -> Non
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
+
     axes.set(xlabel="step", ylabel="loss", title=title)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
+
     if axes.lines:
         axes.legend(frameon=False)
+
     figure.savefig(path, dpi=120)
 
 
@@ -64,6 +67,7 @@ def quality_against_parameters(path: Path, rows: Sequence[dict[str, Any]], metri
             markersize=8 if ours else 5,
             zorder=3 if ours else 2,
         )
+
     axes.set_xscale("log")
     axes.margins(x=0.08)
     axes.set(xlabel="trainable parameters, head included", ylabel=f"{metric} (test)", title=title)

@@ -20,7 +20,11 @@ def provenance() -> dict[str, object]:
 
 def machine() -> dict[str, object]:
     """The processor, its cores and the accelerator."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        device = "cpu"
+
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -39,6 +43,7 @@ def versions() -> dict[str, str]:
 def commit() -> str | None:
     """The commit of the checkout this package is run from; None outside of one, or without git."""
     folder = Path(__file__).resolve().parent
+
     try:
         command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
@@ -47,4 +52,8 @@ def commit() -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() if tracked.returncode == 0 else None
+
+    if tracked.returncode != 0:
+        return None
+
+    return done.stdout.strip()

@@ -23,7 +23,10 @@ def _description(config: str) -> str:
     comment = [line.removeprefix("#").strip() for line in lines if line.startswith("#")]
     paragraph = " ".join(line for line in comment[1:] if line)
     end = paragraph.find(". ")
-    return paragraph if end < 0 else paragraph[: end + 1]
+    if end < 0:
+        return paragraph
+
+    return paragraph[: end + 1]
 
 
 def task_keys(config: str) -> str:

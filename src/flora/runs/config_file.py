@@ -65,7 +65,9 @@ class Config:
     def text(self, key: str) -> Any:
         """The value of a key at the top that is text: as it was typed where it comes from the command line."""
         given = [item.text for item in self.items if item.key == key]
-        return given[-1] if given else self.values.get(key)
+        if given:
+            return given[-1]
+        return self.values.get(key)
 
     def apply(self, groups: Mapping[str, Any]) -> None:
         """Puts the items of the command line over the values of the file.
@@ -81,22 +83,30 @@ class Config:
             for parent in parents:
                 if place.get(parent) is None:
                     place[parent] = {}
+
                 place = place[parent]
                 if not isinstance(place, dict):
                     raise UserError(f"{item.key} cannot be set: {parent} is a value, not a group of settings")
+
             place[leaf] = _value(item, _type_of(item.key, groups))
 
     def place_of(self, key: str) -> str:
         """Where a key was given, for messages."""
         given = [str(item) for item in self.items if item.key == key or item.key.startswith(f"{key}.")]
-        return given[-1] if given else str(self.path)
+        if given:
+            return given[-1]
+        return str(self.path)
 
     def check_keys(self, groups: Mapping[str, Any]) -> None:
         """Raises a UserError for the first key that no setting has; names the nearest one."""
         known = known_keys(groups)
         for key in _flatten(self.values, groups):
             if key not in known:
-                where = "the command line" if key in [item.key for item in self.items] else self.path
+                if key in [item.key for item in self.items]:
+                    where = "the command line"
+                else:
+                    where = str(self.path)
+
                 raise UserError(f"unknown key {key!r} in {where}{_nearest_key(key, known, groups)}")
 
     def check_types(self, groups: Mapping[str, Any]) -> Namespace:
@@ -109,10 +119,12 @@ class Config:
         parser.add_argument("--recipe", type=str)
         parser.add_argument("--output", type=str)
         parser.add_argument("--seed", type=int, default=0)
+
         for group, kind in groups.items():
             parser.add_class_arguments(kind, group, skip=HIDDEN.get(group, set()), instantiate=False)
 
         given = {key: value for key, value in self.values.items() if value is not None}
+
         try:
             with user_errors(*MALFORMED, about=str(self.path)):
                 return cast("Namespace", parser.parse_object(given))
@@ -120,6 +132,7 @@ class Config:
             key = _key_in(str(error))
             if isinstance(error, UserError) or key is None:
                 raise UserError(f"{self.path}: {' '.join(str(error).split())}") from None
+
             value = _lookup(self.values, key)
             raise UserError(
                 f"{self.place_of(key)}: {key} is {_short(value)}, expected {_type_name(key, groups)}"
@@ -130,8 +143,13 @@ def known_keys(groups: Mapping[str, Any]) -> list[str]:
     """Every key that a config with these groups may have."""
     keys = ["recipe", "output", "seed"]
     for group, kind in groups.items():
-        own = fields(kind) if is_dataclass(kind) else ()
+        if is_dataclass(kind):
+            own = fields(kind)
+        else:
+            own = ()
+
         keys += [f"{group}.{item.name}" for item in own if item.name not in HIDDEN.get(group, ())]
+
     return keys
 
 
@@ -155,6 +173,7 @@ def _load(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} has keys that are not words: {_short(list(given))}")
     if _count(given, MOST_VALUES) > MOST_VALUES:
         raise UserError(f"{path} has more than {MOST_VALUES:,} values; its parts refer to each other")
+
     return given
 
 
@@ -164,10 +183,12 @@ def _count(value: Any, most: int) -> int:
     while waiting and found <= most:
         item = waiting.pop()
         found += 1
+
         if isinstance(item, dict):
             waiting += [*item, *item.values()]
         elif isinstance(item, list):
             waiting += item
+
     return found
 
 
@@ -178,6 +199,7 @@ def _type_of(key: str, groups: Mapping[str, Any]) -> Any:
         return {"recipe": str, "output": str, "seed": int}.get(name)
     if group not in groups:
         return None
+
     try:
         return get_type_hints(groups[group]).get(name)
     except (NameError, TypeError):  # hints that only their own file can read
@@ -185,11 +207,18 @@ def _type_of(key: str, groups: Mapping[str, Any]) -> Any:
 
 
 def _value(item: Item, kind: Any) -> Any:
-    choices = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    if get_origin(kind) in (Union, UnionType):
+        choices = get_args(kind)
+    else:
+        choices = (kind,)
+
     if set(choices) == {str}:
         return item.text
+
     if set(choices) == {str, type(None)}:
-        return None if item.text == "null" else item.text
+        if item.text == "null":
+            return None
+        return item.text
 
     try:
         with user_errors(*MALFORMED, about=f"the value of {_short(str(item))}"):
@@ -214,23 +243,33 @@ def _nearest_key(key: str, known: list[str], groups: Mapping[str, Any]) -> str:
     spoken = [name for name in known if name.rpartition(".")[2] == SPOKEN.get(leaf)]
     same = [name for name in known if name.rpartition(".")[2] == leaf]
     inside = known
+
     if group in groups:
         inside = [name for name in known if name.startswith(f"{group}.")]
 
     near = spoken or same or difflib.get_close_matches(key, inside, n=1) or difflib.get_close_matches(key, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    if near:
+        return f"; did you mean {near[0]!r}?"
+
+    return ""
 
 
 def _key_in(message: str) -> str | None:
     """The key that jsonargparse complains about."""
     found = re.search(r'key "([\w.]+)"', message)
-    return found[1] if found else None
+    if not found:
+        return None
+    return found[1]
 
 
 def _lookup(values: Mapping[str, Any], key: str) -> Any:
     value: Any = values
     for name in key.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
+        if not isinstance(value, dict):
+            value = None
+        else:
+            value = value.get(name)
+
     return value
 
 
@@ -241,7 +280,9 @@ def _type_name(key: str, groups: Mapping[str, Any]) -> str:
         choices = get_args(kind)
     else:
         choices = (kind,)
+
     names = ["null" if choice is type(None) else _plain_name(choice) for choice in choices]
+
     return " or ".join(dict.fromkeys(names))
 
 
@@ -255,4 +296,6 @@ def _plain_name(kind: Any) -> str:
 
 def _short(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    if len(text) <= 80:
+        return text
+    return f"{text[:77]}..."

@@ -60,6 +60,7 @@ def check_weights(trainer: Trainer) -> None:
 
 def _diverged(trainer: Trainer, what: str) -> DivergedError:
     state, rate = trainer.state, trainer.args.learning_rate
+
     if trainer.lr_scheduler is not None:
         rate = float(trainer.lr_scheduler.get_last_lr()[0])
 
@@ -68,6 +69,7 @@ def _diverged(trainer: Trainer, what: str) -> DivergedError:
         kept = "no checkpoint was written before"
     else:
         kept = f"the last good checkpoint is {checkpoint}"
+
     return DivergedError(
         f"training diverged at step {state.global_step + 1}: {what}, at the learning rate {rate:g}; lower "
         f"training.learning_rate (now {trainer.args.learning_rate:g}); {kept}"

@@ -55,11 +55,13 @@ class Merged:
 
     def __str__(self) -> str:
         whole = f"whole models not compared: {self.reason}"
+
         if self.difference is not None:
             whole = (
                 f"merged and unmerged model agree on random inputs: largest difference {self.difference:.2e} "
                 f"(outputs up to {self.magnitude:.2f})"
             )
+
         return f"{self.layers}\n{whole}\nwritten to {self.folder}"
 
 
@@ -113,8 +115,10 @@ def merge(
     with claim(out) as place, _base_folder(first, base, place.folder, run_recipe_file) as folder:
         known = try_base(folder)
         model_class: Any = None if known is None else type(known.model)
+
         if known is None and first.config.get("auto_mapping"):
             model_class = adapted_class(first.config, first.path)
+
         pairs = [(load(source.path, base=known), source.weight) for source in sources]
         marks = _marks(folder, [adapter for adapter, _ in pairs])
 
@@ -133,20 +137,36 @@ def merge(
             check=check,
             companions=_companions(sources),
         )
+
     return Merged(out, layers, **outcome)
 
 
 def _check_request(adapters: Path | Sequence[Path], weights: Sequence[float] | None) -> list[_Source]:
     """The adapters, each checked to be there: below, no path is asked again."""
-    paths = [adapters] if isinstance(adapters, Path) else list(adapters)
-    numbers = [1.0] * len(paths) if weights is None else list(weights)
+    if isinstance(adapters, Path):
+        paths = [adapters]
+    else:
+        paths = list(adapters)
+
+    if weights is None:
+        numbers = [1.0] * len(paths)
+    else:
+        numbers = list(weights)
+
     if len(numbers) != len(paths):
         raise UserError(f"--weights has {len(numbers)} numbers for {len(paths)} adapters; give one for each")
+
     sources = []
     for path, number in zip(paths, numbers, strict=True):
         check_exists(path, "adapter")
-        config = read_json(path / ADAPTER_CONFIG) if (path / ADAPTER_CONFIG).is_file() else {}
+
+        if (path / ADAPTER_CONFIG).is_file():
+            config = read_json(path / ADAPTER_CONFIG)
+        else:
+            config = {}
+
         sources.append(_Source(path, number, config))
+
     return sources
 
 
@@ -159,9 +179,14 @@ def _marks(folder: Path, adapters: Sequence[Adapter]) -> list[str]:
     Raises:
         UserError: the base says that one of them is merged into it already.
     """
-    config = read_json(folder / BASE_CONFIG) if (folder / BASE_CONFIG).is_file() else {}
+    if (folder / BASE_CONFIG).is_file():
+        config = read_json(folder / BASE_CONFIG)
+    else:
+        config = {}
+
     if "model_type" not in config:
         return []
+
     before, marks = list(config.get(MARK) or []), []
     for adapter in adapters:
         forms = [entry.form for entry in adapter.weights.values()]
@@ -171,7 +196,9 @@ def _marks(folder: Path, adapters: Sequence[Adapter]) -> list[str]:
                 f"this adapter is merged into {folder} already ({MARK} in its {BASE_CONFIG} says so): it would be "
                 "applied twice; give the model it was trained on with --base"
             )
+
         marks.append(mark)
+
     return before + marks
 
 
@@ -195,17 +222,21 @@ def _base_folder(source: _Source, base: str | None, scratch: Path, run_recipe_fi
     named = base or source.config.get("base_model_name_or_path")
     if not named:
         raise UserError(f"{source.path} names no base model; give it with --base")
+
     try:
         folder = local_folder(named)
     except FileNotFoundError:
         if not (source.path / CONFIG).is_file():  # no recipe that could make it
             raise
+
         folder = None
+
     if folder is not None and _can_stream(folder, source):
         yield folder
         return
 
     model = load_base(source.path, base, run_recipe_file=run_recipe_file)
+
     with TemporaryDirectory(dir=scratch) as saved, hidden_bars():
         model.save_pretrained(saved)
         yield Path(saved)
@@ -225,6 +256,7 @@ def _can_stream(folder: Path, source: _Source) -> bool:
     # The class may be the same and its head another, with as many classes as the adapter's data has.
     files, heads = Checkpoint(folder), Checkpoint(source.path / ADAPTER)
     sizes = {key.removeprefix("base_model.model."): heads.shape(key) for key in heads}
+
     return all(files.shape(key) == shape for key, shape in sizes.items() if key in files)
 
 
@@ -243,6 +275,7 @@ def _compare_models(
     """
     if not hasattr(model_class, "from_pretrained"):
         return {"reason": "neither the base model nor the adapter says which class the model is of"}
+
     size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     if 2 * size > get_max_memory()["cpu"]:
         return {"reason": f"{size / 1e9:.0f} GB of weights do not fit into memory"}
@@ -250,19 +283,25 @@ def _compare_models(
     with hidden_bars():
         with user_errors(RuntimeError, about=f"the files in {base} cannot be loaded as a {model_class.__name__}"):
             model: Any = model_class.from_pretrained(base).eval()
+
         try:
             inputs = random_inputs(model)
         except UserError as error:
             return {"reason": str(error)}
+
         model = _adapted(model, merged, sources, pairs)
+
         try:
             before = _outputs(model, inputs)
         except Exception as error:  # whatever a model may ask of its inputs beyond their shape
             reason = str(error).partition("\n")[0]
             return {"reason": f"{model_class.__name__} does not run on random inputs ({reason})"}
+
         del model
         after = _outputs(model_class.from_pretrained(merged).eval(), inputs)
+
     difference, magnitude = _compare_outputs(before, after)
+
     return {"difference": difference, "magnitude": magnitude}
 
 
@@ -297,6 +336,7 @@ def _compare_outputs(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple
     """The largest absolute difference, and the largest absolute output."""
     if [output.shape for output in before] != [output.shape for output in after]:
         raise UserError("the merged model has other outputs than the unmerged one; nothing was written")
+
     difference, magnitude = 0.0, 0.0
     for first, second in zip(before, after, strict=True):
         apart = float((second.double() - first.double()).abs().max())
@@ -307,7 +347,9 @@ def _compare_outputs(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple
                 f"the merged model differs from the unmerged one by {apart:.3g} (outputs up to {largest:.3g}, "
                 f"allowed {allowed:.3g}); nothing was written"
             )
+
         difference, magnitude = max(difference, apart), max(magnitude, largest)
+
     return difference, magnitude
 
 
@@ -320,10 +362,16 @@ def _outputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         outputs = model(**inputs)
-    listed = [outputs["logits"]] if isinstance(outputs, Mapping) and "logits" in outputs else _tensors(outputs)
+
+    if isinstance(outputs, Mapping) and "logits" in outputs:
+        listed = [outputs["logits"]]
+    else:
+        listed = _tensors(outputs)
+
     found = [output for output in listed if output.is_floating_point() and output.numel()]
     if not found:
         raise UserError("it returns no floating point tensor")
+
     return found
 
 
@@ -335,4 +383,5 @@ def _tensors(outputs: object) -> list[Tensor]:
         outputs = tuple(outputs.values())
     if isinstance(outputs, (tuple, list)):
         return [tensor for part in outputs for tensor in _tensors(part)]
+
     return []

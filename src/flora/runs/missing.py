@@ -42,6 +42,11 @@ def install_hint(module: str, config: str = "") -> str:
             f"the module {package!r}, which cannot be imported and is no part of flora-peft: install the package that "
             f"has it, or add the folder of {package}.py to PYTHONPATH"
         )
+
     field = FIELDS.get(config.partition("_")[0].partition("-")[0])
-    extra = field if field in bringing else bringing[0]
+    if field in bringing:
+        extra = field
+    else:
+        extra = bringing[0]
+
     return f'{package}, which is not installed: pip install "flora-peft[{extra}]"'

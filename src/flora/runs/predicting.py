@@ -43,6 +43,7 @@ def predict(
     """
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder / CONFIG} does not exist; give a folder that `flora train` wrote")
+
     settings = read_run(folder, run_recipe_file=run_recipe_file)
     recipe = settings.load_recipe()
     make = optional(recipe, "predictor")
@@ -58,12 +59,15 @@ def predict(
 
     out = out or folder / PREDICTIONS
     out.mkdir(parents=True, exist_ok=True)
+
     with torch.inference_mode():
         results = [
             {"input": one, **answer(Request(one, number, name, out, prompt))}
             for number, (one, name) in enumerate(zip(given, names, strict=True))
         ]
+
     write_json(out / RESULTS, results)
+
     return results
 
 
@@ -88,11 +92,13 @@ def expand(inputs: Sequence[str], endings: Sequence[str]) -> list[str]:
             files = sorted(str(file) for file in path.iterdir() if file.name.lower().endswith(tuple(endings)))
             if not files:
                 raise UserError(f"{one} has no files to predict on ({', '.join(endings)})")
+
             found += files
         elif path.is_file():
             found.append(str(path))
         else:
             raise FileNotFoundError(f"{one}: no such file or folder; this recipe takes files ({', '.join(endings)})")
+
     return found
 
 
@@ -113,6 +119,7 @@ def file_names(inputs: Sequence[str], endings: Sequence[str]) -> list[str]:
         name = Path(one).name
         fitting = [ending for ending in endings if name.lower().endswith(ending)] or [Path(name).suffix]
         names.append(name[: len(name) - len(max(fitting, key=len))])
+
     return [name if names.count(name) == 1 else f"{name}-{number}" for number, name in enumerate(names)]
 
 

@@ -37,13 +37,16 @@ def read_run(folder: Path, overrides: Iterable[str] = (), *, run_recipe_file: bo
     """
     run = RunFolder(folder)
     path = run.config
+
     if not run.is_begun:
         raise FileNotFoundError(f"{path} does not exist; give a folder that `flora train` wrote")
+
     if not run_recipe_file and (file := _recipe_file(path)) is not None:
         raise UserError(
             f"the recipe that {path} names is the Python file {file}, which is not run unasked: a folder that somebody "
             "sent can name any file. If it is yours, add --run-recipe-file"
         )
+
     return read(str(path), overrides)
 
 
@@ -53,8 +56,16 @@ def _recipe_file(path: Path) -> str | None:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
         return None  # whoever reads it next says what is wrong
-    name = given.get("recipe") if isinstance(given, dict) else None
-    return name if isinstance(name, str) and name.endswith(".py") else None
+
+    if not isinstance(given, dict):
+        name = None
+    else:
+        name = given.get("recipe")
+
+    if not (isinstance(name, str) and name.endswith(".py")):
+        return None
+
+    return name
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -66,11 +77,14 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist; give the folder of an adapter")
+
     config = read_json(folder / ADAPTER_CONFIG)
+
     if not (folder / ADAPTER).is_file():
         raise FileNotFoundError(f"{folder} has no {ADAPTER}; the training that writes it has not ended")
     if not isinstance(config, dict):
         raise UserError(f"{folder / ADAPTER_CONFIG} holds a {type(config).__name__}, expected a JSON object")
+
     return config
 
 
@@ -99,12 +113,21 @@ def load_base(folder: Path, base: str | None = None, *, run_recipe_file: bool = 
     if run.is_begun and (absent or labels is None):
         settings = read_run(folder, run_recipe_file=run_recipe_file)
         if hasattr(settings.task, "model"):
-            task = settings.task if base is None else replace(settings.task, model=base)
+            if base is None:
+                task = settings.task
+            else:
+                task = replace(settings.task, model=base)
+
             return settings.load_recipe().load_base(task)
+
         if absent:
             return settings.load_recipe().load_base(settings.task)
 
-    head = {} if labels is None else head_options(labels)
+    if labels is None:
+        head = {}
+    else:
+        head = head_options(labels)
+
     try:
         with hidden_bars() if Path(where).is_dir() else nullcontext():  # a download has a bar
             return cast("PreTrainedModel", adapted_class(config, folder).from_pretrained(where, **head))
@@ -141,4 +164,5 @@ def attach(base: PreTrainedModel, folder: Path) -> PeftModel:
         lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
         if not lines:
             raise
+
         raise UserError(f"the adapter {folder} does not fit the base model: {lines[0]}") from None

@@ -44,10 +44,12 @@ def check_same(run: RunFolder, settings: Settings) -> None:
         group, _, name = key.partition(".")
         if group in ("output", "compare") or (group == "training" and name.startswith(FREE)):
             continue
+
         raise UserError(
             f"--resume with another {key}: {run.path} was begun with {old!r}, and now it is {new!r}; resume with the "
             "settings of the run, or give another output=FOLDER"
         )
+
     if run.is_finished and _is_shorter(run, before["training"], now["training"]):
         raise UserError(
             f"{run.path} is a finished run of {_length(before['training'])}, and {_length(now['training'])} are asked "
@@ -87,7 +89,10 @@ def _is_shorter(run: RunFolder, before: Mapping[str, Any], now: Mapping[str, Any
 
 def _number(training: Mapping[str, Any], name: str) -> float:
     """The epochs, or steps, that are asked for; those of the Trainer where none are given."""
-    default = 3.0 if name == "num_train_epochs" else -1
+    if name == "num_train_epochs":
+        default = 3.0
+    else:
+        default = -1
     return float(training.get(name) or default)
 
 

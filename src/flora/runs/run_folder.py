@@ -88,12 +88,16 @@ class RunFolder:
     def labels(self) -> list[str] | None:
         """The names of the classes that the head was made for, or None."""
         path = self.path / LABELS
-        return cast("list[str]", read_json(path)) if path.is_file() else None
+        if not path.is_file():
+            return None
+        return cast("list[str]", read_json(path))
 
     def metrics(self) -> dict[str, Any]:
         """What was measured at the end of training; empty where there is nothing yet."""
         path = self.path / METRICS
-        return cast("dict[str, Any]", read_json(path)) if path.is_file() else {}
+        if path.is_file():
+            return cast("dict[str, Any]", read_json(path))
+        return {}
 
     def last_checkpoint(self) -> Path | None:
         """The newest complete ``checkpoint-*``, or None.
@@ -132,6 +136,7 @@ def _is_complete(checkpoint: Path) -> bool:
         return False
     if not any((checkpoint / name).is_file() for name in WEIGHTS) or not any(checkpoint.glob("rng_state*.pth")):
         return False
+
     try:
         return "global_step" in read_json(checkpoint / STATE)
     except UserError:
@@ -161,9 +166,11 @@ def claim_run(output: Path) -> Iterator[Claim | None]:
 
     with claim(output, keep=[REPLACED]) as place:
         _end_replacement(place)
+
         for folder in (place.target, partial_of(place.target)):
             if (folder / CONFIG).is_file():
                 clear_parts(folder)
+
         yield place
 
 
@@ -183,7 +190,10 @@ def choose_folder(output: Path, *, resume: bool, overwrite: bool) -> RunFolder:
     there, working = RunFolder(output), RunFolder(partial)
 
     if resume:
-        return working if working.is_begun else there
+        if working.is_begun:
+            return working
+        return there
+
     occupied = [run for run in (there, working) if run.is_worth_keeping]
     if occupied and not overwrite:
         run = occupied[-1]
@@ -191,14 +201,18 @@ def choose_folder(output: Path, *, resume: bool, overwrite: bool) -> RunFolder:
             state = "a finished run; "
         else:
             state = "a run that was cut short; --resume goes on with it, "
+
         raise UserError(f"{run.path} holds {state}--overwrite replaces it, output=FOLDER keeps it")
 
     for run in (there, working):  # what goes is only what flora wrote
         if run.is_begun:
             check_replaceable(run.path, run.path, RUN)
+
     if not there.is_worth_keeping:
         return there
+
     _check_ours(partial)
+
     return working
 
 
@@ -207,6 +221,7 @@ def _check_ours(folder: Path) -> None:
         raise UserError(f"{folder} is a file; set output=FOLDER to another place")
     if not folder.is_dir() or (folder / CONFIG).is_file():
         return
+
     if any(not path.name.endswith(PART) for path in folder.iterdir()):
         raise UserError(
             f"{folder} is not an output folder of flora (it has no {CONFIG}); set output=FOLDER to another one"
@@ -223,10 +238,12 @@ def take_place(run: RunFolder, place: Claim) -> None:
         return
 
     note = place.folder / REPLACED
+
     if place.target.exists():
         note.write_text(_identity(place.target), encoding="utf-8")
         sync(note)
         sync(place.folder, deep=False)
+
     put(partial, place)
     _end_replacement(place)
 

@@ -22,15 +22,18 @@ def random_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     """
     name, config = getattr(model, "main_input_name", None), model.config
     random = torch.Generator().manual_seed(0)
+
     try:
         inputs = _inputs(name, config, random)
     except AttributeError as error:  # a config of another kind than those with this input usually have
         raise UserError(f"the config of {type(model).__name__} does not say how large {name!r} is ({error})") from None
+
     if inputs is None:
         raise UserError(
             f"{type(model).__name__} takes {name!r}, and only images (pixel_values), token ids (input_ids) and sound "
             "(input_values, input_features) can be made at random; use merge_and_unload(safe_merge=True) of PEFT"
         )
+
     return {
         key: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
         for key, value in inputs.items()
@@ -45,17 +48,21 @@ def _inputs(name: str | None, config: Any, random: torch.Generator) -> dict[str,
             "timestep": torch.tensor([1.0, 500.0]),
             "encoder_hidden_states": torch.randn(2, 7, config.cross_attention_dim, generator=random),
         }
+
     if name == "pixel_values":
         return {name: torch.randn(2, *_image_shape(config), generator=random)}
     if name == "input_ids":
         return {name: torch.randint(0, config.get_text_config().vocab_size, (2, 16), generator=random)}
     if name == "input_values":
         return {name: torch.randn(2, 16000, generator=random)}
+
     if name == "input_features":
         inputs = {name: torch.randn(2, *_sound_shape(config), generator=random)}
+
         if getattr(config, "is_encoder_decoder", False):
             inputs["decoder_input_ids"] = torch.randint(0, config.vocab_size, (2, 5), generator=random)
         return inputs
+
     return None
 
 

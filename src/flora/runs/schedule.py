@@ -28,6 +28,7 @@ def check_schedule(arguments: TrainingArguments) -> None:
             f"training.learning_rate is {rate:g}, expected above 0 and at most {LARGEST_RATE:g}; "
             "adapters usually learn at 1e-4 to 1e-2"
         )
+
     if arguments.max_steps == 0 or arguments.max_steps < -1:
         raise UserError(f"training.max_steps is {arguments.max_steps}, expected 1 or more; -1 counts epochs instead")
     if arguments.max_steps == -1 and not arguments.num_train_epochs > 0:
@@ -60,6 +61,7 @@ def fit_to_data(arguments: TrainingArguments, examples: int) -> list[str]:
         What was changed or is likely to disappoint, a sentence each.
     """
     notes = []
+
     if arguments.per_device_train_batch_size > examples:
         notes.append(
             f"training.per_device_train_batch_size lowered from {arguments.per_device_train_batch_size} to {examples}: "
@@ -73,12 +75,14 @@ def fit_to_data(arguments: TrainingArguments, examples: int) -> list[str]:
             f"training.warmup_steps is {arguments.warmup_steps:g} in a run of {steps} steps, so the learning rate "
             "never reaches its value; set a share of the run, such as training.warmup_steps=0.1"
         )
+
     if steps < FEW_STEPS:
         notes.append(
             f"this run has only {steps} steps; for a result to rely on, raise training.num_train_epochs "
             f"(now {arguments.num_train_epochs:g}) or lower training.per_device_train_batch_size "
             f"(now {arguments.per_device_train_batch_size})"
         )
+
     return notes
 
 
@@ -86,10 +90,12 @@ def steps_of(arguments: TrainingArguments, examples: int) -> int:
     """The optimiser steps of a run, as the Trainer counts them."""
     if arguments.max_steps > 0:
         return int(arguments.max_steps)
+
     batch = arguments.per_device_train_batch_size * max(1, arguments.n_gpu) * arguments.world_size
     batches = math.ceil(examples / batch)
     per_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
     steps: int = math.ceil(arguments.num_train_epochs * per_epoch)
+
     return steps
 
 

@@ -114,6 +114,7 @@ def read(config: str, overrides: Iterable[str] = ()) -> Settings:
     name = given.text("recipe")
     if not isinstance(name, str):
         raise UserError(f"{path} needs 'recipe: NAME'; `flora recipes` lists them")
+
     recipe = load_recipe(name)
 
     groups: dict[str, Any] = {
@@ -133,8 +134,10 @@ def read(config: str, overrides: Iterable[str] = ()) -> Settings:
         FloraConfig(**adapter)
         task = recipe.Task(**vars(checked.task))
         comparison = Comparison(**vars(checked.compare))
+
     if not 0 <= checked.seed <= LARGEST_SEED:
         raise UserError(f"seed is {checked.seed}, expected 0 to {LARGEST_SEED}")
+
     return Settings(name, _output(given, path), checked.seed, task, adapter, training, comparison, start)
 
 
@@ -149,15 +152,23 @@ def _output(given: Config, path: Path) -> Path:
         return Path("outputs") / path.stem
     if not isinstance(text, str) or text == "" or "\0" in text:
         raise UserError(f"output is {text!r}, expected the path of a folder")
-    return Path(text).expanduser() if text.startswith("~/") else Path(text)
+    if text.startswith("~/"):
+        return Path(text).expanduser()
+
+    return Path(text)
 
 
 def _take_start(given: dict[str, Any], path: Path) -> str:
     """Takes ``adapter.start`` out, which is about the run and no field of the adapter that is saved."""
     adapter = given.get("adapter")
-    start = adapter.pop("start", STARTS[0]) if isinstance(adapter, dict) else STARTS[0]
+    if isinstance(adapter, dict):
+        start = adapter.pop("start", STARTS[0])
+    else:
+        start = STARTS[0]
+
     if start not in STARTS:
         raise UserError(f"{path}: adapter.start is {start!r}, expected one of {', '.join(STARTS)}")
+
     return str(start)
 
 
@@ -177,6 +188,7 @@ def split_flags(overrides: Iterable[str]) -> tuple[dict[str, bool], list[str]]:
             print(f"flora: {item} is a flag now: --{key}", file=sys.stderr)
         else:
             raise UserError(f"{item!r}: {key} is a flag now; write --{key}")
+
     return flags, rest
 
 
@@ -184,4 +196,6 @@ def _plain(value: Any) -> Any:
     """Namespaces as dicts, so that the settings can be written."""
     if isinstance(value, Namespace):
         return value.as_dict()
-    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value

@@ -61,8 +61,10 @@ def make_trainer(model: nn.Module, recipe: Recipe, data: Data, arguments: Traini
     )
     show_loss(trainer)
     trainer.add_callback(KeepCheckpoints())
+
     if hasattr(data.train, "set_epoch"):
         trainer.add_callback(TellEpoch(data.train))
+
     return trainer
 
 
@@ -144,6 +146,7 @@ def training_arguments(settings: Settings, output: Path, **changes: Any) -> Trai
     given = {**defaults, **settings.training, "seed": settings.seed, **changes}
     if given.get("save_strategy") == "no":  # without checkpoints there is no best one to load, and none to look for
         given = {**given, "eval_strategy": "no", "load_best_model_at_end": False}
+
     try:
         arguments = cast("TrainingArguments", optional(settings.load_recipe(), "ARGUMENTS")(str(output), **given))
     except ValueError as error:
@@ -151,8 +154,11 @@ def training_arguments(settings: Settings, output: Path, **changes: Any) -> Trai
             remedy = "; this machine cannot train in bfloat16: set training.bf16=false"
         else:
             remedy = ""
+
         raise UserError(f"the settings under 'training' do not go together here: {error}{remedy}") from None
+
     check_schedule(arguments)
+
     return arguments
 
 
@@ -181,25 +187,38 @@ def train(settings: Settings, *, resume: bool = False, overwrite: bool = False) 
         UserError: the output folder is occupied, or the run to resume has other settings.
         DivergedError: the loss, or a weight, is not finite any more; checkpoints from before are kept.
     """
-    output = settings.output.resolve() if settings.output.is_symlink() else settings.output
+    if settings.output.is_symlink():
+        output = settings.output.resolve()
+    else:
+        output = settings.output
+
     with claim_run(output) as place:
         run = choose_folder(output, resume=resume, overwrite=overwrite)
         if resume and run.is_begun:
             check_same(run, settings)
+
             if is_done(run, settings):
                 return _result(run, place)
 
         # What is not given cannot be wrong: the settings are looked at before anything is loaded.
         arguments = training_arguments(settings, run.path)
-        checkpoint = run.last_checkpoint() if resume else None
+
+        if not resume:
+            checkpoint = None
+        else:
+            checkpoint = run.last_checkpoint()
+
         try:
             metrics = _train(settings, run, arguments, checkpoint, fresh=not resume)
         except BaseException:
             if place is not None:
                 run.discard_start()
+
             raise
+
         if not metrics:
             return {}
+
         return _result(run, place)
 
 
@@ -209,19 +228,23 @@ def _train(
     """Trains, measures and writes; what was measured, or nothing in all but the first of several processes."""
     recipe = settings.load_recipe()
     set_seed(settings.seed)
+
     with arguments.main_process_first(local=False, desc="data and base model"):  # what is cached is made once
         data = recipe.load_data(settings.task, settings.seed)
         base = recipe.load_base(settings.task)
+
     set_seed(settings.seed)
     model, begun = _adapt(base, settings, recipe, data, arguments, checkpoint)
     notes = fit_to_data(arguments, len(cast("Any", data.train)))
 
     if arguments.process_index == 0:
         run.begin(settings.text(), data.labels, fresh=fresh)
+
         if checkpoint is not None:
             print(f"resuming from {checkpoint}")
         elif not fresh:
             print(f"no complete checkpoint in {run.path}, starting at step 0")
+
         print("".join(f"note: {note}\n" for note in notes), end="", flush=True)
 
     trainer = make_trainer(model, recipe, data, arguments)
@@ -245,11 +268,15 @@ def _train(
         "resumed_at": int(checkpoint.name.rpartition("-")[2]) if checkpoint else None,
         **provenance(),
     }
+
     # Where the model is sharded, every process gives its part.
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+
     if not trainer.is_world_process_zero():
         return {}
+
     _write(trainer, state, metrics, run, settings)
+
     return metrics
 
 
@@ -265,12 +292,14 @@ def _adapt(
     with user_errors(ValueError, re.error):  # PEFT refuses names that the model does not have
         if settings.start != "gradient" or checkpoint is not None:
             return get_peft_model(cast("Any", base), _config(settings, checkpoint)), None
+
         first = first_batches(base, recipe, data, arguments)
         model, begun = adapt_and_tell(base, FloraConfig(**settings.adapter), first.batches, loss=first.loss)
         set_seed(settings.seed)  # the order of the samples is then that of a run without this
 
     if arguments.process_index == 0:
         print(begun)
+
     return model, begun
 
 
@@ -289,14 +318,20 @@ def _write(
     """The files that a finished run has besides its checkpoints."""
     with run.finish() as staged:
         cast("Any", trainer.model).save_pretrained(staged, state_dict=state)
+
         if trainer.processing_class is not None:
             cast("Any", trainer.processing_class).save_pretrained(staged)
+
         metrics["adapter_bytes"] = (staged / ADAPTER).stat().st_size
         trainer.state.save_to_json(str(staged / STATE))
         loss_curve(staged / CURVE, trainer.state.log_history, f"{settings.recipe}: loss")
 
         labels = run.labels()
-        classes = None if labels is None else len(labels)
+        if labels is None:
+            classes = None
+        else:
+            classes = len(labels)
+
         card = model_card(metrics, read_json(staged / ADAPTER_CONFIG), str(settings.output), classes)
         write_text(staged / CARD, card)
         write_json(staged / METRICS, metrics)
@@ -323,6 +358,7 @@ def evaluate(
     overrides = list(overrides)
     if other := [item for item in overrides if not item.startswith("task.")]:
         raise UserError(f"{other[0]!r}: only the settings of the data can change here, as task.key=value")
+
     settings = read_run(folder, overrides, run_recipe_file=run_recipe_file)
     run = RunFolder(folder)
     recipe = settings.load_recipe()
@@ -334,16 +370,28 @@ def evaluate(
             f"the data has the classes {data.labels}, but {folder} was trained for {trained_for}; "
             "give these as task.labels"
         )
-    base = recipe.load_base(settings.task) if not overrides else load_base(folder, run_recipe_file=run_recipe_file)
+
+    if not overrides:
+        base = recipe.load_base(settings.task)
+    else:
+        base = load_base(folder, run_recipe_file=run_recipe_file)
+
     model = load_adapter(base, folder)
     arguments = training_arguments(settings, folder, save_strategy="no")
     metrics = measure(make_trainer(model, recipe, data, arguments), dataset)
-    stored = {} if overrides else run.metrics()
+
+    if overrides:
+        stored = {}
+    else:
+        stored = run.metrics()
+
     before = dict(stored.get(split, {}))
+
     if stored.get("processes", 1) > 1:  # several processes weigh the loss of a short last batch like that of a full one
         before.pop("loss", None)
     if not before:
         return metrics, None
+
     return metrics, all(abs(metrics[key] - value) <= SAME * max(1.0, abs(value)) for key, value in before.items())
 
 

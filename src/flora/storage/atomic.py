@@ -73,13 +73,16 @@ def check_target(
 
     if not os.path.lexists(place):
         return
+
     if not overwrite:
         with (
             suppress(UserError, OSError),
             claim(target),
         ):  # a run that was killed at its very end may have left its part
             pass
+
         raise FileExistsError(f"{target} exists; choose another output or ask to overwrite it (--overwrite)")
+
     for source in sources:
         real = _real(Path(source))
         if place == real or place in real.parents:
@@ -123,11 +126,13 @@ def claim(target: Path, *, wait: bool = False, keep: Collection[str] = ()) -> It
 def _claim_folder(place: Path, target: Path, wait: bool, keep: Collection[str]) -> Iterator[Claim]:
     made = _make_parents(place.parent, target)
     folder = place.with_name(_part_name(place.name))
+
     try:
         lock = _lock(folder, target, wait)
     except BaseException:
         _remove_empty(made)
         raise
+
     kept = keep
 
     try:
@@ -138,8 +143,10 @@ def _claim_folder(place: Path, target: Path, wait: bool, keep: Collection[str]) 
         kept = ()
     finally:
         _claimed.pop(place, None)
+
         with suppress(OSError):  # what cannot be removed now is removed by the next claim
             _clear(folder, kept)
+
         _leave(folder, lock)
         _remove_empty(made)
 
@@ -172,6 +179,7 @@ def staged(
         OSError: it cannot be written; nothing is left behind.
     """
     check_target(target, kind, overwrite=overwrite, sources=sources, also=also)
+
     try:
         with claim(target, wait=wait) as place:
             check_target(target, kind, overwrite=overwrite, sources=sources, also=also)  # nobody can change it now
@@ -205,12 +213,15 @@ def staged_files(folder: Path, last: str) -> Iterator[Path]:
     new = folder / PART
     _remove(new)
     new.mkdir()
+
     try:
         yield new
         sync(new, mode=new.stat().st_mode)
         (folder / last).unlink(missing_ok=True)
+
         for path in sorted(new.iterdir(), key=lambda path: path.name == last):
             path.replace(folder / path.name)
+
         sync(folder, deep=False)
     finally:
         _remove(new)
@@ -227,12 +238,17 @@ def put(source: Path, place: Claim) -> None:
     if not os.path.lexists(target):
         source.rename(target)
     elif source.is_dir() != target.is_dir():
-        code = errno.EISDIR if target.is_dir() else errno.ENOTDIR
+        if target.is_dir():
+            code = errno.EISDIR
+        else:
+            code = errno.ENOTDIR
+
         raise OSError(code, os.strerror(code), str(target))
     elif source.is_file() and target.is_file():
         source.replace(target)
     elif not exchange(source, target):
         target.rename(place.folder / OLD)
+
         try:
             source.rename(target)
         except BaseException:
@@ -319,12 +335,14 @@ def _lock(folder: Path, target: Path, wait: bool) -> Lock:
         except OSError as error:
             with suppress(OSError):  # only if it is empty
                 folder.rmdir()
+
             raise _named(error, target) from None
 
         if lock is None:
             raise _busy(target)
         if lock.is_of(folder / LOCK):
             return lock
+
         lock.release()
 
 

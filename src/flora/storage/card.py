@@ -57,7 +57,12 @@ def adapter_card(
         model_name=title if results else None,
         eval_results=list(results) or None,
     )
-    told = f"the base model `{base}`" if is_hub_id(base) else "a base model that is not on the hub"
+
+    if is_hub_id(base):
+        told = f"the base model `{base}`"
+    else:
+        told = "a base model that is not on the hub"
+
     lead = (
         f"A FLoRA adapter for {told}: the change of each weight is a small Tucker form with as many dimensions as the "
         f"weight. Written by [flora-peft]({HOME})."
@@ -65,6 +70,7 @@ def adapter_card(
     library, loading = _how_to_load(config, base, options)
     load = LOAD.format(library=library, base=loading, folder=folder)
     parts = [f"---\n{data.to_yaml()}\n---", f"# {title}", lead, load.rstrip(), about.strip()]
+
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -80,14 +86,24 @@ def _how_to_load(config: Mapping[str, Any], base: str, options: str) -> tuple[st
     known = module.partition(".")[0] in ("transformers", "diffusers", "flora")
     if not base or (mapping and not known):
         return "", "base = ...  # the model as it was before the adapter was attached"
+
     if not mapping:
         task = str(config.get("task_type"))
         name = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSequenceClassification"}.get(
             task, "AutoModel"
         )
         module = "transformers"
-    library = module if module.startswith("flora.") else module.partition(".")[0]
-    where = base if is_hub_id(base) else "path/to/the/base/model"
+
+    if module.startswith("flora."):
+        library = module
+    else:
+        library = module.partition(".")[0]
+
+    if is_hub_id(base):
+        where = base
+    else:
+        where = "path/to/the/base/model"
+
     return f"from {library} import {name}\n", f'base = {name}.from_pretrained("{where}"{options})'
 
 
@@ -98,6 +114,8 @@ def fill_blank_card(folder: Path, config: Mapping[str, Any]) -> None:
         text = path.read_text(encoding="utf-8")
         if "import flora" in text or BLANK not in text:
             return
+
         # PEFT promises this entry to its readers, also where it is no id of the hub.
         card.data["base_model"] = ModelCard(text, ignore_metadata_errors=True).data.get("base_model")
+
     card.save(path)

@@ -37,7 +37,12 @@ class Checkpoint:
     def _open(self, path: Path) -> None:
         self.path = check_exists(Path(path), "model")
         self.index: Path | None = None
-        files = [self.path] if self.path.is_file() else self._find_files()
+
+        if self.path.is_file():
+            files = [self.path]
+        else:
+            files = self._find_files()
+
         self.folder = files[0].parent
         self.shards: dict[str, list[str]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -50,6 +55,7 @@ class Checkpoint:
                     view = handle.get_slice(name)
                     self._shapes[name], self._dtypes[name] = tuple(view.get_shape()), view.get_dtype()
                     self._files[name] = file.name
+
         self._check_index()
 
     def _find_files(self) -> list[Path]:
@@ -63,25 +69,34 @@ class Checkpoint:
                     f"{self.path} lacks {len(missing)} of {len(names)} shards that {self.index.name} names (first: "
                     f"{missing[0]}); copy or download them"
                 )
+
             return [self.path / name for name in names]
+
         usual = [self.path / f"{name}.safetensors" for name in NAMES]
         found = next((path for path in usual if path.is_file()), None)
         others = sorted(self.path.glob("*.safetensors"))
         if found is None and len(others) != 1:
-            reason = f"{len(others)} safetensors files and no index" if others else "no safetensors file"
+            if others:
+                reason = f"{len(others)} safetensors files and no index"
+            else:
+                reason = "no safetensors file"
+
             raise FileNotFoundError(
                 f"{self.path} has {reason}; save the model with save_pretrained, which writes model.safetensors"
             )
+
         return [found or others[0]]
 
     def _weight_map(self) -> dict[str, str]:
         if self.index is None:
             return {}
+
         found = read_object(self.index).get("weight_map")
         if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
             raise UserError(f"{self.index} has no weight_map of names to files; copy or download it again")
         if strange := next((file for file in found.values() if Path(file).name != file), None):
             raise UserError(f"{self.index} names the shard {strange!r}, which is not a file beside it")
+
         return found
 
     def _check_index(self) -> None:

@@ -34,6 +34,7 @@ def hidden_bars() -> Iterator[None]:
     """No bars of transformers for loading and saving inside."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
+
     try:
         yield
     finally:

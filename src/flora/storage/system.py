@@ -34,6 +34,7 @@ class Lock:
     def take(cls, path: Path, *, wait: bool) -> Lock | None:
         """The lock, or None where another process has it and this one does not wait."""
         handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
         if fcntl is None:
             return cls(handle)
 
@@ -43,6 +44,7 @@ class Lock:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 os.close(handle)
                 return None
+
             if error.errno not in CANNOT:
                 os.close(handle)
                 raise
@@ -77,6 +79,7 @@ def exchange(first: Path, second: Path) -> bool:
     code = ctypes.get_errno()
     if code in CANNOT:
         return False
+
     raise OSError(code, os.strerror(code), str(first), None, str(second))
 
 
@@ -84,11 +87,13 @@ def _exchange_call() -> Any:
     """A function of two paths that returns 0 where it has exchanged them; None where the system has none."""
     if sys.platform not in ("linux", "darwin"):
         return None
+
     library = ctypes.CDLL(None, use_errno=True)
     if sys.platform == "linux" and hasattr(library, "renameat2"):
         return lambda first, second: library.renameat2(AT_FDCWD, first, AT_FDCWD, second, EXCHANGE)
     if sys.platform == "darwin" and hasattr(library, "renamex_np"):
         return lambda first, second: library.renamex_np(first, second, EXCHANGE)
+
     return None
 
 
@@ -101,8 +106,12 @@ def sync(path: Path, *, mode: int | None = None, deep: bool = True) -> None:
             bits that make files executable. None leaves their modes.
         deep: with everything inside; False for the names in a folder alone.
     """
-    folders = [path] if path.is_dir() else []
-    files = [] if path.is_dir() else [path]
+    if path.is_dir():
+        folders = [path]
+        files = []
+    else:
+        folders = []
+        files = [path]
 
     if deep:
         for root, names, others in os.walk(path):
@@ -113,11 +122,14 @@ def sync(path: Path, *, mode: int | None = None, deep: bool = True) -> None:
         if not file.is_symlink() and file.is_file():
             if mode is not None:
                 file.chmod(mode & 0o666)
+
             _flush(file)
+
     for folder in folders:
         if not folder.is_symlink():
             if mode is not None:
                 folder.chmod(mode & 0o7777)
+
             _flush(folder)
 
 
@@ -126,6 +138,7 @@ def _flush(path: Path) -> None:
         handle = os.open(path, os.O_RDONLY)
     except PermissionError:  # a file without the right to read it, or Windows' folders
         return
+
     try:
         os.fsync(handle)
     except OSError as error:

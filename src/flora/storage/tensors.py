@@ -57,16 +57,20 @@ def open_tensors(path: Path) -> Iterator[Any]:
         ValueError: it is truncated, corrupt or not a safetensors file.
     """
     check_exists(path, "tensor file")
+
     if not path.is_file():
         raise UserError(f"{path} is not a file of tensors; give the file itself")
+
     try:
         with path.open("rb") as stream:  # the system's own reason, which safetensors does not tell from a bad file
             stream.read(1)
+
         handle = safe_open(str(path), framework="pt")
     except SafetensorError as error:
         raise UserError(f"{path} is truncated or corrupt: {error}; copy or download it again") from None
     except OSError as error:
         raise OSError(f"{path} cannot be read: {error.strerror or error}") from None
+
     with handle:
         yield handle
 
@@ -87,6 +91,7 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
         ValueError: it is corrupt, or holds more than tensors.
     """
     check_exists(path, "tensor file")
+
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -96,15 +101,20 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
             f"{path} is truncated, corrupt or holds more than tensors; nothing in it was run. Copy it again, or ask "
             "its author for the weights as safetensors"
         ) from None
+
     while isinstance(loaded, Mapping) and not any(isinstance(value, Tensor) for value in loaded.values()):
         inner = next((loaded[key] for key in ("state_dict", "model", "module") if key in loaded), None)
         if inner is None:
             raise UserError(f"{path} has no tensors; its keys are {', '.join(map(repr, list(loaded)[:5]))}")
+
         loaded = inner
+
     if not isinstance(loaded, Mapping):
         raise UserError(f"{path} holds a {type(loaded).__name__}, expected a dict of tensors; save the state_dict")
+
     tensors = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
     check_finite(tensors, path)
+
     return tensors
 
 
@@ -140,12 +150,15 @@ def read_note(metadata: Mapping[str, str], key: str, path: Path) -> dict[str, An
     """
     if key not in metadata:
         return None
+
     try:
         note = json.loads(metadata[key])
     except (ValueError, RecursionError):
         note = None
+
     if not isinstance(note, dict):
         raise UserError(f"{path}: the metadata {key!r} is not the JSON object that flora writes; the file was edited")
+
     return note
 
 
@@ -178,6 +191,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     for key, value in ready.items():
         if value.dtype not in _NAMES:
             raise UserError(f"{key} has dtype {value.dtype}, which a safetensors file cannot hold")
+
     # The widest numbers first, as safetensors does, so that each tensor starts at a multiple of its own size.
     order = sorted(ready, key=lambda key: (-ready[key].element_size(), key))
     layout = [(key, _NAMES[ready[key].dtype], tuple(ready[key].shape)) for key in order]
@@ -203,12 +217,16 @@ def stream_tensors(
     for name, dtype, shape in layout:
         start, end = end, end + math.prod(shape) * _BITS[dtype] // 8
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8 bytes
+
     with path.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
+
         for name, dtype, shape in layout:
             tensor = get(name)
             if tuple(tensor.shape) != shape or tensor.element_size() * 8 != _BITS[dtype]:
                 raise UserError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}")
+
             stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

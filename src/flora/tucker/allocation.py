@@ -41,10 +41,20 @@ def choices(tensor: Tensor, shape: Sequence[int] | None = None, *, most: int | N
         shape: where ``tensor`` stands for a larger one, in orthonormal coordinates: the shape that counts.
         most: the largest rank of a mode that is tried, by default all; a few cost much less than all of a large tensor.
     """
-    shape = tuple(tensor.shape) if shape is None else tuple(shape)
+    if shape is None:
+        shape = tuple(tensor.shape)
+    else:
+        shape = tuple(shape)
+
     total = float(tensor.double().square().sum())
-    most = max(tensor.shape) if most is None else most
+
+    if most is None:
+        most = max(tensor.shape)
+    else:
+        most = most
+
     found = (_of_matrix if tensor.ndim == 2 else _of_tensor)(tensor, shape, total, most)
+
     return _worth_choosing(found, Choice((0,) * tensor.ndim, 0, total))
 
 
@@ -77,6 +87,7 @@ def choices_of_energy(energy: Tensor, shape: Sequence[int], total: float) -> lis
 
     found = zip(ranks[useful].tolist(), params[useful].tolist(), kept.flatten()[useful].tolist(), strict=True)
     listed = [Choice(tuple(own), count, max(total - energy, 0.0)) for own, count, energy in found]
+
     return _worth_choosing(listed, Choice((0,) * len(shape), 0, total))
 
 
@@ -97,16 +108,23 @@ def _of_matrix(tensor: Tensor, shape: tuple[int, ...], total: float, most: int) 
 
 
 def _of_tensor(tensor: Tensor, shape: tuple[int, ...], total: float, most: int) -> list[Choice]:
-    core = tensor.float() if tensor.dtype != torch.float64 else tensor
+    if tensor.dtype != torch.float64:
+        core = tensor.float()
+    else:
+        core = tensor
+
     for mode in range(tensor.ndim):
         core = mode_product(core, leading(tensor, mode, most)[1].T.to(core.dtype), mode)
+
     grids = [_grid(size, width) for size, width in zip(tensor.shape, core.shape, strict=True)]
     kept = core.square()
     for mode, grid in enumerate(grids):
         ends = torch.tensor([min(rank, core.shape[mode]) - 1 for rank in grid])
         kept = kept.cumsum(mode, dtype=torch.float64).index_select(mode, ends)
+
     left = (total - kept).clamp(min=0).flatten().tolist()
     table = torch.cartesian_prod(*[torch.tensor(grid) for grid in grids]).reshape(-1, tensor.ndim).tolist()
+
     return [Choice(tuple(ranks), count_params(shape, ranks), error) for ranks, error in zip(table, left, strict=True)]
 
 
@@ -151,7 +169,9 @@ def spend(options: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Cho
         if name in closed or cost > left:
             closed.add(name)
             continue
+
         chosen[name], left = choice, left - cost
+
     return _fill(options, chosen, left)
 
 
@@ -175,12 +195,15 @@ def _fill(options: Mapping[str, Sequence[Choice]], chosen: dict[str, Choice], le
         best: tuple[float, str, Choice] | None = None
         for name, listed in options.items():
             held = chosen[name]
+
             # Choices come with rising cost and falling error: the dearest that fits is the best.
             choice = listed[bisect_right(listed, held.params + left, key=lambda choice: choice.params) - 1]
             if choice.error < held.error and (best is None or held.error - choice.error > best[0]):
                 best = (held.error - choice.error, name, choice)
+
         if best is None:
             return chosen
+
         _, name, choice = best
         left -= choice.params - chosen[name].params
         chosen[name] = choice

@@ -59,9 +59,15 @@ def decompose(tensor: Tensor, ranks: Ranks, *, sweeps: int = 50, tolerance: floa
         ((1, 1, 1), True)
     """
     ranks = resolve(tensor.shape, ranks, name="tensor")
+
     if not torch.isfinite(tensor).all():
         raise UserError(f"cannot decompose a tensor of shape {tuple(tensor.shape)} with NaN or infinite entries")
-    work = tensor.detach() if tensor.dtype == torch.float64 else tensor.detach().float()
+
+    if tensor.dtype == torch.float64:
+        work = tensor.detach()
+    else:
+        work = tensor.detach().float()
+
     modes = [mode for mode, (rank, size) in enumerate(zip(ranks, tensor.shape, strict=True)) if rank < size]
     total = _energy(work)
     factors = _hosvd(work, ranks, modes)
@@ -73,10 +79,13 @@ def decompose(tensor: Tensor, ranks: Ranks, *, sweeps: int = 50, tolerance: floa
             partial = _project(work, {other: factor for other, factor in factors.items() if other != mode})
             factors[mode] = leading(partial, mode, ranks[mode])[1].to(work.dtype)
             core = mode_product(partial, factors[mode].T, mode)
+
         previous, kept = kept, _energy(core)
         if _error(total, previous) - _error(total, kept) < tolerance:
             break
+
     form = Tucker(core.contiguous(), tuple(factors.get(mode) for mode in range(tensor.ndim)))
+
     return Approximation(form.core, form.factors, _measured_error(work, form, total))
 
 
@@ -111,13 +120,16 @@ def leading(tensor: Tensor, mode: int, rank: int) -> tuple[Tensor, Tensor]:
     if not _are_few(unfolded, rank):
         values, vectors = spectrum(tensor, mode)
         return values[:rank], vectors[:, :rank]
+
     random = torch.Generator().manual_seed(0)
     width = 2 * rank + 8
     right = torch.randn(unfolded.shape[1], width, generator=random, dtype=tensor.dtype)
     for _ in range(ITERATIONS):
         left = torch.linalg.qr(unfolded @ right)[0]
         right = torch.linalg.qr(unfolded.T @ left)[0]
+
     vectors, values, _ = torch.linalg.svd((unfolded @ right).double(), full_matrices=False)
+
     return values[:rank].square(), vectors[:, :rank]
 
 
@@ -147,11 +159,13 @@ def spectrum(tensor: Tensor, mode: int) -> tuple[Tensor, Tensor]:
     if size <= others:
         values, vectors = torch.linalg.eigh(_gram(unfolded))
         return values.flip(0).clamp(min=0), vectors.flip(1)
+
     values, right = torch.linalg.eigh(_gram(unfolded.T))
     values, right = values.flip(0).clamp(min=0), right.flip(1)
     left = torch.empty(size, others, dtype=torch.float64)
     for start in range(0, size, step := max(1, BLOCK // others)):
         left[start : start + step] = unfolded[start : start + step].double() @ right
+
     # QR makes the columns orthonormal, also those of singular values that are zero; signs do not matter here.
     return values, torch.linalg.qr(left)[0]
 
@@ -171,7 +185,9 @@ def _energy(tensor: Tensor) -> float:
 
 
 def _error(total: float, kept: float) -> float:
-    return math.sqrt(max(0.0, 1 - kept / total)) if total else 0.0
+    if total:
+        return math.sqrt(max(0.0, 1 - kept / total))
+    return 0.0
 
 
 def _measured_error(tensor: Tensor, form: Tucker, total: float) -> float:

@@ -60,18 +60,31 @@ class TuckerDelta(nn.Module):
     ) -> None:
         super().__init__()
         self.scale = scale
-        self.fold = parse_fold(fold, shape) if isinstance(fold, str) else fold
-        sizes = tuple(shape) if self.fold is None else self.fold.shape
+        self.fold: Fold | None
+
+        if isinstance(fold, str):
+            self.fold = parse_fold(fold, shape)
+        else:
+            self.fold = fold
+
+        if self.fold is None:
+            sizes = tuple(shape)
+        else:
+            sizes = self.fold.shape
+
         if len(ranks) != len(sizes) or any(not 1 <= rank <= size for rank, size in zip(ranks, sizes, strict=True)):
             raise UserError(f"ranks {tuple(ranks)} do not fit the shape {sizes}: one from 1 to the size per dimension")
+
         self.core = nn.Parameter(torch.empty(*ranks, device=device, dtype=dtype))
         self._factor_names = tuple(
             None if rank == size else f"factor_{mode}"
             for mode, (size, rank) in enumerate(zip(sizes, ranks, strict=True))
         )
+
         for name, size, rank in zip(self._factor_names, sizes, ranks, strict=True):
             if name is not None:
                 self.register_parameter(name, nn.Parameter(torch.empty(size, rank, device=device, dtype=dtype)))
+
         initialize(self.core, self.form.factors, init, roles, identity=init_weights)
 
     @property
@@ -89,23 +102,30 @@ class TuckerDelta(nn.Module):
     @property
     def stored_form(self) -> Tucker:
         """The same tensor as a Tucker form over the dimensions of the stored weight, without the scale."""
-        return self.form if self.fold is None else self.fold.stored_form(self.form)
+        if self.fold is None:
+            return self.form
+        return self.fold.stored_form(self.form)
 
     def stored_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shape of the stored weight and the ranks of ``stored_form``, without forming it."""
         core, factors = self.tensors()
         ranks = tuple(core.shape)
+
         if self.fold is None:
             pairs = zip(ranks, factors, strict=True)
             return tuple([rank if factor is None else factor.shape[0] for rank, factor in pairs]), ranks
+
         shape = self.fold.stored_shape
         sizes = [math.prod([ranks[axis] for axis in group]) for group in self.fold.groups]
+
         return shape, tuple([min(size, rank) for size, rank in zip(shape, sizes, strict=True)])
 
     def dense(self) -> Tensor:
         """``scale * form.to_dense()`` in the shape of the stored weight."""
         dense = self.form.scaled(self.scale).to_dense()
-        return dense if self.fold is None else dense.reshape(self.fold.stored_shape)
+        if self.fold is None:
+            return dense
+        return dense.reshape(self.fold.stored_shape)
 
     def forward(self, weight: Tensor) -> Tensor:
         """``weight + delta``, in the dtype of ``weight``."""

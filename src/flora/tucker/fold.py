@@ -48,11 +48,17 @@ class Fold:
             if len(group) > 1 and math.prod(ranks) >= math.prod([self.shape[axis] for axis in group]):
                 for axis in group:
                     factor = factors[axis]
-                    core = core if factor is None else mode_product(core, factor, axis)
+                    if factor is None:
+                        core = core
+                    else:
+                        core = mode_product(core, factor, axis)
+
                     factors[axis] = None
+
             parts = [factors[axis] for axis in group]
             merged.append(kronecker(parts, ranks))
             sizes.append(math.prod([core.shape[axis] for axis in group]))
+
         return Tucker(core.reshape(sizes), tuple(merged))
 
 
@@ -77,9 +83,12 @@ def parse_fold(pattern: str, shape: Sequence[int], name: str = "weight") -> Fold
     groups_text = re.findall(r"\([^()]*\)|\w+", left)
     names = re.findall(r"\w+", left)
     example = 'write it as "(three heads dim) embed, three=3 heads=12"'
+
     if "->" in pattern or len(set(names)) != len(names) or re.sub(r"[\w\s=,]", "", sizes):
         raise UserError(f"fold {pattern!r} of {name} is not a list of the stored dimensions and sizes; {example}")
+
     prefixed = re.sub(r"(\w+)", r"axis_\1", left)  # einops refuses axes that are Python keywords, such as "in"
+
     try:
         folded = rearrange(
             torch.empty(tuple(shape), device="meta"),
@@ -89,9 +98,11 @@ def parse_fold(pattern: str, shape: Sequence[int], name: str = "weight") -> Fold
     except EinopsError as error:
         reason = str(error).strip().splitlines()[-1].strip().replace("axis_", "")
         raise UserError(f"fold {pattern!r} does not fit {name} of shape {tuple(shape)}: {reason}; {example}") from None
+
     groups, count = [], 0
     for text in groups_text:
         width = len(re.findall(r"\w+", text))
         groups.append(tuple(range(count, count + width)))
         count += width
+
     return Fold(tuple(names), tuple(folded.shape), tuple(groups))

@@ -30,12 +30,14 @@ def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
     """
     before, size, after = math.prod(tensor.shape[:mode]), tensor.shape[mode], math.prod(tensor.shape[mode + 1 :])
     shape = (*tensor.shape[:mode], matrix.shape[0], *tensor.shape[mode + 1 :])
+
     if before == 1:
         product = matrix @ tensor.reshape(size, after)
     elif after == 1:
         product = tensor.reshape(before, size) @ matrix.T
     else:
         product = torch.bmm(matrix.expand(before, -1, -1), tensor.reshape(before, size, after))
+
     return product.view(shape)
 
 
@@ -52,6 +54,7 @@ def kronecker(parts: Sequence[Tensor | None], ranks: Sequence[int]) -> Tensor | 
     like = next((part for part in parts if part is not None), None)
     if like is None:
         return None
+
     matrices = [
         torch.eye(rank, dtype=like.dtype, device=like.device) if part is None else part
         for part, rank in zip(parts, ranks, strict=True)
@@ -61,6 +64,7 @@ def kronecker(parts: Sequence[Tensor | None], ranks: Sequence[int]) -> Tensor | 
         (rows, columns), (height, width) = product.shape, matrix.shape
         product = product.reshape(rows, 1, columns, 1) * matrix.reshape(1, height, 1, width)
         product = product.view(rows * height, columns * width)
+
     return product
 
 
@@ -97,6 +101,7 @@ class Tucker:
                 f"a core of {self.core.ndim} dimensions {tuple(self.core.shape)} needs {self.core.ndim} factors, "
                 f"got {len(self.factors)}; pass None for a mode that is kept whole"
             )
+
         for mode, (rank, factor) in enumerate(zip(self.core.shape, self.factors, strict=True)):
             if factor is not None and (factor.ndim != 2 or factor.shape[1] != rank):
                 raise UserError(
@@ -124,7 +129,9 @@ class Tucker:
 
     def scaled(self, scale: float) -> Tucker:
         """``scale`` times the tensor; itself where that is 1."""
-        return self if scale == 1 else Tucker(scale * self.core, self.factors)
+        if scale == 1:
+            return self
+        return Tucker(scale * self.core, self.factors)
 
     def to_dense(self) -> Tensor:
         """The dense tensor ``(I1, ..., IN)``; the last mode first: the largest product is then one of two matrices."""
@@ -152,6 +159,7 @@ def concatenate(forms: Sequence[Tucker], weights: Sequence[float]) -> Tucker:
         raise UserError(
             f"cannot add Tucker forms of the shapes {[form.shape for form in forms]}; they have to be equal"
         )
+
     ranks = [sum(form.ranks[mode] for form in forms) for mode in range(len(shape))]
     whole = [
         ranks[mode] >= size or any(form.factors[mode] is None for form in forms) for mode, size in enumerate(shape)
@@ -164,15 +172,20 @@ def concatenate(forms: Sequence[Tucker], weights: Sequence[float]) -> Tucker:
         for mode, factor in enumerate(form.factors):
             if whole[mode] and factor is not None:
                 part = mode_product(part, factor, mode)
+
         block = tuple(slice(at, at + length) for at, length in zip(start, part.shape, strict=True))
         core[block] += weight * part
         start = [0 if whole[mode] else at + part.shape[mode] for mode, at in enumerate(start)]
+
     factors = [
         None if whole[mode] else torch.cat([_factor(form, mode) for form in forms], dim=1) for mode in range(len(shape))
     ]
+
     return Tucker(core, tuple(factors))
 
 
 def _factor(form: Tucker, mode: int) -> Tensor:
     factor = form.factors[mode]
-    return factor if factor is not None else torch.eye(form.ranks[mode], dtype=form.core.dtype, device=form.core.device)
+    if factor is not None:
+        return factor
+    return torch.eye(form.ranks[mode], dtype=form.core.dtype, device=form.core.device)

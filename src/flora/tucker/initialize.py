@@ -32,6 +32,7 @@ def zero_first(core: Tensor, factors: Sequence[Tensor | None], over: Sequence[bo
         unfolded = core.view(core.shape[0], -1)
         spread = math.prod(rank for rank, is_summed in zip(core.shape[1:], over[1:], strict=True) if not is_summed)
         nn.init.orthogonal_(unfolded, gain=math.sqrt(spread * max(1.0, unfolded.shape[0] / unfolded.shape[1])))
+
     for factor, is_summed in zip(factors[1:], over[1:], strict=True):
         if factor is not None:
             size, rank = factor.shape
@@ -100,10 +101,14 @@ def initialize(
     """
     if core.is_meta:  # loading with low_cpu_mem_usage: the values come from the file
         return
+
     over = [mode > 0 for mode in range(len(factors))]
+
     if roles is not None:
         over = [role in ("summed", "kernel") for role in roles]
+
     with torch.no_grad():
         INITIALIZERS[name if identity else "orthogonal"](core, factors, over)
+
         if not identity:
             nn.init.normal_(core, std=0.05)

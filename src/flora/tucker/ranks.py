@@ -36,6 +36,7 @@ def check_request(r: object, what: str = "r") -> None:
     if isinstance(r, (list, tuple)):
         if not r:
             raise UserError(f"{what} is an empty list; give one rank per dimension or a single int")
+
         for mode, rank in enumerate(r):
             check_rank(rank, f"{what}[{mode}]")
     else:
@@ -77,36 +78,47 @@ def resolve(
         >>> resolve((96, 1, 7, 7), 8, 2, roles=("output", "summed", "kernel", "kernel"))
         (4, 1, 2, 2)
     """
-    axes = tuple(axes) if axes is not None else tuple(f"d{mode}" for mode in range(len(shape)))
+    axes = tuple(axes or (f"d{mode}" for mode in range(len(shape))))
+
     kernel = _kernel_modes(shape, roles)
     check_request(r)
+
     if isinstance(r, (list, tuple)):
         if len(r) != len(shape):
             raise UserError(
                 f"ranks {tuple(r)} have {len(r)} {'entry' if len(r) == 1 else 'entries'} but "
                 f"{describe(name, shape, axes)} has {len(shape)} dims; give one rank per dim or a single int"
             )
+
         for rank, size, axis in zip(r, shape, axes, strict=True):
             if rank > size:
                 raise UserError(
                     f"rank {rank} of mode '{axis}' is above its size {size} in {describe(name, shape, axes)}; "
                     f"give at most {size} (a rank equal to the size keeps the mode whole)"
                 )
+
         return tuple(r)
+
     if kernel_r is not None:
         check_rank(kernel_r, "kernel_r")
     if len(shape) == 1:  # a 1-D form with a factor would cost more than the weight and reach less
         return tuple(shape)
+
     ranks = []
     for size, is_kernel in zip(shape, kernel, strict=True):
         wanted = r
         if is_kernel:
-            wanted = size if kernel_r is None else kernel_r
+            wanted = kernel_r or size  # None keeps the mode whole
+
         ranks.append(min(wanted, size))
+
     lowered = _lower_to_reach(ranks, kernel)
     reach = tuple(min(size, math.prod(shape) // size) for size in shape)
     full = lowered == reach  # the form is no restriction, so the weight itself is the cheaper parametrisation
-    return tuple(shape) if full and math.prod(shape) <= count_params(shape, lowered) else lowered
+    if full and math.prod(shape) <= count_params(shape, lowered):
+        return tuple(shape)
+
+    return lowered
 
 
 def _kernel_modes(shape: Sequence[int], roles: Sequence[Role] | None) -> tuple[bool, ...]:
@@ -125,6 +137,7 @@ def _lower_to_reach(ranks: list[int], kernel: Sequence[bool]) -> tuple[int, ...]
             others = math.prod(ranks) // ranks[mode]
             if not is_kernel and ranks[mode] > others:
                 ranks[mode], changed = others, True
+
     return tuple(ranks)
 
 
@@ -165,7 +178,11 @@ def solve_budget(weights: Mapping[str, Weight], budget: int, kernel_r: int | Non
     low, high = 1, max(ladder.top for ladder in of.values())
     while low < high:  # the largest uniform rank that fits
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if total(middle) <= budget else (low, middle - 1)
+        if total(middle) <= budget:
+            low, high = (middle, high)
+        else:
+            low, high = (low, middle - 1)
+
     level = {name: ladder.best(low) for name, ladder in of.items()}
     left = budget - total(low)
     while steps := [
@@ -175,6 +192,7 @@ def solve_budget(weights: Mapping[str, Weight], budget: int, kernel_r: int | Non
     ]:
         _, earned, name = min(steps)
         level[name], left = of[name].best(level[name] + 1), left + earned
+
     return {name: ladder.ranks(level[name]) for name, ladder in of.items()}
 
 
@@ -210,4 +228,6 @@ class _Ladder:
 
     def price(self, r: int) -> int | None:
         """What the next request above r costs more; None at the top."""
-        return None if r >= self.top else self.cost(self.best(r + 1)) - self.cost(r)
+        if r >= self.top:
+            return None
+        return self.cost(self.best(r + 1)) - self.cost(r)

@@ -17,6 +17,7 @@ def _add_peft_type() -> None:
     """
     if NAME in PeftType.__members__:
         return
+
     member = str.__new__(PeftType, NAME)
     member._name_ = member._value_ = NAME
     member._sort_order_ = len(PeftType.__members__)  # type: ignore[attr-defined]
@@ -40,10 +41,12 @@ def register() -> None:
     taken = PEFT_TYPE_TO_TUNER_MAPPING.get(PeftType(NAME))
     if taken is FloraModel:
         return
+
     if taken is not None:
         raise ImportError(
             f"PEFT already has a method {NAME!r} ({taken.__module__}.{taken.__qualname__}), so flora-peft cannot "
             f"register "
             "its own under that name; upgrade flora-peft, or install the PEFT version that its release notes name"
         )
+
     register_peft_method(name=NAME.lower(), config_cls=FloraConfig, model_cls=FloraModel, prefix=PREFIX)

@@ -54,7 +54,9 @@ def row_for(module: nn.Module, **quantization: Any) -> Layer | None:
     found = find_layer(module)
     if found is not None:
         return found[1]
-    return LAYERS[nn.Linear] if resolve_quantization_backend(module, **quantization) is not None else None
+    if resolve_quantization_backend(module, **quantization) is None:
+        return None
+    return LAYERS[nn.Linear]
 
 
 class AdaptedLayer(nn.Module, BaseTunerLayer):
@@ -83,6 +85,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         found = row or row_for(base, **(quantization or {}))
         if found is None:
             raise UserError(f"cannot adapt this layer: {refusal(base)}")
+
         self.row = found
 
         self.attributes = {name: f"tucker_{name.replace('.', '_')}" for name in found.weights(base)}
@@ -118,7 +121,10 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     def deltas(self, weight: str | None = None) -> nn.ModuleDict:
         """Adapter name -> ``TuckerDelta`` of one weight, by default of the only or first one."""
-        attribute = self.attributes[weight] if weight is not None else self.adapter_layer_names[0]
+        if weight is not None:
+            attribute = self.attributes[weight]
+        else:
+            attribute = self.adapter_layer_names[0]
         return cast(nn.ModuleDict, self._modules[attribute])
 
     def delta(self, adapter: str, weight: str | None = None) -> TuckerDelta:
@@ -146,6 +152,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         """The biases of the base layer, and of the submodules that hold an adapted weight, by dotted name."""
         base = self.get_base_layer()
         owners = dict.fromkeys(("", *(weight.rpartition(".")[0] for weight in self.attributes)))
+
         return {
             name: value
             for path in owners
@@ -198,7 +205,10 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divides the scale of the active adapters; without an argument restores the configured one."""
         for adapter, weight, delta in self._changes(self.active_adapters):
-            delta.scale = self.settings[adapter].scale[weight] if scale is None else delta.scale / scale
+            if scale is None:
+                delta.scale = self.settings[adapter].scale[weight]
+            else:
+                delta.scale = delta.scale / scale
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT may convert this layer to LoRA from ``get_delta_weight``."""

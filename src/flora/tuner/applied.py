@@ -20,6 +20,7 @@ def warn_of_scale(layers: Iterable[AdaptedLayer], adapter: str) -> None:
         if adapter in layer.settings
         and any(layer.delta(adapter, weight).scale != scale for weight, scale in layer.settings[adapter].scale.items())
     ]
+
     if changed:
         warnings.warn(
             f"{len(changed)} layers (first: {changed[0]}) of the adapter {adapter!r} run at a scale that set_scale or "
@@ -32,6 +33,7 @@ def mark_merged(model: nn.Module, layers: Sequence[AdaptedLayer], adapters: Iter
     """Notes in the config of a model of transformers which adapters are about to be merged into it."""
     if not isinstance(model, PreTrainedModel):
         return
+
     marks = list(getattr(model.config, MARK, None) or [])
     for adapter in adapters:
         held = [layer for layer in layers if adapter in layer.settings]
@@ -39,6 +41,7 @@ def mark_merged(model: nn.Module, layers: Sequence[AdaptedLayer], adapters: Iter
         tensors = [value for delta in deltas for value in delta.parameters()]
         if tensors and not any(value.is_meta for value in tensors):
             marks.append(fingerprint(tensors))
+
     if marks:
         setattr(model.config, MARK, marks)
 

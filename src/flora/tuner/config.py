@@ -41,7 +41,11 @@ def one_of(value: object, allowed: Iterable[str], what: str) -> None:
     allowed = list(allowed)
     if value not in allowed:
         near = difflib.get_close_matches(str(value), allowed, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        if near:
+            hint = f"; did you mean {near[0]!r}?"
+        else:
+            hint = ""
+
         raise UserError(f"{what} is {value!r}, expected one of {', '.join(allowed)}{hint}")
 
 
@@ -140,16 +144,21 @@ class FloraConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
+
         if isinstance(self.r, tuple):
             self.r = list(self.r)
+
         check_entries(vars(self))
+
         if self.kernel_r is not None:
             check_rank(self.kernel_r, "kernel_r")
+
         self._check_spending()
         self._check_types()
         one_of(self.init, INITIALIZERS, "init")
         self._read_way(path)
         one_of(self.bias, BIASES, "bias")
+
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout must be at least 0 and below 1, got {self.dropout}")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -187,6 +196,7 @@ class FloraConfig(PeftConfig):
                     pass
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{weights} is truncated or corrupt: {error}; copy or download it again") from None
+
         return cast(PeftConfig, super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs))
 
     def _read_way(self, path: str | None) -> None:
@@ -194,8 +204,10 @@ class FloraConfig(PeftConfig):
         if path is not None:
             if self.way not in ("auto", OLD_WAYS.get(path, path)):
                 raise UserError(f"way={self.way!r} and its old name path={path!r} are both given; give way alone")
+
             one_of(path, ("auto", *OLD_WAYS), "path, the old name of way,")
             self.way = path  # type: ignore[assignment]
+
         self.way = OLD_WAYS.get(self.way, self.way)  # type: ignore[assignment]
         one_of(self.way, WAYS, "way")
 
@@ -206,8 +218,10 @@ class FloraConfig(PeftConfig):
                 f"scale={self.scale} and alpha={self.alpha} are both given; scale is the constant s itself, alpha sets "
                 "s = alpha / r: give one of them"
             )
+
         if self.budget is not None:
             check_number(self.budget, "budget")
+
             if not self.budget > 0:
                 raise UserError(f"budget must be a fraction below 1 or a count from 1, got {self.budget}")
 
@@ -219,12 +233,15 @@ class FloraConfig(PeftConfig):
         for name in ("init_weights", "inference_mode", "freeze_batch_norm"):
             if not isinstance(getattr(self, name), bool):
                 raise WrongTypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
+
         check_number(self.dropout, "dropout")
 
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             _check_names(getattr(self, name), name, or_one=True)
+
         for name in ("target_parameters", "modules_to_save"):
             _check_names(getattr(self, name), name, or_one=False)
+
         _check_indices(self.layers_to_transform, "layers_to_transform")
         rows = self.trainable_token_indices
         for indices in rows.values() if isinstance(rows, Mapping) else [rows]:
@@ -232,6 +249,7 @@ class FloraConfig(PeftConfig):
 
         if self.layout is not None and not isinstance(self.layout, Mapping):
             raise WrongTypeError(f"layout must map weights to what their dimensions mean, got {self.layout!r}")
+
         for name, entry in (self.layout or {}).items():
             layout_from_json(name, entry)
 
@@ -243,7 +261,12 @@ class FloraConfig(PeftConfig):
 def _check_names(value: object, field: str, *, or_one: bool) -> None:
     if value is None or (or_one and isinstance(value, str)):
         return
-    wanted = "a list of names or one regular expression" if or_one else "a list of names"
+
+    if or_one:
+        wanted = "a list of names or one regular expression"
+    else:
+        wanted = "a list of names"
+
     listed = isinstance(value, (list, tuple, set, frozenset))
     if not listed or not all(isinstance(name, str) and name for name in cast(Iterable[Any], value)):
         raise WrongTypeError(f"{field} must be {wanted}, got {value!r} of type {type(value).__name__}")

@@ -45,6 +45,7 @@ def choice_for(layer: AdaptedLayer, active: list[str], x: Any) -> Choice:
     if not isinstance(x, Tensor) or layer.row.kind not in KINDS:
         work = Work(layer.row.kind, (), (), 0, 0, compiled=torch.compiler.is_compiling())
         return _choose(layer, active, work)
+
     if torch.compiler.is_compiling():
         return _choose(layer, active, _work(layer, active, x, compiled=True))
 
@@ -53,9 +54,12 @@ def choice_for(layer: AdaptedLayer, active: list[str], x: Any) -> Choice:
     choice = layer.choices.get(facts)
     if choice is None:
         choice = _choose(layer, active, _work(layer, active, x, compiled=False))
+
         if len(layer.choices) >= MOST_CHOICES:  # inputs of ever new lengths
             layer.choices.clear()
+
         layer.choices[facts] = choice
+
     return choice
 
 
@@ -69,22 +73,34 @@ def expected_choice(layer: AdaptedLayer, adapter: str, positions: int, cpu: bool
         cpu: whether that is on a CPU.
     """
     work = Work(layer.row.kind, (), (), 0, 0, cpu=cpu)
+
     if layer.row.kind in KINDS:
         transposed, stride = _strides(layer.get_base_layer())
-        inputs = positions // stride if transposed else positions * stride
+        if transposed:
+            inputs = positions // stride
+        else:
+            inputs = positions * stride
+
         work = _shaped(layer, adapter, inputs, positions, cpu, 4, False)
+
     return _choose(layer, [adapter], work), work
 
 
 def _choose(layer: AdaptedLayer, active: list[str], work: Work) -> Choice:
     row, settings = layer.row, [layer.settings[name] for name in active]
     ways = {each.way for each in settings}
-    wanted = "beside" if "beside" in ways else "auto"
+    if "beside" in ways:
+        wanted = "beside"
+    else:
+        wanted = "auto"
+
     if len(ways) == 1:
         wanted = settings[0].way
+
     if row.kind == "parameter":  # a stack of experts may stay apart from its update; no other parameter can
         is_stack = len(layer.delta(active[0]).stored_shapes()[0]) == 3 and not work.compiled
         return choose(work, wanted, can_sum=False, can_add=is_stack)
+
     return choose(
         work,
         wanted,
@@ -99,15 +115,22 @@ def _choose(layer: AdaptedLayer, active: list[str], work: Work) -> Choice:
 def _work(layer: AdaptedLayer, active: list[str], x: Tensor, *, compiled: bool) -> Work:
     """What this input asks of the layer."""
     base: Any = layer.get_base_layer()
+
     if layer.row.kind == "embedding":
         inputs = x.numel()
     elif layer.row.kind == "linear":
         inputs = x.numel() // max(1, x.shape[-1])
     else:
         inputs = x.numel() // max(1, base.in_channels)
+
     transposed, stride = _strides(base)
-    outputs = inputs * stride if transposed else inputs // stride
+    if transposed:
+        outputs = inputs * stride
+    else:
+        outputs = inputs // stride
+
     size = (x if x.is_floating_point() else base.weight).element_size()
+
     return _shaped(layer, active[0], inputs, outputs, device.on_cpu(x), size, compiled)
 
 
@@ -136,7 +159,9 @@ def readable(layer: AdaptedLayer) -> bool:
     base = layer.base_layer
     if base._forward_hooks or base._forward_pre_hooks or "_hf_hook" in base.__dict__:
         return False
+
     weight = base.weight
+
     return (
         type(weight) in (nn.Parameter, Tensor) and layer.quantization_backend is None and not hasattr(weight, SHARDED)
     )
@@ -165,22 +190,30 @@ def _summed(choice: Choice, layer: AdaptedLayer, active: list[str], *args: Any, 
 
     if row.apply is None:
         raise AssertionError("the plan sums where the row has a function of the weight")
+
     return row.apply(base, layer.summed(active, "weight"), getattr(base, "bias", None), *args, **kwargs)
 
 
 def _beside(choice: Choice, layer: AdaptedLayer, active: list[str], *args: Any, **kwargs: Any) -> Any:
     """The base layer's output, and the change by each adapter added to it."""
     remaining, out = active, None
+
     if layer.row.fused is not None and readable(layer) and not _drops(layer, active[0]):
         out = layer.row.fused(choice, layer.base_layer, layer.delta(active[0]), *args, **kwargs)
-        remaining = active if out is None else active[1:]
+        if out is None:
+            remaining = active
+        else:
+            remaining = active[1:]
+
     if out is None:
         out = layer.base_layer(*args, **kwargs)
 
     if layer.quantization_backend is not None:
         out = layer.quantization_backend.maybe_clone_base_result(out)
+
     for adapter in remaining:
         out = out + change_of_output(layer, adapter, *args, **kwargs).to(out.dtype)
+
     return out
 
 
@@ -204,13 +237,26 @@ def _drop(
     rate = layer.settings[adapter].dropout
     if not rate or not layer.training:
         return args, kwargs
-    key = None if args else next(iter(kwargs))
-    x = args[0] if key is None else kwargs[key]
+
+    if args:
+        key = None
+    else:
+        key = next(iter(kwargs))
+
+    if key is None:
+        x = args[0]
+    else:
+        x = kwargs[key]
+
     if not x.is_floating_point():
         return args, kwargs
 
     x = F.dropout(x, rate)
-    return ((x, *args[1:]), kwargs) if key is None else (args, {**kwargs, key: x})
+
+    if key is None:
+        return ((x, *args[1:]), kwargs)
+
+    return (args, {**kwargs, key: x})
 
 
 # ---- an adapter per sample -----------------------------------------------------------------------------------------
@@ -224,17 +270,25 @@ def mixed_output(layer: AdaptedLayer, names: list[str], *args: Any, **kwargs: An
     """
     if layer.merged:
         raise UserError("adapter_names needs unmerged adapters; call unmerge_adapter() first")
+
     known = [name for name in dict.fromkeys(names) if name in layer.settings]
     out: Tensor = layer.base_layer(*args, **kwargs)
+
     if not known:
         return out
+
     adds_up = layer.quantization_backend is not None or is_plain(layer.base_layer)
     if not adds_up or layer.row.kind not in KINDS or isinstance(layer.base_layer, nn.EmbeddingBag):
         raise UserError(
             f"adapter_names (an adapter for each sample) is not possible on {type(layer.base_layer).__name__}: its "
             "output is no sum of the base layer's and the adapter's; run one batch per adapter, with set_adapter"
         )
-    first, rest = (args[0], args[1:]) if args else (kwargs.pop(next(iter(kwargs))), ())
+
+    if args:
+        first, rest = (args[0], args[1:])
+    else:
+        first, rest = (kwargs.pop(next(iter(kwargs))), ())
+
     if len(names) != first.shape[0]:
         raise UserError(f"adapter_names has {len(names)} entries for a batch of {first.shape[0]}; give one for each")
 
@@ -243,4 +297,5 @@ def mixed_output(layer: AdaptedLayer, names: list[str], *args: Any, **kwargs: An
         rows = torch.tensor([row for row, wanted in enumerate(names) if wanted == name], device=first.device)
         change = change_of_output(layer, name, first[rows], *rest, **kwargs)
         out[rows] = out[rows] + change.to(out.dtype)
+
     return out

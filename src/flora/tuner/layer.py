@@ -38,6 +38,7 @@ class FloraLayer(AdaptedLayer):
                 roles=target.roles,
                 init_weights=config.init_weights,
             )
+
         scales = {weight: target.scale for weight, target in targets.items()}
         self.settings[name] = Settings(config.way, config.dropout, scales)
         self.choices.clear()
@@ -52,8 +53,12 @@ class FloraLayer(AdaptedLayer):
         except AttributeError:
             if name == "base_layer" or name.startswith("__"):  # copy and pickle look for these on the instance
                 raise
+
             built = "settings" in vars(self)
-            return reading.attribute(self, name) if built else getattr(self.base_layer, name)
+            if built:
+                return reading.attribute(self, name)
+
+            return getattr(self.base_layer, name)
 
     @property
     def weight(self) -> Tensor:
@@ -88,15 +93,18 @@ class FloraLayer(AdaptedLayer):
         active = self.in_force()
         if not active:
             return self.base_layer(*args, **kwargs)
+
         if "_fsdp_wrapped_module" in self.base_layer._modules:
             raise UserError(
                 "the base layer of an adapted layer is wrapped by FSDP on its own, apart from its adapter: "
                 f"{self.base_layer}; wrap whole blocks (auto_wrap_policy by the class of the transformer block)"
             )
+
         offloaded = hooked(change.delta for change in self._changes(active))
         if offloaded:
             with in_memory(offloaded):
                 return self._adapted(active, *args, **kwargs)
+
         return self._adapted(active, *args, **kwargs)
 
     def _adapted(self, active: list[str], *args: Any, **kwargs: Any) -> Any:

@@ -50,13 +50,16 @@ def check_finite(merged: Iterable[Tensor], adapters: list[str], place: str) -> N
 def merge(layer: AdaptedLayer, adapters: list[str], safe_merge: bool) -> None:
     """Adds the updates of adapters that the layer has to its base weights; see ``FloraLayer.merge``."""
     merged = merged_weights(layer, adapters)
+
     if safe_merge:
         check_finite(merged.values(), adapters, layer.place)
+
         if not layer.merged and layer.quantization_backend is None:
             layer._backup = {weight: base_weight(layer, weight) for weight in layer.attributes}
 
     for weight, value in merged.items():
         _write(layer, weight, value)
+
     layer.merged_adapters.extend(adapters)
 
 
@@ -68,11 +71,13 @@ def unmerge(layer: AdaptedLayer) -> None:
             if old is None:
                 value = base_weight(layer, weight)
                 old = (value - layer.dense(layer.merged_adapters, weight)).to(value.dtype)
+
             taken_off = layer._taken_off.pop(weight, None)
             if taken_off is None:
                 _write(layer, weight, old)
             else:
                 _put_on(layer, weight, old, taken_off)
+
     layer._backup = {}
     layer.merged_adapters.clear()
 
@@ -84,11 +89,13 @@ def base_weight(layer: AdaptedLayer, weight: str) -> Tensor:
             # For inference on a CPU bitsandbytes lays the weight out anew, and PEFT would read it wrongly; asking
             # for the state dict puts it back.
             layer.get_base_layer().state_dict()
+
         return layer.get_base_weight()
 
     owner, leaf = _owner(layer, weight)
     if not parametrize.is_parametrized(owner, leaf):
         return parameter(layer.get_base_layer(), weight).detach()
+
     with _at_rest(_parametrization(owner, leaf)):
         return getattr(owner, leaf).detach()  # type: ignore[no-any-return]
 
@@ -98,6 +105,7 @@ def _write(layer: AdaptedLayer, weight: str, value: Tensor) -> None:
     if layer.quantization_backend is not None:
         layer.set_base_weight(value)
         return
+
     owner, leaf = _owner(layer, weight)
     if not parametrize.is_parametrized(owner, leaf):
         getattr(owner, leaf).data = value
@@ -130,6 +138,7 @@ def _at_rest(parametrizations: Iterable[nn.Module]) -> Iterator[None]:
     training = {module: module.training for each in parametrizations for module in each.modules()}
     for module in training:
         module.training = False
+
     try:
         yield
     finally:
@@ -141,17 +150,21 @@ def _write_through(owner: nn.Module, leaf: str, value: Tensor) -> bool:
     """Writes a weight by the right inverse; where that does not give the weight back, leaves all as it was: False."""
     lists = _parametrization(owner, leaf)
     before = {name: tensor.detach().clone() for name, tensor in lists.state_dict(keep_vars=True).items()}
+
     try:
         with _at_rest(lists):
             setattr(owner, leaf, value)
             miss = (getattr(owner, leaf) - value).abs().max()
+
         if miss <= ROUNDINGS * torch.finfo(value.dtype).eps * value.abs().max():
             return True
     except (ValueError, RuntimeError, NotImplementedError):  # it takes no such weight, or has no right inverse
         pass
+
     with torch.no_grad():
         for name, tensor in lists.state_dict(keep_vars=True).items():
             tensor.data = before[name]
+
     return False
 
 
@@ -161,10 +174,13 @@ def _take_off(owner: nn.Module, leaf: str, value: Tensor) -> Parametrization:
     modules = list(lists)
     originals = {name: tensor.detach().clone() for name, tensor in lists.named_parameters(recurse=False)}
     wanted = any(tensor.requires_grad for tensor in lists.parameters(recurse=False))
+
     with _at_rest(modules):
         parametrize.remove_parametrizations(owner, leaf, leave_parametrized=True)
+
     getattr(owner, leaf).data = value
     getattr(owner, leaf).requires_grad_(wanted)
+
     return Parametrization(modules, originals)
 
 
@@ -173,9 +189,11 @@ def _put_on(layer: AdaptedLayer, weight: str, value: Tensor, taken_off: Parametr
     owner, leaf = _owner(layer, weight)
     wanted = getattr(owner, leaf).requires_grad
     getattr(owner, leaf).data = value
+
     with _at_rest(taken_off.modules):
         for module in taken_off.modules:
             parametrize.register_parametrization(owner, leaf, module, unsafe=True)
+
     lists = _parametrization(owner, leaf)
     for name, tensor in lists.named_parameters(recurse=False):
         tensor.data = taken_off.originals[name]

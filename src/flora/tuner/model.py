@@ -61,8 +61,10 @@ class FloraModel(BaseTuner):
         if isinstance(wanted, str) and wanted.lower() in find.SHORTHANDS:
             peft_config.target_modules = find.expand(wanted.lower(), self.model)
             return peft_config
+
         if wanted is None and peft_config.target_parameters:
             return peft_config
+
         return cast(FloraConfig, super()._prepare_adapter_config(peft_config, model_config))
 
     def _prepare_model(self, peft_config: FloraConfig, model: nn.Module) -> None:
@@ -71,12 +73,14 @@ class FloraModel(BaseTuner):
         selection = Selection(vars(peft_config))
         sites = find.find_sites(peft_config, model, selection)
         self._resolution = Resolution(peft_config, sites)
+
         if not sites:
             find.explain_no_match(peft_config, model)
             return
 
         if peft_config.budget is not None:
             self._resolution.spend(peft_config.budget, model)
+
         find.warn_unmatched(peft_config, model)
         self._resolution.warn()
         find.name_embeddings_in_full(peft_config, sites, model)
@@ -87,7 +91,10 @@ class FloraModel(BaseTuner):
 
     def _check_target_module_exists(self, peft_config: FloraConfig, key: str) -> Any:
         """PEFT asks for each module of the model; during an injection the config's names are sorted out already."""
-        selection = Selection(vars(peft_config)) if self._injecting is None else self._injecting.selection
+        if self._injecting is None:
+            selection = Selection(vars(peft_config))
+        else:
+            selection = self._injecting.selection
         return selection(key)
 
     def _create_and_replace(
@@ -100,20 +107,35 @@ class FloraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        base = target.get_base_layer() if isinstance(target, FloraLayer) else target
+        if isinstance(target, FloraLayer):
+            base = target.get_base_layer()
+        else:
+            base = target
+
         if parameter_name is not None:
             site = find.raw_parameter(current_key.rpartition(".")[0], base, parameter_name)
             same = isinstance(target, ParamWrapper) and target.parameter_name == parameter_name
-            layer = target if same else ParamWrapper(target, parameter_name)
+            if same:
+                layer = target
+            else:
+                layer = ParamWrapper(target, parameter_name)
         else:
             quantization = get_quantization_kwargs(self.model)
-            layer = target if isinstance(target, FloraLayer) else FloraLayer(target, quantization=quantization)
+
+            if isinstance(target, FloraLayer):
+                layer = target
+            else:
+                layer = FloraLayer(target, quantization=quantization)
+
             site = find.Site(current_key, base, layer.row)
+
         cast(FloraLayer, layer).update_layer(adapter_name, peft_config, cast(Resolution, self._resolution).of(site))
         cast(FloraLayer, layer).place = current_key
+
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
+
             self._replace_module(parent, target_name, layer, target)
             self._turn_off_fast_paths(current_key)
 
@@ -130,25 +152,31 @@ class FloraModel(BaseTuner):
         outer = self.model
         for name in key.split("."):
             inner = getattr(outer, name)
+
             if isinstance(outer, nn.TransformerEncoder):
                 outer.use_nested_tensor = False
             if isinstance(outer, nn.TransformerEncoderLayer):
                 inner.register_forward_pre_hook(_called)
+
             outer = inner
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's injection; then the first step with gradients is watched for layers that it does not reach."""
         if not any(isinstance(module, FloraLayer) for module in model.modules()):
             self._trained = {name for name, value in model.named_parameters() if value.requires_grad}
+
         config = self.peft_config[adapter_name]
         self._places = places_of(model)
+
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             if self._injecting is not None:
                 vars(config).update(self._injecting.shown)
+
             self._resolution = self._injecting = None
             self._places = {}
+
         watch(model)
         freeze = any(cast(FloraConfig, other).freeze_batch_norm for other in self.peft_config.values())
         settle_statistics(model, freeze=freeze, training=not config.inference_mode)
@@ -163,7 +191,11 @@ class FloraModel(BaseTuner):
 
     def _check_merge(self, adapter_names: list[str] | None) -> None:
         for layer in self._layers():
-            wanted = layer.active_adapters if adapter_names is None else adapter_names
+            if adapter_names is None:
+                wanted = layer.active_adapters
+            else:
+                wanted = adapter_names
+
             adapters = [name for name in wanted if name in layer.settings and name not in layer.merged_adapters]
             if adapters:
                 with onload_layer(layer):
@@ -180,11 +212,13 @@ class FloraModel(BaseTuner):
             self._check_merge(adapter_names)
         if merge:
             mark_merged(self.model, self._layers(), self.active_adapters if adapter_names is None else adapter_names)
+
         self._places = places_of(self.model)
         model = cast(nn.Module, super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names))
         self._places = {}
         stop_watching(model)
         release_statistics(model)
+
         return model
 
     def _take_out(self, adapter_name: str) -> None:
@@ -203,12 +237,17 @@ class FloraModel(BaseTuner):
         wanted = any(config.bias == BIAS_OF_LAYERS for config in configs)
         before = {id(config): config.bias for config in configs}
         for config in configs:
-            config.bias = "none" if config.bias == BIAS_OF_LAYERS else config.bias
+            if config.bias == BIAS_OF_LAYERS:
+                config.bias = "none"
+            else:
+                config.bias = config.bias
+
         try:
             super()._mark_only_adapters_as_trainable(model)
         finally:
             for config in configs:
                 config.bias = before[id(config)]
+
         for layer in self._layers() if wanted else ():
             for value in layer.biases().values():
                 value.requires_grad = True
@@ -220,16 +259,20 @@ class FloraModel(BaseTuner):
         """The biases that are saved with the adapter: those of "tucker_only" by our own rule."""
         if config.bias != BIAS_OF_LAYERS:
             return super()._get_learnable_bias_state_dict(model, state_dict, config)
+
         found = {}
         for name, layer in model.named_modules():
             if not isinstance(layer, FloraLayer):
                 continue
+
             path = f"{name.removeprefix('_fsdp_wrapped_module.')}.base_layer".lstrip(".")
             inside = layer.base_layer
             while isinstance(inside, FloraLayer):
                 path, inside = f"{path}.base_layer", inside.base_layer
+
             keys = [f"{path}.{bias}" for bias in layer.biases()]
             found.update({key: state_dict[key] for key in keys if key in state_dict})
+
         return found
 
     # ---- an adapter per sample -----------------------------------------------------------------------------------
@@ -241,15 +284,27 @@ class FloraModel(BaseTuner):
         if names is None:
             yield
             return
+
         if self.training:
             raise UserError("adapter_names (an adapter for each sample) works in inference only; call model.eval()")
+
         unknown = sorted(set(names) - {BASE, *self.peft_config})
         if unknown:
             raise UserError(f"adapter_names has unknown adapters {unknown}; there are {sorted(self.peft_config)}")
+
         beams = kwargs.get("num_beams") or 1
         repeated = [name for name in names for _ in range(beams)]
-        encoder = getattr(self.model, "get_encoder", lambda: None)() if beams > 1 else None
-        own = set(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not self.model else set()
+
+        if not (beams > 1):
+            encoder = None
+        else:
+            encoder = getattr(self.model, "get_encoder", lambda: None)()
+
+        if isinstance(encoder, nn.Module) and encoder is not self.model:
+            own = set(encoder.modules())
+        else:
+            own = set()
+
         handles = [
             module.register_forward_pre_hook(
                 partial(_pass_names, list(names) if module in own else repeated), with_kwargs=True
@@ -258,10 +313,12 @@ class FloraModel(BaseTuner):
             if isinstance(module, (FloraLayer, AuxiliaryTrainingWrapper))
         ]
         token = ADAPTER_PER_SAMPLE.set(True)
+
         try:
             yield
         finally:
             ADAPTER_PER_SAMPLE.reset(token)
+
             for handle in handles:
                 handle.remove()
 
@@ -292,19 +349,24 @@ class FloraModel(BaseTuner):
             raise UserError(f"adapter {adapter_name!r} exists already; delete it first or choose another name")
         if len(adapters) != len(weights) or not adapters:
             raise UserError(f"{len(adapters)} adapters and {len(weights)} weights; give one weight for each adapter")
+
         unknown = sorted(set(adapters) - set(self.peft_config))
         if unknown:
             raise UserError(f"adapters {unknown} do not exist; there are {sorted(self.peft_config)}")
+
         places = [set(self._layers_with(adapter)) for adapter in adapters]
         if any(place != places[0] for place in places):
             raise UserError(f"the adapters {list(adapters)} do not adapt the same layers, so they have no common sum")
+
         forms: dict[tuple[str, str], Tucker] = {}
         for name, layer in self._layers_with(adapters[0]).items():
             for weight in layer.attributes:
                 deltas = [layer.delta(adapter, weight) for adapter in adapters]
                 scales = [factor * delta.scale for factor, delta in zip(weights, deltas, strict=True)]
+
                 with torch.no_grad():
                     forms[name, weight] = concatenate([delta.form for delta in deltas], scales)
+
         config = cast(FloraConfig, copy.deepcopy(self.peft_config[adapters[0]]))
         config.r, config.alpha, config.scale, config.scale_pattern, config.init_weights = 8, None, 1.0, {}, True
         config.rank_pattern = {
@@ -344,6 +406,7 @@ class FloraModel(BaseTuner):
                     f"adapter "
                     "(None: absent); load it as a new adapter instead"
                 )
+
         with torch.no_grad():
             for key, value in own.items():
                 value.copy_(given[key])
@@ -369,9 +432,11 @@ class FloraModel(BaseTuner):
             tuner = getattr(model, "base_model", None)
             if isinstance(tuner, cls):
                 tuner._take_out(adapter_name)
+
             raise UserError(
                 f"the adapter does not fit this base model: {misfit}; load it on the model it was trained on"
             )
+
         return remapped
 
 

@@ -37,6 +37,7 @@ class ParamWrapper(FloraLayer):
         """Stacks of experts run with an ``ExpertStack`` in place of the parameter, other parameters with W + dW."""
         name = self.parameter_name
         stand_in: Any
+
         if choice_for(self, active, None).way == "called":
             stand_in = self.summed(active, name)
         else:
@@ -44,6 +45,7 @@ class ParamWrapper(FloraLayer):
             stand_in = ExpertStack.of(self.stored(name), [(delta.stored_form, delta.scale) for delta in deltas])
 
         wrappers_inside = sum(isinstance(part, ParamWrapper) for part in self.modules()) - 1
+
         return call_with(self.base_layer, {"base_layer." * wrappers_inside + name: stand_in}, *args, **kwargs)
 
     def _mixed(self, names: list[str], *args: Any, **kwargs: Any) -> Tensor:

@@ -43,6 +43,7 @@ def under_all_names(model: nn.Module, kind: type[nn.Module], state: Mapping[str,
         inside = {key.removeprefix(first): value for key, value in state.items() if key.startswith(f"{first}.")}
         for other in others:
             found.update({other + rest: value for rest, value in inside.items() if other + rest not in state})
+
     return found
 
 
@@ -52,7 +53,9 @@ def find_misfit(own: Mapping[str, torch.Size], given: Mapping[str, Tensor], pref
         layer, found, tensor = key.removeprefix("base_model.model.").partition(f".{prefix}")
         if found and key not in own:
             return f"it has {tensor!r} for the layer {layer!r}, which the base model lacks or adapts with other ranks"
+
         if found and own[key] != value.shape:
             here = f"of shape {tuple(value.shape)} in the file, but the base model needs {tuple(own[key])}"
             return f"{layer!r} has {tensor!r} {here}"
+
     return None

@@ -59,6 +59,7 @@ def attribute(layer: AdaptedLayer, name: str) -> Any:
     }
     if inside:
         return shell_of(getattr(base, name), inside)
+
     bare = layer.get_base_layer()
     if not _may_read(type(bare), name):
         return getattr(base, name)
@@ -68,6 +69,7 @@ def attribute(layer: AdaptedLayer, name: str) -> Any:
 
     if isinstance(getattr(type(bare), name), property):
         return with_weights(lambda shell: getattr(shell, name))
+
     return lambda *args, **kwargs: with_weights(lambda shell: getattr(shell, name)(*args, **kwargs))
 
 
@@ -78,7 +80,9 @@ def _weights_of(layer: AdaptedLayer) -> dict[str, tuple[AdaptedLayer, str]]:
     while isinstance(part, AdaptedLayer):
         for weight in part.attributes if part.in_force() else ():
             found.setdefault(weight, (part, weight))
+
         part = part.base_layer
+
     return found
 
 
@@ -104,9 +108,11 @@ def read(layer: AdaptedLayer, weight: str) -> Tensor:
     stored = layer.stored(weight)
     if not adapters or not _can_be_summed(layer, stored):
         return stored
+
     if _is_watched():
         _note(layer, weight)
         return layer.summed(adapters, weight)
+
     if ADAPTER_PER_SAMPLE.get():
         raise UserError(
             f"adapter_names (an adapter for each sample) is not possible with {layer.place}: its {weight} is read "
@@ -115,6 +121,7 @@ def read(layer: AdaptedLayer, weight: str) -> Tensor:
 
     updates = [Update(layer.delta(adapter, weight).form, layer.delta(adapter, weight).scale) for adapter in adapters]
     read_as: Tensor = _Read.apply(layer, weight, updates, stored, *_tensors(updates))  # type: ignore[no-untyped-call]
+
     return read_as
 
 
@@ -138,6 +145,7 @@ def _note(layer: AdaptedLayer, weight: str) -> None:
     """Remembers that the layer was reached; says once where its dropout cannot apply."""
     if torch.compiler.is_compiling():
         return
+
     layer.reached = True
     rates = [layer.settings[adapter].dropout for adapter in layer.in_force()]
     if layer.training and any(rates) and not layer.told_of_dropout:
@@ -184,14 +192,22 @@ class Reading(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.aten.detach.default:
             return cls(args[0], args[0].plain)
+
         if func in RESCALING and args[0]._rescale is not None and _is_number(args[1]):
-            factor = float(args[1]) if func in RESCALING[:2] else 1 / float(args[1])
+            if func in RESCALING[:2]:
+                factor = float(args[1])
+            else:
+                factor = 1 / float(args[1])
+
             args[0]._form, args[0]._formed = args[0]._rescale(factor), None
             return args[0]
+
         written = [value for value in args[:1] if func._schema.is_mutable and isinstance(value, Reading)]
         if written or isinstance((kwargs or {}).get("out"), Reading):
             raise RuntimeError(NOT_TO_BE_WRITTEN)
+
         args, kwargs = tree_map_only(Reading, Reading.plain, (args, kwargs or {}))
+
         return func(*args, **kwargs)
 
     def __setitem__(self, index: Any, value: Any) -> None:
@@ -245,19 +261,25 @@ class _Read(torch.autograd.Function):
 
         reading = Reading(stored, form)
         reading._rescale = partial(_rescale, layer, weight)
+
         return reading
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         saved = ctx.saved_tensors
         twice = torch.is_grad_enabled()  # a gradient of the gradient is wanted
-        inputs = saved if twice else [value.detach().requires_grad_() for value in saved]
+        if twice:
+            inputs = saved
+        else:
+            inputs = [value.detach().requires_grad_() for value in saved]
+
         with torch.enable_grad():
             total = _sum(inputs[0], _with_tensors(ctx.updates, inputs[1:]))
 
         wanted = [index for index in range(len(inputs)) if ctx.needs_input_grad[3 + index]]
         found = torch.autograd.grad(total, [inputs[index] for index in wanted], grads[0], create_graph=twice)
         by_index = dict(zip(wanted, found, strict=True))
+
         return None, None, None, *(by_index.get(index) for index in range(len(inputs)))
 
 
@@ -292,4 +314,5 @@ def _with_tensors(updates: Sequence[Update], tensors: Sequence[Tensor]) -> list[
         core = next(remaining)
         factors = tuple(None if factor is None else next(remaining) for factor in update.form.factors)
         found.append(Update(Tucker(core, factors), update.scale))
+
     return found

@@ -46,7 +46,9 @@ class Resolved:
     @property
     def sizes(self) -> tuple[int, ...]:
         """The sizes of the N-d tensor that the Tucker form lives in."""
-        return self.target.shape if self.target.fold is None else self.target.fold.shape
+        if self.target.fold is None:
+            return self.target.shape
+        return self.target.fold.shape
 
     @property
     def num_params(self) -> int:
@@ -89,7 +91,9 @@ class Resolution:
             found = self.weights.get(f"{site.name}.{weight}")
             if found is None:
                 found = self._resolve(site, weight, of_module(site.module).get(weight))
+
             targets[weight] = found.target
+
         return targets
 
     def _resolve(self, site: Site, weight: str, layout: Layout | None) -> Resolved:
@@ -98,10 +102,22 @@ class Resolution:
         shape = weight_shape(site.module, weight)
 
         own_fold = self.entries.fold(names)
-        default_fold = site.row.folds(site.module).get(weight) if own_fold is None else None
+        if own_fold is not None:
+            default_fold = None
+        else:
+            default_fold = site.row.folds(site.module).get(weight)
+
         pattern = own_fold or default_fold
-        fold = parse_fold(pattern, shape, names[0]) if pattern else None
-        sizes, shown = (fold.shape, fold.axes) if fold else (shape, axes)
+        if not pattern:
+            fold = None
+        else:
+            fold = parse_fold(pattern, shape, names[0])
+
+        if fold:
+            sizes, shown = (fold.shape, fold.axes)
+        else:
+            sizes, shown = (shape, axes)
+
         roles = roles_of(axes, fold)
 
         rank = self.entries.ranks.find(names)
@@ -110,7 +126,11 @@ class Resolution:
         target = Target(shape, ranks, self.entries.scale(names), roles, fold)
 
         if layout is not None:
-            layout = None if is_usual(names[0], layout) else replace(layout, fold=pattern)
+            if is_usual(names[0], layout):
+                layout = None
+            else:
+                layout = replace(layout, fold=pattern)
+
         return Resolved(
             names,
             target,
@@ -127,13 +147,19 @@ class Resolution:
         """The weights whose ranks the user left open, and how many parameters there are for them."""
         # ZeRO-3 has partitioned what has a ds_shape.
         total = sum(math.prod(getattr(value, "ds_shape", value.shape)) for value in model.parameters())
-        left = int(budget * total) if budget < 1 else int(budget)
+
+        if budget < 1:
+            left = int(budget * total)
+        else:
+            left = int(budget)
+
         free: dict[str, Weight] = {}
         for name, found in self.weights.items():
             if found.rank is None:
                 free[name] = Weight(found.sizes, found.target.roles)
             else:
                 left -= found.num_params
+
         return Open(free, left)
 
     def spend(self, budget: float, model: nn.Module) -> None:
@@ -172,6 +198,7 @@ class Resolution:
                 f"weights (first: {larger[0]}); lower r or exclude them",
                 stacklevel=2,
             )
+
         names = {name for found in self.weights.values() for name in found.names}
         for table in (self.entries.ranks, self.entries.scales, self.entries.folds):
             unmatched = table.unmatched(names)
@@ -181,4 +208,6 @@ class Resolution:
 
 def _plain(rank: Ranks) -> int | list[int]:
     """A rank request as a file can hold it."""
-    return rank if isinstance(rank, int) else list(rank)
+    if isinstance(rank, int):
+        return rank
+    return list(rank)

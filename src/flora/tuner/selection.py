@@ -36,6 +36,7 @@ class Names:
         self.expression: Expression | None = None
         self.ends: frozenset[str] = frozenset()
         self.exact: frozenset[str] = frozenset()
+
         if isinstance(given, str):
             self.expression = Expression(rf"(?:{given})\Z", field, given)
         elif given:
@@ -68,9 +69,14 @@ class Selection:
         self.saved = tuple(config.get("modules_to_save") or ())
         indices = config.get("layers_to_transform")
         self.indices: frozenset[int] = frozenset([indices] if isinstance(indices, int) else indices or ())
-        patterns = config.get("layers_pattern") or ()
-        listed = [patterns] if isinstance(patterns, str) else patterns
+        patterns: Any = config.get("layers_pattern") or ()
+        if isinstance(patterns, str):
+            listed = [patterns]
+        else:
+            listed = list(patterns)
+
         self.layers = [_INDEX]
+
         if listed:
             self.layers = [
                 Expression(rf"(?:^|.*?\.)(?:{pattern})\.(?P<index>\d+)\.", "layers_pattern", pattern)
@@ -85,6 +91,7 @@ class Selection:
             return False
         if not self.indices or self.wanted.expression is not None or self.wanted.names_in_full(name):
             return True
+
         return self._is_in_layers(name)
 
     def is_saved(self, name: str) -> bool:
@@ -110,10 +117,14 @@ def list_of(names: Collection[str], others: Sequence[str]) -> set[str]:
     listed = set()
     for name in names:
         ends = [name]
+
         if len(names) >= CONDENSED_FROM:
             ends = list(ends_of(name))[::-1]
+
         free = next((end for end in ends if end not in taken), None)
         if free is None or free in EMBEDDING_LAYER_NAMES:
             free = exact_pattern(name)
+
         listed.add(free)
+
     return listed

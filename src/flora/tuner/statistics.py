@@ -35,6 +35,7 @@ def settle_statistics(model: nn.Module, *, freeze: bool, training: bool) -> None
 
     fresh = [norm for norm in _norms(model) if norm not in saved and not _is_held(norm)]
     told = [norm for norm in fresh if norm not in originals]
+
     if not freeze:
         if told and training:
             warnings.warn(
@@ -42,10 +43,12 @@ def settle_statistics(model: nn.Module, *, freeze: bool, training: bool) -> None
                 "loaded again, the model will give other outputs; put the norms into modules_to_save",
                 stacklevel=2,
             )
+
         return
 
     for norm in fresh:
         norm.register_forward_pre_hook(_use_running)
+
     if told and training:
         logger.warning(
             "%d batch norms keep the running statistics of the base model, in train mode too, because an adapter file "

@@ -46,6 +46,7 @@ def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             inside = f"{name}."
+
         yield name, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
@@ -64,34 +65,47 @@ def expand(shorthand: str, model: nn.Module) -> set[str]:
             continue
         if any(name == key or name.startswith(f"{key}.") for key in head):
             continue
+
         reason = refusal_for(module)
         if reason is None and any(id(parameter(module, weight)) in tied for weight in row.weights(module)):
             reason = "the weight is tied to another module's"
+
         if reason is None:
             names.add(name)
         else:
             left_out.setdefault(reason, []).append(name)
+
     for reason, skipped in left_out.items():
         warnings.warn(f"target_modules={shorthand!r} leaves out {', '.join(sorted(skipped))}: {reason}", stacklevel=2)
+
     if not names:
         raise NoMatchingPeftModuleError(
             f"target_modules={shorthand!r} matches nothing: {type(model).__name__} has no layer of kind "
             f"{' or '.join(kinds)} that can be adapted outside its head"
         )
+
     return list_of(names, [name for name, _ in model.named_modules() if name not in names])
 
 
 def refusal_for(module: nn.Module) -> str | None:
     """Why a module cannot be adapted; quantised linears of any class can."""
-    return None if row_for(module) is not None and not hasattr(module, "weight") else refusal(module)
+    if row_for(module) is not None and not hasattr(module, "weight"):
+        return None
+    return refusal(module)
 
 
 def raw_parameter(name: str, module: nn.Module, leaf: str) -> Site:
     """A site for one raw parameter of a module."""
     count = len(weight_shape(module, leaf))
-    stack = ("expert", "in", "out") if getattr(module, "is_transposed", False) else ("expert", "out", "in")
+
+    if getattr(module, "is_transposed", False):
+        stack = ("expert", "in", "out")
+    else:
+        stack = ("expert", "out", "in")
+
     names = {1: ("channels",), 2: ("out", "in"), 3: stack}
     axes = names.get(count, tuple(f"d{mode}" for mode in range(count)))
+
     return Site(name, module, Layer("parameter", lambda _: {leaf: axes}))
 
 
@@ -113,14 +127,18 @@ def find_sites(config: FloraConfig, model: nn.Module, selection: Selection) -> l
             row, reason = row_for(module), refusal_for(module)
             if row is None or reason is not None:
                 raise UserError(f"Target module {name} ({type(module).__name__}) is not supported: {reason}")
+
             if _inside_attention(name, model):
                 raise UserError(
                     f"Target module {name} is never called: nn.MultiheadAttention reads its weight; "
                     f"target the attention module {name.rpartition('.')[0]} itself"
                 )
+
             sites.append(Site(name, module, row))
+
     sites += _raw_sites(config, model, selection)
     _check_ties(sites, model)
+
     return sites
 
 
@@ -132,22 +150,27 @@ def _raw_sites(config: FloraConfig, model: nn.Module, selection: Selection) -> l
         for leaf, _ in module.named_parameters(recurse=False) if name else ():
             if not wanted.has(f"{name}.{leaf}"):
                 continue
+
             _check_other_methods(name, model)
+
             if isinstance(module, (nn.ParameterList, nn.ParameterDict)):
                 raise UserError(
                     f"{name}.{leaf} of target_parameters is an entry of an nn.{type(module).__name__}, which its owner "
                     "indexes instead of calling, so no adapter can stand in its place; register the tensor as a "
                     "parameter of the module that uses it"
                 )
+
             if selection.is_saved(name):
                 in_full.append(f"{name}.{leaf}")
             else:
                 sites.append(raw_parameter(name, module, leaf))
+
     if in_full:
         warnings.warn(
             f"{', '.join(in_full)} of target_parameters is inside modules_to_save: it is trained in full, not adapted",
             stacklevel=2,
         )
+
     return sites
 
 
@@ -155,6 +178,7 @@ def explain_no_match(config: FloraConfig, model: nn.Module) -> None:
     """Raises with the nearest names when targets are plainly misspelt; otherwise PEFT's own error follows."""
     if not isinstance(config.target_modules, set) or config.exclude_modules or config.layers_to_transform is not None:
         return
+
     unmatched = sorted(config.target_modules)
     raise NoMatchingPeftModuleError(
         f"Target modules {unmatched} not found in the base model {type(model).__name__}{near_names(unmatched, model)}. "
@@ -166,6 +190,7 @@ def warn_unmatched(config: FloraConfig, model: nn.Module) -> None:
     """Warns about entries of a list of targets that matched nothing while others did."""
     if not isinstance(config.target_modules, set):
         return
+
     names = [name for name, _ in modules_of(model)]
     meant = {end for name in names for end in (exact_pattern(name), *ends_of(name))}
     unmatched = sorted(config.target_modules - meant)
@@ -186,15 +211,22 @@ def check_saved(config: FloraConfig, model: nn.Module) -> None:
         for key in dict.fromkeys(config.modules_to_save or ())
         if key not in guessed and not any(name.endswith(key) for name in names)
     ]
+
     if not unmatched:
         return
 
     words = sorted({name.rpartition(".")[2] for name in names if name} | set(names))
     near = [f"{word!r}" for key in unmatched for word in difflib.get_close_matches(key, words, n=3)]
-    hint = f"did you mean {' or '.join(near)}?" if near else "print(model) lists the names"
+    if near:
+        hint = f"did you mean {' or '.join(near)}?"
+    else:
+        hint = "print(model) lists the names"
+
     text = f"modules_to_save {unmatched} match no module of {type(model).__name__}; {hint}"
+
     if not config.inference_mode:
         raise UserError(text)
+
     warnings.warn(text, stacklevel=2)
 
 
@@ -209,6 +241,7 @@ def name_embeddings_in_full(config: FloraConfig, sites: list[Site], model: nn.Mo
     if isinstance(wanted, str) and embeddings:
         config.target_modules = list_of(names, [name for name, _ in model.named_modules() if name not in names])
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+
     if isinstance(wanted, set) and wanted & set(EMBEDDING_LAYER_NAMES):
         listed = {exact_pattern(name) for name in embeddings if name.rpartition(".")[2] in wanted}
         config.target_modules = (wanted - set(EMBEDDING_LAYER_NAMES)) | listed
@@ -223,28 +256,39 @@ def near_names(unmatched: list[str], model: nn.Module) -> str:
         found = difflib.get_close_matches(target, words, n=3)
         if found:
             hints.append(f"instead of {target!r} try {', '.join(map(repr, found))}")
+
     fused = {
         f"{name.rpartition('.')[2]}.{leaf}"
         for name, module in modules_of(model)
         for leaf, value in module.named_parameters(recurse=False)
         if value.ndim == 3 and row_for(module) is None
     }
+
     if fused:
         hints.append(
             f"the experts of this model are fused into 3-D parameters, for those pass target_parameters={sorted(fused)}"
         )
-    return f": {'; '.join(hints)}" if hints else ""
+
+    if hints:
+        return f": {'; '.join(hints)}"
+
+    return ""
 
 
 def _output_head(model: nn.Module) -> list[str]:
     """The modules that make a transformers model's output: its LM head, or what lies outside its backbone."""
     if not isinstance(model, PreTrainedModel):
         return []
+
     output = model.get_output_embeddings()
     backbone = model.base_model
+
     if output is not None:
         return [name for name, module in model.named_modules() if module is output]
-    return [] if backbone is model else [name for name, module in model.named_children() if module is not backbone]
+    if backbone is model:
+        return []
+
+    return [name for name, module in model.named_children() if module is not backbone]
 
 
 def _check_other_methods(name: str, model: nn.Module) -> None:
@@ -261,7 +305,10 @@ def _check_other_methods(name: str, model: nn.Module) -> None:
 def _inside_attention(name: str, model: nn.Module) -> bool:
     """Whether the module is the ``out_proj`` of an ``nn.MultiheadAttention``, which is never called as a module."""
     parent = model.get_submodule(name.rpartition(".")[0])
-    parent = parent.get_base_layer() if isinstance(parent, BaseTunerLayer) else parent
+    if isinstance(parent, BaseTunerLayer):
+        parent = parent.get_base_layer()
+    else:
+        parent = parent
     return isinstance(parent, nn.MultiheadAttention)
 
 
@@ -285,10 +332,13 @@ def _check_ties(sites: list[Site], model: nn.Module) -> None:
             names = tied.get(id(parameter(site.module, weight)))
             if names is None:
                 continue
+
             embedding = any(isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding) for name in names)
             how = f"give one of the modules a copy: module.{weight} = nn.Parameter(module.{weight}.detach().clone())"
+
             if embedding:
                 how = "load the model with tie_word_embeddings=False and copy the embedding into the output head"
+
             raise UserError(
                 f"Target module {site.name} has a tied weight ({' = '.join(names)}): an adapter on one end would untie "
                 "them without a word, and merging would change both. Exclude it (exclude_modules), or untie first: "

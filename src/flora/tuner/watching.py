@@ -28,6 +28,7 @@ def warn_if_unreached(model: nn.Module, args: Any, output: Any) -> None:
     """A forward hook on the base model: after its first forward with gradients, names layers that it did not reach."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
+
     stop_watching(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, FloraLayer)}
     silent = [name for name, layer in layers.items() if not layer.reached]

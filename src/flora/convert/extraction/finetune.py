@@ -64,7 +64,9 @@ class Extracted(Adapter):
     def error(self) -> float:
         """``|change - adapter| / |change|`` over all weights together, in the Frobenius norm."""
         total = sum(row.norm**2 for row in self.rows)
-        return math.sqrt(sum((row.norm * row.error) ** 2 for row in self.rows) / total) if total else 0.0
+        if total:
+            return math.sqrt(sum((row.norm * row.error) ** 2 for row in self.rows) / total)
+        return 0.0
 
     def table(self) -> str:
         """The errors, layer by layer, and what was not decomposed."""
@@ -76,11 +78,17 @@ class Extracted(Adapter):
         lines.append(
             f"total: {self.num_params:,} parameters, relative error {self.error:.3e}; unchanged: {self.unchanged}"
         )
+
         if self.whole:
-            state = "carried whole" if self.carried else "NOT in the adapter (carry=True, --carry takes them along)"
+            if self.carried:
+                state = "carried whole"
+            else:
+                state = "NOT in the adapter (carry=True, --carry takes them along)"
+
             lines.append(
                 f"changed besides: {len(self.whole)} biases, norms or new tensors, {state}: {', '.join(self.whole[:5])}"
             )
+
         return "\n".join(lines)
 
 
@@ -118,8 +126,14 @@ def extract(
     check_request(rank, energy, budget)
     job = _Job(Checkpoint(base), Checkpoint(tuned), try_base(Path(base)), progress)
     request = {"rank": rank, "energy": energy, "budget": budget, "kernel_r": kernel_r}
-    store = None if work is None else Store(Path(work), _fingerprint(job, request))
+
+    if work is None:
+        store = None
+    else:
+        store = Store(Path(work), _fingerprint(job, request))
+
     chosen: dict[str, Choice] | None = None
+
     if budget is not None:
         chosen = _spend(job, store, budget)
 
@@ -128,7 +142,9 @@ def extract(
             return chosen[name].ranks
         if energy is not None:
             return _for_energy(delta, energy)
+
         axes = _axes(job.layouts.get(name), delta, name)
+
         return resolve(
             delta.shape, rank if rank is not None else 8, kernel_r, axes=axes, roles=roles_of(axes), name=name
         )
@@ -136,11 +152,14 @@ def extract(
     result = Extracted(config={"base_model_name_or_path": str(base)})
     for name in job.bar("layers"):
         _extract_layer(job, store, result, name, ranks_for)
+
     _whole(job, result, carry)
+
     if not result.weights and not result.extras:
         raise UserError(
             f"{tuned} does not differ from {base} in any weight that is decomposed; there is nothing to extract"
         )
+
     return result
 
 
@@ -171,6 +190,7 @@ class _Job:
                 f"{self.tuned.path} lacks {len(missing)} tensors of {self.base.path} (first: {missing[0]}); it is not "
                 "a fine-tune of that model, or was saved under other names"
             )
+
         for name in self.base:
             if self.base.shape(name) != self.tuned.shape(name):
                 raise UserError(
@@ -181,7 +201,9 @@ class _Job:
     @cached_property
     def layouts(self) -> Mapping[str, Layout]:
         """Of the base model, where its config can be read; the extraction itself does not need them."""
-        return {} if self.model is None else self.model.layouts
+        if self.model is None:
+            return {}
+        return self.model.layouts
 
     @cached_property
     def files(self) -> FileMap:
@@ -200,14 +222,18 @@ class _Job:
             if name not in self.base and inside and _is_matrix_like(name, shape):
                 with suppress(UserError):  # tied to another, which is there
                     apart[name] = self.files.find(name, shape)
+
         taken = {key for keys in apart.values() for key in keys}
         plain = [key for key in self.base if key not in taken and "." in key]
+
         return {**{key: [key] for key in plain if _is_matrix_like(key, self.base.shape(key))}, **apart}
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Of every weight of the model, parametrised ones too; empty where the model is not known."""
-        return {} if self.model is None else {**self.model.shapes, **self.files.parametrised()}
+        if self.model is None:
+            return {}
+        return {**self.model.shapes, **self.files.parametrised()}
 
     @property
     def parts(self) -> set[str]:
@@ -216,26 +242,38 @@ class _Job:
 
     def bar(self, what: str, names: Iterable[str] | None = None) -> Iterator[str]:
         """The names, by default all, with a progress bar."""
-        listed = self.places if names is None else names
+        listed: Iterable[str] = self.places
+        if names is not None:
+            listed = names
+
         return iter(tqdm(listed, desc=what, unit="layer", disable=not self.progress))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a weight as the model has it."""
-        return self.base.shape(name) if name in self.base else self.shapes[name]
+        if name in self.base:
+            return self.base.shape(name)
+        return self.shapes[name]
 
     def form_shape(self, name: str) -> tuple[int, ...]:
         """Of the N-d tensor that is decomposed."""
         layout = self.layouts.get(name)
         shape = self.shape(name)
-        return shape if layout is None or layout.fold is None else parse_fold(layout.fold, shape).shape
+        if layout is None or layout.fold is None:
+            return shape
+        return parse_fold(layout.fold, shape).shape
 
     def delta(self, name: str) -> Tensor:
         """``tuned - base`` in float32, folded to the N-d tensor that is decomposed."""
         shape = self.shape(name)
         old, new = (self.files.read(name, shape, source) for source in (self.base, self.tuned))
-        delta = new.float() - old.float() if new.is_floating_point() else torch.zeros(shape)
+        if new.is_floating_point():
+            delta = new.float() - old.float()
+        else:
+            delta = torch.zeros(shape)
+
         if not torch.isfinite(delta).all():
             raise UserError(f"{name} has NaN or infinite entries in {self.base.path} or {self.tuned.path}")
+
         return delta.reshape(self.form_shape(name))
 
 
@@ -258,10 +296,12 @@ def _spend(job: _Job, store: Store | None, budget: int) -> dict[str, Choice]:
     while True:
         for name in job.bar("spectra", [name for name in most if name not in options]):
             options[name] = _options(job, store, name, most[name])
+
         chosen = spend({name: listed for name, listed in options.items() if listed[0].error}, budget)
         cut = [name for name, choice in chosen.items() if is_cut(choice, job.form_shape(name), most[name])]
         if not cut:
             return chosen
+
         for name in cut:
             most[name] *= 4
             del options[name]
@@ -292,23 +332,41 @@ def _extract_layer(
     ranks_for: Callable[[str, Tensor], Ranks],
 ) -> None:
     layout = job.layouts.get(name)
-    kept = None if store is None else store.read_layer(name)
+
+    if store is None:
+        kept = None
+    else:
+        kept = store.read_layer(name)
+
     if kept is None:
         delta = job.delta(name)
         norm = float(delta.norm(dtype=torch.float64))
-        ranks = ranks_for(name, delta) if norm else ()
-        form, error = _fit(delta, ranks) if norm else (None, 0.0)
+        if norm:
+            ranks = ranks_for(name, delta)
+            form, error = _fit(delta, ranks)
+        else:
+            ranks = ()
+            form, error = (None, 0.0)
+
         kept = (form, norm, error)
+
         if store is not None:
             store.write_layer(name, form, norm, error)
+
     form, norm, error = kept
     if not norm:
         result.unchanged += 1
         return
+
     if form is not None:
         result.weights[name] = Entry(form, 1.0, layout)
-    ranks_kept = () if form is None else form.ranks
-    params = 0 if form is None else count_params(form.shape, form.ranks)
+
+    ranks_kept: tuple[int, ...] = ()
+    params = 0
+    if form is not None:
+        ranks_kept = form.ranks
+        params = count_params(form.shape, form.ranks)
+
     result.rows.append(Row(name, job.shape(name), ranks_kept, params, norm, error))
 
 
@@ -329,6 +387,7 @@ def _whole(job: _Job, result: Extracted, carry: bool) -> None:
     for name, key in others.items():
         if key not in job.base or not _is_same(job.base.get(key), job.tuned.get(key)):
             result.whole.append(name)
+
     if carry:
         _carry(job, result, others)
         result.carried = True
@@ -366,6 +425,7 @@ def _carry(job: _Job, result: Extracted, others: Mapping[str, str]) -> None:
     for name in result.whole:
         module, _, leaf = name.rpartition(".")
         new = others[name] not in job.base
+
         if module in adapted and "bias" in leaf:
             result.extras[name] = _finite(job, name, others[name])
         elif module and module not in holders and module not in layers:
@@ -381,6 +441,7 @@ def _carry(job: _Job, result: Extracted, others: Mapping[str, str]) -> None:
                 f"{name} differs, and no adapter can carry it: it is a buffer, a new tensor or a single number of a "
                 "module that holds others; extract without --carry, or keep the tuned model"
             )
+
     for name, key in others.items():
         if name.rpartition(".")[0] in replaced:
             result.extras[name] = _finite(job, name, key)

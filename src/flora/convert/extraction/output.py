@@ -42,12 +42,15 @@ def extract_to(base: str | Path, tuned: str | Path, out: Path, *, overwrite: boo
     with claim(out, keep=[LAYERS]) as place:
         layers = place.folder / LAYERS
         resumed = layers.exists()
+
         try:
             found = extract(base, tuned, work=layers, **options)
         except UserError:  # of the request or the models: there is nothing to go on with
             if not resumed:
                 shutil.rmtree(layers, ignore_errors=True)
+
             raise
+
         report = save(found, out, overwrite=overwrite)
 
     return Written(found, report)

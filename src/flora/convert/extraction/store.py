@@ -55,15 +55,25 @@ class Store:
         path = self._path(name, ".safetensors")
         if not path.exists():
             return None
+
         tensors, metadata = read_tensors(path)
         core = tensors.get("core")
-        form = None if core is None else Tucker(core, tuple(tensors.get(f"factor_{mode}") for mode in range(core.ndim)))
+        if core is None:
+            form = None
+        else:
+            form = Tucker(core, tuple(tensors.get(f"factor_{mode}") for mode in range(core.ndim)))
+
         return form, float(metadata["norm"]), float(metadata["error"])
 
     def write_layer(self, name: str, form: Tucker | None, norm: float, error: float) -> None:
         """Keeps a layer; its form is None where it did not change or the budget left it out."""
-        tensors = {"empty": torch.zeros(1)} if form is None else {"core": form.core}
+        if form is None:
+            tensors = {"empty": torch.zeros(1)}
+        else:
+            tensors = {"core": form.core}
+
         if form is not None:
             tensors.update({f"factor_{mode}": f for mode, f in enumerate(form.factors) if f is not None})
+
         with staged(self._path(name, ".safetensors")) as path:
             write_tensors(path, tensors, {"norm": repr(norm), "error": repr(error)})

@@ -29,6 +29,7 @@ def write(adapter: Adapter, path: Path) -> list[str]:
             f"the adapter trained token rows of {next(iter(adapter.token_rows))}, which are neither a change nor a "
             "whole tensor; merge the adapter (flora merge), or leave them out with --drop-extras"
         )
+
     tensors = {name: dense_change(name, entry) for name, entry in adapter.weights.items()}
     tensors.update({_WHOLE + name: value for name, value in adapter.extras.items()})
     note = {
@@ -37,6 +38,7 @@ def write(adapter: Adapter, path: Path) -> list[str]:
         if entry.layout is not None
     }
     write_tensors(path, tensors, {MARK: json.dumps(note, sort_keys=True)})
+
     return []
 
 
@@ -54,13 +56,23 @@ def read(path: Path, layouts: Mapping[str, Layout] | None = None) -> Adapter:
     check_form_tensors({name: value for name, value in tensors.items() if not name.startswith(_WHOLE)}, path)
     noted = read_note(metadata, MARK, path) or {}
     known = {name: layout_from_json(name, value) for name, value in noted.items()}
-    known = known if layouts is None else dict(layouts)
+
+    if layouts is None:
+        known = known
+    else:
+        known = dict(layouts)
+
     weights, extras = {}, {}
     for name, value in tensors.items():
         if name.startswith(_WHOLE):
             extras[name.removeprefix(_WHOLE)] = value
         else:
             layout = known.get(name)
-            plain = None if layout is None else replace(layout, fold=None)
+            if layout is None:
+                plain = None
+            else:
+                plain = replace(layout, fold=None)
+
             weights[name] = Entry(Tucker(value, (None,) * value.ndim), 1.0, plain)
+
     return Adapter(weights, extras)

@@ -49,6 +49,7 @@ class FileMap:
         model = self._transformers_model()
         if model is None:
             return {name: name for name in self.checkpoint}
+
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -62,6 +63,7 @@ class FileMap:
             name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, expected)
             if converter is None:
                 entries.setdefault(name, key)
+
         return entries
 
     def entry(self, name: str) -> str | None:
@@ -89,6 +91,7 @@ class FileMap:
                     f"{name} has shape {self.checkpoint.shape(key)} in {self.checkpoint.path} and {shape} in the "
                     "adapter; give the base model that the adapter was trained on"
                 )
+
             return [key]
 
         parametrization = self._parametrization(name)
@@ -98,10 +101,12 @@ class FileMap:
         found = self.stored_as(name, shape)
         if found == [name] or any(key not in self.checkpoint for key in found):
             raise UserError(f"{self.checkpoint.path} has no weight {name!r}{self._hint(name)}")
+
         if sum(math.prod(self.checkpoint.shape(key)) for key in found) != math.prod(shape):
             raise UserError(
                 f"{name} of shape {shape} in the adapter does not fit its entries in {self.checkpoint.path}"
             )
+
         return found
 
     def stored_as(self, name: str, shape: tuple[int, ...]) -> list[str]:
@@ -130,7 +135,11 @@ class FileMap:
             shape: of the weight.
             source: other files with the same entries, such as those of a fine-tuned model; by default our own.
         """
-        source = self.checkpoint if source is None else source
+        if source is None:
+            source = self.checkpoint
+        else:
+            source = source
+
         key = self.entry(name)
         if key is not None:
             return source.get(key)
@@ -146,6 +155,7 @@ class FileMap:
         weight = torch.empty(math.prod(shape), dtype=next(iter(entries.values())).dtype)
         for key, entry in entries.items():
             weight[places[key].reshape(-1)] = entry.reshape(-1)
+
         return weight.reshape(shape)
 
     def split(self, name: str, weight: Tensor) -> dict[str, Tensor]:
@@ -161,6 +171,7 @@ class FileMap:
         parametrization = self._parametrization(name)
         if parametrization is not None:
             return self._assign(name, parametrization, weight)
+
         return self._revert(name, weight)
 
     def _revert(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -175,21 +186,31 @@ class FileMap:
         """The model, if it is one of transformers."""
         if self.model is None or not hasattr(self.model, "config"):
             return None
+
         from transformers import PreTrainedModel
 
-        return self.model if isinstance(self.model, PreTrainedModel) else None
+        if not isinstance(self.model, PreTrainedModel):
+            return None
+
+        return self.model
 
     # ---- parametrised weights ----------------------------------------------------------------------------------------
 
     def _parametrization(self, name: str) -> ParametrizationList | None:
         """The parametrization of a weight of the model, or None where it is a plain parameter."""
         module, _, leaf = name.rpartition(".")
+
         try:
-            owner = None if self.model is None else self.model.get_submodule(module)
+            if self.model is None:
+                owner = None
+            else:
+                owner = self.model.get_submodule(module)
         except AttributeError:
             return None
+
         if owner is None or not is_parametrized(owner, leaf):
             return None
+
         return cast("ParametrizationList", cast("nn.ModuleDict", owner.parametrizations)[leaf])
 
     def parametrised(self) -> dict[str, tuple[int, ...]]:
@@ -214,7 +235,9 @@ class FileMap:
             key = self.entry(stored)
             if key is None:
                 raise UserError(f"{self.checkpoint.path} has no weight {stored!r}{self._hint(stored)}")
+
             found[inner] = key
+
         return found
 
     def _filled(self, name: str, parametrization: ParametrizationList, source: Checkpoint) -> ParametrizationList:
@@ -236,14 +259,17 @@ class FileMap:
             f"{name} has the parametrization {kinds}, which cannot make the merged weight; remove it from the base "
             "model first (torch.nn.utils.parametrize.remove_parametrizations), save that, and give it with --base"
         )
+
         try:
             with torch.no_grad():
                 filled.right_inverse(weight.double())
                 made = cast("Tensor", filled())
         except (NotImplementedError, ValueError, RuntimeError):
             raise UserError(refusal) from None
+
         if not float((made - weight.double()).abs().max()) <= EXACT * float(weight.abs().max()):
             raise UserError(refusal)
 
         originals = self._originals(name, parametrization)
+
         return {key: filled.state_dict()[inner] for inner, key in originals.items()}

@@ -67,6 +67,7 @@ def write(adapter: Adapter, path: Path, *, prefix: str = "lycoris", mid: bool = 
             f"the adapter holds {len(adapter.extras)} whole tensors (first: {next(iter(adapter.extras))}), which Kohya "
             "files have no key for; merge the adapter (flora merge), or leave them out with --drop-extras"
         )
+
     tensors: dict[str, Tensor] = {}
     owners: dict[str, str] = {}
     remarks = []
@@ -76,17 +77,22 @@ def write(adapter: Adapter, path: Path, *, prefix: str = "lycoris", mid: bool = 
             raise UserError(
                 f"{owners[stem]} and {name} would both have the key {stem}; Kohya names cannot tell them apart"
             )
+
         owners[stem] = name
         parts = _parts(name, entry, adapter.layout(name), mid)
         tensors.update({f"{stem}.{part}": value.to(entry.form.core.dtype) for part, value in parts.items()})
+
         if "diff" in parts:
             remarks.append(f"{name}: the whole change as .diff (LyCORIS, ComfyUI)")
+
     if any(key.endswith("lora_mid.weight") for key in tensors):
         remarks.append(
             "lora_mid: read by LyCORIS, ComfyUI, A1111, InvokeAI; for sd-scripts and diffusers write --no-mid"
         )
+
     note = {name: replace(adapter.layout(name), fold=None).to_json() for name in adapter.weights}
     write_tensors(path, tensors, {NOTE: json.dumps(note, sort_keys=True)})
+
     return remarks
 
 
@@ -94,24 +100,31 @@ def _parts(name: str, entry: Entry, layout: Layout, mid: bool) -> dict[str, Tens
     form = entry.stored_form()
     if layout.is_plain_conv and len(layout.axes) == 4 and form.shape[2:] != (1, 1) and mid:
         return _with_mid(form, entry.scale)
+
     if layout.is_plain_conv or (layout.kind in _MATRICES and len(layout.axes) == 2):
         up, down = split(form, entry.scale)
         alpha = torch.tensor(float(down.shape[0]))
         up = up.reshape(*up.shape, *(1,) * (down.ndim - 2))
         return {"lora_up.weight": up, "lora_down.weight": down, "alpha": alpha}
+
     return {"diff": dense_change(name, entry)}
 
 
 def _with_mid(form: Tucker, scale: float) -> dict[str, Tensor]:
     core = form.core.double()
     for mode, factor in enumerate(form.factors[2:], start=2):
-        core = core if factor is None else mode_product(core, factor.double(), mode)
+        if factor is None:
+            core = core
+        else:
+            core = mode_product(core, factor.double(), mode)
+
     up, down = (
         torch.eye(core.shape[mode], dtype=torch.float64) if factor is None else factor.double()
         for mode, factor in enumerate(form.factors[:2])
     )
     rank = max(core.shape[:2])
     up, down = pad(scale * up, 1, rank), pad(down.T, 0, rank)
+
     return {
         "lora_up.weight": up[..., None, None],
         "lora_down.weight": down[..., None, None],
@@ -139,12 +152,14 @@ def read(path: Path, layouts: Mapping[str, Layout] | None = None) -> Adapter:
         ValueError: the file is corrupt, has keys of another method (LoHa, LoKr, DoRA), or the names cannot be told.
     """
     tensors, metadata = read_tensors(path)
+
     # A file that we wrote notes every name, so any one prefix will do there.
     noted = read_note(metadata, NOTE, path)
     if layouts is None and noted is not None:
         layouts = {name: layout_from_json(name, value) for name, value in noted.items()}
     if layouts is None:
         raise UserError(f"{path}: Kohya keys have underscores for dots, so the names cannot be told; {GIVE_BASE}")
+
     stems: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         stem, _, part = key.partition(".")
@@ -153,14 +168,19 @@ def read(path: Path, layouts: Mapping[str, Layout] | None = None) -> Adapter:
                 f"{path} has a foreign key: {key}; only LoRA and LoCon ({', '.join(_PARTS)}) can be read; merge "
                 "others with their own program"
             )
+
         stems.setdefault(stem, {})[part] = value
+
     if not stems:
         raise UserError(f"{path} has no tensors; copy or download it again")
+
     check_form_tensors({key: value for key, value in tensors.items() if not key.endswith(".alpha")}, path)
     names = _names(list(stems), list(layouts if noted is None else noted), PREFIXES if noted is None else (), path)
     if lacking := [name for name in names.values() if name not in layouts]:
         raise UserError(f"the base model has no weight {lacking[0]!r}; give the base model the adapter was trained on")
+
     weights = {names[stem]: _entry(stem, parts, layouts[names[stem]]) for stem, parts in stems.items()}
+
     return Adapter(dict(sorted(weights.items())))
 
 
@@ -178,17 +198,21 @@ def _names(stems: Sequence[str], names: Sequence[str], prefixes: Sequence[str], 
     for prefix in (*prefixes, *_foreign_prefix(stems, names, prefixes)):
         for name in names:
             meanings.setdefault(key_of(name, prefix), set()).add(name)
+
     found: dict[str, str] = {}
     for stem in stems:
         meant = sorted(meanings.get(stem, ()))
         if not meant:
             raise UserError(f"{path}: no weight of the base model has the key {stem}; give the base it was trained on")
+
         if len(meant) > 1:
             raise UserError(
                 f"{path}: the key {stem} could be {' or '.join(meant)} of the base model; convert the adapter from the "
                 "file it was made from, in a format with full names"
             )
+
         found[stem] = meant[0]
+
     owners = {name: stem for stem, name in found.items()}
     for stem, name in found.items():
         if owners[name] != stem:
@@ -196,6 +220,7 @@ def _names(stems: Sequence[str], names: Sequence[str], prefixes: Sequence[str], 
                 f"{path}: the keys {stem} and {owners[name]} are both {name} of the base model; the file is for "
                 "several models, split it first"
             )
+
     return found
 
 
@@ -204,28 +229,38 @@ def _foreign_prefix(stems: Sequence[str], names: Sequence[str], prefixes: Sequen
     first = stems[0]
     if any(first.startswith(f"{prefix}_") for prefix in prefixes):
         return []
+
     ends = {key_of(name, "") for name in names}
     for length in (place for place, letter in enumerate(first) if letter == "_"):
         prefix = first[:length]
         if all(stem.startswith(f"{prefix}_") and stem[length:] in ends for stem in stems):
             return [prefix]
+
     return []
 
 
 def _entry(stem: str, parts: Mapping[str, Tensor], layout: Layout) -> Entry:
     layout = replace(layout, fold=None)
+
     if "diff" in parts:
         diff = parts["diff"]
         return Entry(Tucker(diff, (None,) * diff.ndim), 1.0, layout)
+
     missing = [part for part in ("lora_up.weight", "lora_down.weight") if part not in parts]
     if missing:
         raise UserError(f"{stem} lacks {missing[0]}; the file is incomplete, copy or download it again")
+
     up, down, mid = parts["lora_up.weight"], parts["lora_down.weight"], parts.get("lora_mid.weight")
     rank = down.shape[0]
     alpha = parts.get("alpha", torch.tensor(0.0))
     if alpha.numel() != 1:
         raise UserError(f"{stem}.alpha has shape {tuple(alpha.shape)}, expected one number; the file was edited")
-    scale = float(alpha) / rank if float(alpha) else 1.0
+
+    if float(alpha):
+        scale = float(alpha) / rank
+    else:
+        scale = 1.0
+
     if (
         up.ndim < 2
         or down.ndim < 2
@@ -233,11 +268,17 @@ def _entry(stem: str, parts: Mapping[str, Tensor], layout: Layout) -> Entry:
         or (mid is not None and tuple(mid.shape[:2]) != (rank, rank))
     ):
         raise UserError(f"{stem}: lora_up {tuple(up.shape)} and lora_down {tuple(down.shape)} do not fit each other")
+
     if mid is not None:
         form = Tucker(mid, (up.reshape(up.shape[:2]), down.reshape(rank, -1).T, *(None,) * (mid.ndim - 2)))
     else:
-        down = down.reshape(*down.shape[:2], *(1,) * (len(layout.axes) - 2)) if _is_pointwise(down, layout) else down
+        if _is_pointwise(down, layout):
+            down = down.reshape(*down.shape[:2], *(1,) * (len(layout.axes) - 2))
+        else:
+            down = down
+
         form = Tucker(down, (up.reshape(up.shape[:2]), *(None,) * (down.ndim - 1)))
+
     return Entry(trim(form), scale, layout)
 
 

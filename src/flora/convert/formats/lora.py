@@ -84,7 +84,12 @@ def refusal(name: str, layout: Layout) -> str | None:
         return "PEFT's LoRA does not reach the output projection inside nn.MultiheadAttention"
     if len(layout.axes) == 2 and layout.kind in ("attention", "recurrent", "other"):
         return None
-    kind = layout.kind if layout.axes[:1] != ("in",) else f"transposed {layout.kind}"
+
+    if layout.axes[:1] != ("in",):
+        kind = layout.kind
+    else:
+        kind = f"transposed {layout.kind}"
+
     return f"PEFT's LoRA has no form for a {len(layout.axes)}-dimensional weight of kind '{kind}'"
 
 
@@ -111,10 +116,12 @@ def write(adapter: Adapter, folder: Path) -> list[str]:
         stem = PREFIX + _stem(name, layouts)
         for key, value in _tensors(pair, rank).items():
             tensors[f"{stem}.{key}"] = value.to(dtype)
+
     folder.mkdir()
     note = {name: layout.to_json() for name, layout in layouts.items()}
     write_tensors(folder / WEIGHTS, tensors, {NOTE: json.dumps(note, sort_keys=True)})
     write_json(folder / CONFIG, _config(adapter, layouts, rank))
+
     return _remarks(adapter, rank)
 
 
@@ -125,13 +132,19 @@ def _check(adapter: Adapter, layouts: Mapping[str, Layout]) -> None:
                 f"{name} cannot become LoRA: {reason}; merge the adapter (flora merge), or write --to kohya or "
                 "--to dense"
             )
+
     biases = lone_biases(adapter) + [name for name in adapter.extras if name.endswith(TOKEN_ROWS)]
     if biases:
-        more = f" and {len(biases) - 1} more" if biases[1:] else ""
+        if biases[1:]:
+            more = f" and {len(biases) - 1} more"
+        else:
+            more = ""
+
         raise UserError(
             f"the adapter also trained {biases[0]}{more}, which portable "
             "LoRA (bias='none') cannot hold; merge the adapter (flora merge), or leave them out with --drop-extras"
         )
+
     transposed = [name for name, layout in layouts.items() if _is_transposed(layout)]
     raw = [name for name, layout in layouts.items() if is_raw(name, layout)]
     if transposed and raw:
@@ -147,11 +160,18 @@ def _is_transposed(layout: Layout) -> bool:
 
 def _pair(entry: Entry, layout: Layout) -> _Pair:
     form = entry.stored_form()
+
     if layout.kind == "experts":
-        form = form if layout.axes == ("expert", "out", "in") else swap(form, 1, 2)
+        if layout.axes == ("expert", "out", "in"):
+            form = form
+        else:
+            form = swap(form, 1, 2)
+
         return _Pair("experts", *split_stack(form, entry.scale))
+
     if layout.kind == "embedding":  # (vocab, dim) is A^T B^T, and the scale belongs to B
         return _Pair("embedding", *split(swap(form, 0, 1), entry.scale))
+
     return _Pair("plain", *split(swap(form, 0, 1) if _is_transposed(layout) else form, entry.scale))
 
 
@@ -160,9 +180,12 @@ def _tensors(pair: _Pair, rank: int) -> dict[str, Tensor]:
         up, down = pad(pair.up, 2, rank), pad(pair.down, 1, rank)
         packed = up.permute(1, 2, 0).reshape(up.shape[1], -1)  # the expert fastest
         return {"lora_A.weight": down.reshape(-1, down.shape[2]), "lora_B.weight": packed}
+
     up, down = pad(pair.up, 1, rank), pad(pair.down, 0, rank)
+
     if pair.kind == "embedding":
         return {"lora_embedding_A": down, "lora_embedding_B": up}
+
     return {"lora_A.weight": down, "lora_B.weight": up.reshape(*up.shape, *(1,) * (down.ndim - 2))}
 
 
@@ -231,6 +254,7 @@ def read(path: Path, layouts: Mapping[str, Layout] | None = None) -> Adapter:
         raise UserError(
             f"{path / CONFIG} has {used}={config[used]!r}, which is not a fixed change of the weights; merge it"
         )
+
     start = config.get("init_lora_weights", True)
     if not any(start is plain or start == plain for plain in _PLAIN_STARTS):
         raise UserError(
@@ -238,26 +262,31 @@ def read(path: Path, layouts: Mapping[str, Layout] | None = None) -> Adapter:
             "base weights, so lora_A and lora_B alone are not the change; save it with "
             "save_pretrained(..., path_initial_model_for_weight_conversion=...), or merge it with PEFT"
         )
+
     tensors, metadata = read_tensors(path / WEIGHTS)
     check_prefix(tensors, path / WEIGHTS)
     noted = read_note(metadata, NOTE, path / WEIGHTS)
     if layouts is None and noted is not None:
         layouts = {name: layout_from_json(name, value) for name, value in noted.items()}
+
     wrapped = wrapped_modules(tensors)
     ups, downs, extras = _sort(tensors, wrapped)
     for pair in (ups, downs):
         check_form_tensors(pair, path / WEIGHTS)
+
     if not ups or ups.keys() != downs.keys():
         odd = sorted(ups.keys() ^ downs.keys())
         raise UserError(
             f"{path / WEIGHTS}: {f'{odd[0]} lacks lora_A or lora_B' if odd else 'it has no lora_A and lora_B'}"
         )
+
     weights = {}
     scales = _Scales(config)
     stems = {stem: module_of(stem.lstrip("*"), wrapped) for stem in sorted(ups)}
     for stem in stems:
         name, layout = _identify(stem, stems, config, layouts, downs[stem].ndim)
         weights[name] = _join(name, ups[stem], downs[stem], layout, scales)
+
     return Adapter(weights, extras, config)
 
 
@@ -284,6 +313,7 @@ def _sort(
                 raise UserError(f"{key} is not a tensor of plain LoRA; merge this adapter with PEFT instead")
             if ".original_module." not in key:
                 extras[module_of(key, wrapped)] = value
+
     return ups, downs, extras
 
 
@@ -292,8 +322,10 @@ def _identify(
 ) -> tuple[str, Layout]:
     """The weight that a pair belongs to, and its layout; ``stems`` has the module of each pair."""
     module = stems[stem]
+
     if stem.startswith("*"):
         return f"{module}.weight", Layout("embedding", ("vocab", "dim"))
+
     raw = [name for name in config.get("target_parameters") or [] if _names_parameter(module, name)]
     if not raw or any(f"{module}.weight".endswith(name) for name in raw if name.endswith(".weight")):
         if layouts is not None and f"{module}.weight" in layouts:
@@ -301,9 +333,11 @@ def _identify(
         if ndim - 2 in KERNELS:
             return f"{module}.weight", Layout("conv", ("out", "in", *KERNELS[ndim - 2]))
         return f"{module}.weight", Layout("linear", ("in", "out") if config.get("fan_in_fan_out") else ("out", "in"))
+
     names = [f"{module}.{name.rpartition('.')[2]}" for name in raw]
     if layouts is None or any(name not in layouts for name in names):
         raise UserError(f"{names[0]}: LoRA files do not record how raw parameters are laid out; {GIVE_BASE}")
+
     names.sort(key=lambda name: layouts[name].place)
     wrappers = sorted(
         (other for other, owner in stems.items() if owner == module), key=len, reverse=True
@@ -312,7 +346,9 @@ def _identify(
         raise UserError(
             f"{module} has {len(wrappers)} pairs, and target_parameters names {len(names)} of its parameters"
         )
+
     name = names[wrappers.index(stem)]
+
     return name, layouts[name]
 
 
@@ -346,22 +382,28 @@ class _Scales:
 def _join(name: str, up: Tensor, down: Tensor, layout: Layout, scales: _Scales) -> Entry:
     rank = scales.rank(name)
     scale = scales.scale(name)
+
     if layout.kind == "experts":
         count = down.shape[0] // rank
         fits = up.ndim == down.ndim == 2 and count * rank == down.shape[0] == up.shape[1]
         if not fits:
             raise UserError(f"{name}: lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)} do not fit rank {rank}")
+
         form = join_stack(up.reshape(up.shape[0], -1, count).permute(2, 0, 1), down.reshape(count, -1, down.shape[1]))
         return Entry(
             form if layout.axes == ("expert", "out", "in") else swap(form, 1, 2), scale, replace(layout, fold=None)
         )
+
     if up.ndim < 2 or down.ndim < 2 or up.shape[1] != down.shape[0]:
         raise UserError(
             f"{name}: lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)} do not fit; the file is mixed up"
         )
+
     form = Tucker(down, (up.reshape(up.shape[:2]), *(None,) * (down.ndim - 1)))
+
     if layout.kind == "embedding" or _is_transposed(layout):
         form = swap(form, 0, 1)
+
     return Entry(trim(form), scale, replace(layout, fold=None))
 
 
@@ -375,8 +417,11 @@ def _numbers_of(config: Mapping[str, Any], pattern: str, field: str) -> tuple[fl
     listed = config.get(pattern) or {}
     if not isinstance(listed, Mapping):
         raise UserError(f"{pattern} is {listed!r}, expected names and numbers; the file was edited")
+
     for key, value in {field: common, **listed}.items():
         check_number(value, str(key))
+
         if field == "r" and (value < 1 or value != int(value)):
             raise UserError(f"{key} has the rank {value!r}, expected a whole number from 1")
+
     return common, Patterns(listed, pattern)

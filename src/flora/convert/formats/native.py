@@ -53,9 +53,14 @@ def read(path: Path) -> Adapter:
     config = read_config(path)
     if config.get("peft_type") != "TUCKER":
         raise UserError(f"{path / CONFIG} has peft_type {config.get('peft_type')!r}, expected 'TUCKER'")
+
     tensors, metadata = read_tensors(path / WEIGHTS)
     noted = read_note(metadata, NOTE, path / WEIGHTS)
-    recorded = config.get("layout") if noted is None else noted
+    if noted is None:
+        recorded = config.get("layout")
+    else:
+        recorded = noted
+
     check_prefix(tensors, path / WEIGHTS)
     check_form_tensors({key: value for key, value in tensors.items() if _KEY.search(key)}, path / WEIGHTS)
     wrapped = wrapped_modules(tensors)
@@ -67,17 +72,26 @@ def read(path: Path) -> Adapter:
         if found is None:
             if ".original_module." not in key:  # bias="all" also saves the frozen twin of a module in modules_to_save
                 extras[module_of(key, wrapped)] = value
+
             continue
-        leaf = _ATTENTION_OUT if found["weight"] == _ATTENTION_OUT_KEY else found["weight"]
+
+        if found["weight"] == _ATTENTION_OUT_KEY:
+            leaf = _ATTENTION_OUT
+        else:
+            leaf = found["weight"]
+
         spoken = names_of(module_of(found["module"] or "", wrapped), leaf)
         names[spoken[0]] = spoken
         parts.setdefault(spoken[0], {})[found["part"]] = value
+
     if not parts:
         raise UserError(
             f"{path / WEIGHTS} has no Tucker tensors (keys with '.tucker_<weight>.core'); it is empty or not ours"
         )
+
     entries = Entries(config)
     weights = {name: _entry(names[name], tensors, entries, recorded) for name, tensors in sorted(parts.items())}
+
     return Adapter(weights, extras, config)
 
 
@@ -85,17 +99,22 @@ def _entry(
     names: tuple[str, ...], parts: Mapping[str, Tensor], entries: Entries, recorded: Mapping[str, Any] | None
 ) -> Entry:
     name = names[0]
+
     if "core" not in parts:
         raise UserError(f"{name} has factors but no core in {WEIGHTS}; the file is incomplete, copy it again")
+
     core = parts["core"]
     modes = {int(part.removeprefix("factor_")): value for part, value in parts.items() if part != "core"}
     if modes and max(modes) >= core.ndim:
         raise UserError(f"{name} has factor_{max(modes)} but a core of {core.ndim} dimensions {tuple(core.shape)}")
+
     try:
         form = Tucker(core, tuple(modes.get(mode) for mode in range(core.ndim)))
     except ValueError as error:
         raise UserError(f"{name}: {error}") from None
+
     is_inner = name == f"{names[-1]}.{_ATTENTION_OUT}"
+
     return Entry(form, entries.scale(names), _layout(names, form, entries, recorded, is_inner=is_inner))
 
 
@@ -104,13 +123,20 @@ def _layout(
 ) -> Layout | None:
     """What the file's metadata or the config record (the usual layouts are left out), and the fold of the config."""
     name, fold = names[0], entries.fold(names)
+
     if is_inner:
         return Layout("attention", ("out", "in"), fold=fold)
+
     if recorded is not None and name in recorded:
         layout = layout_from_json(name, recorded[name])
-        return layout if fold is None else replace(layout, fold=fold)
+
+        if fold is None:
+            return layout
+        return replace(layout, fold=fold)
+
     if recorded is None and fold is None:
         return None
+
     return replace(from_shape(name, Entry(form, layout=Layout("", (), fold=fold)).shape), fold=fold)
 
 
@@ -138,9 +164,14 @@ def write(adapter: Adapter, folder: Path) -> None:
         stem = PREFIX + _stem(name, layouts, raw, wrappers)
         tensors[f"{stem}.core"] = form.core
         tensors.update({f"{stem}.factor_{mode}": f for mode, f in enumerate(form.factors) if f is not None})
+
     folder.mkdir()
     recorded = adapter.recorded_layouts()
-    note = {} if recorded is None else {NOTE: json.dumps(recorded, sort_keys=True)}
+    if recorded is None:
+        note = {}
+    else:
+        note = {NOTE: json.dumps(recorded, sort_keys=True)}
+
     write_tensors(folder / WEIGHTS, tensors, note)
     write_json(folder / CONFIG, _config(adapter, forms))
 
@@ -175,14 +206,19 @@ def _stem(name: str, layouts: Mapping[str, Layout | None], raw: Mapping[str, int
     layout, leaf = layouts[name], name.rpartition(".")[2]
     if layout is not None and layout.kind == "attention" and leaf == "weight":
         return f"{_dotted(in_file(_owner_module(name, layout), wrappers))}tucker_{_ATTENTION_OUT_KEY}"
+
     module = in_file(name.rpartition(".")[0], wrappers)
+
     if name in raw:
         module += nested(name, raw).removeprefix(name.rpartition(".")[0])
+
     return f"{_dotted(module)}tucker_{leaf}"
 
 
 def _dotted(module: str) -> str:
-    return f"{module}." if module else ""
+    if module:
+        return f"{module}."
+    return ""
 
 
 def _owner_module(name: str, layout: Layout | None) -> str:
@@ -194,15 +230,24 @@ def _owner_module(name: str, layout: Layout | None) -> str:
 
 
 def _config(adapter: Adapter, forms: Mapping[str, Tucker]) -> dict[str, Any]:
-    kept = adapter.config if adapter.config.get("peft_type") == "TUCKER" else {}
+    if adapter.config.get("peft_type") == "TUCKER":
+        kept = adapter.config
+    else:
+        kept = {}
+
     scales = {name: entry.scale for name, entry in adapter.weights.items()}
-    common = Counter(scales.values()).most_common(1)[0][0] if scales else 1.0
+    if scales:
+        common = Counter(scales.values()).most_common(1)[0][0]
+    else:
+        common = 1.0
+
     layouts = {name: entry.layout for name, entry in adapter.weights.items()}
     rows = {name for name, layout in layouts.items() if layout is not None and layout.kind in _ROWS}
     layered = {name for name in forms if name in rows or not is_raw(name, layouts[name])}
     modules = sorted({_owner_module(name, layouts[name]) for name in layered})
     parameters = sorted(forms.keys() - layered)
     folds = {exact_pattern(name): e.layout.fold for name, e in adapter.weights.items() if e.layout and e.layout.fold}
+
     return {
         "task_type": adapter.config.get("task_type"),
         "base_model_name_or_path": adapter.config.get("base_model_name_or_path"),
@@ -235,7 +280,10 @@ def _bias(adapter: Adapter) -> str:
     lone = lone_biases(adapter)
     if any(name.rpartition(".")[0] not in adapted for name in lone):
         return "all"
-    return "tucker_only" if lone else "none"
+    if lone:
+        return "tucker_only"
+
+    return "none"
 
 
 def lone_biases(adapter: Adapter) -> list[str]:
@@ -244,7 +292,9 @@ def lone_biases(adapter: Adapter) -> list[str]:
     leaves: dict[str, set[str]] = {}
     for name in adapter.extras:
         leaves.setdefault(name.rpartition(".")[0], set()).add(name.rpartition(".")[2])
+
     listed = set(adapter.config.get("modules_to_save") or ())
+
     return [
         name
         for name in adapter.extras

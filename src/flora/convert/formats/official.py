@@ -34,6 +34,7 @@ def detect(path: Path) -> bool:
         return _is_official(list(read_pickled(path)))
     if path.suffix != ".safetensors":
         return False
+
     with open_tensors(path) as handle:
         return _is_official(list(handle.keys()))
 
@@ -58,7 +59,12 @@ def read(path: Path, layouts: Mapping[str, Layout] | None = None, *, scale: floa
             f"{path}: the authors' checkpoints do not store the scale; give it (scale=..., --scale): the constant s of "
             "the convolution code, alpha / r of the NLU and LLM code"
         )
-    tensors = read_pickled(path) if path.suffix in PICKLED else read_tensors(path)[0]
+
+    if path.suffix in PICKLED:
+        tensors = read_pickled(path)
+    else:
+        tensors = read_tensors(path)[0]
+
     parts: dict[str, dict[str, Tensor]] = {}
     passed = []
     for key, value in tensors.items():
@@ -68,6 +74,7 @@ def read(path: Path, layouts: Mapping[str, Layout] | None = None, *, scale: floa
         else:
             check_form_tensors({key: value}, path)
             parts.setdefault(found["module"].removeprefix("base_model.model."), {})[found["part"]] = value
+
     others = [key for key in passed if ".base_layer." not in key]
     if others:
         warnings.warn(
@@ -75,25 +82,37 @@ def read(path: Path, layouts: Mapping[str, Layout] | None = None, *, scale: floa
             "them was trained, such as a head, yourself",
             stacklevel=3,
         )
+
     forms = {f"{module}.weight": _form(module, found) for module, found in sorted(parts.items())}
     adapter = Adapter({name: Entry(form, scale) for name, form in forms.items()})
-    return adapter.with_layouts(layouts) if layouts is not None else _assume(adapter)
+
+    if layouts is not None:
+        return adapter.with_layouts(layouts)
+
+    return _assume(adapter)
 
 
 def _form(module: str, parts: Mapping[str, Tensor]) -> Tucker:
-    needed = {"A", "E", "B"} if "G" not in parts else {"G", *(str(mode) for mode in range(parts["G"].ndim))}
+    if "G" not in parts:
+        needed = {"A", "E", "B"}
+    else:
+        needed = {"G", *(str(mode) for mode in range(parts["G"].ndim))}
+
     if parts.keys() != needed:
         raise UserError(
             f"{module} has the parts {', '.join(sorted(parts))}, expected {', '.join(sorted(needed))}; the file "
             "is incomplete"
         )
+
     try:
         if "G" not in parts:
             return Tucker(parts["E"], (parts["B"], parts["A"].T))
+
         core = parts["G"]
         form = Tucker(core, tuple(parts[str(mode)] for mode in range(core.ndim)))
     except ValueError as error:
         raise UserError(f"{module}: {error}") from None
+
     return swap(form, 0, 1)
 
 

@@ -23,16 +23,34 @@ def split(form: Tucker, scale: float) -> tuple[Tensor, Tensor]:
     rest = form.factors[1:]
     left, others = core.shape[0], math.prod(core.shape[1:])
     if left <= others:
-        up = torch.eye(left, dtype=torch.float64) if first is None else first.double()
+        if first is None:
+            up = torch.eye(left, dtype=torch.float64)
+        else:
+            up = first.double()
+
         down = core
         for mode, factor in enumerate(rest, start=1):
-            down = down if factor is None else mode_product(down, factor.double(), mode)
+            if factor is None:
+                down = down
+            else:
+                down = mode_product(down, factor.double(), mode)
+
         return scale * up, down
+
     up = core.reshape(left, others)
-    up = up if first is None else first.double() @ up
+
+    if first is None:
+        up = up
+    else:
+        up = first.double() @ up
+
     down = torch.eye(others, dtype=torch.float64).reshape(others, *core.shape[1:])
     for mode, factor in enumerate(rest, start=1):
-        down = down if factor is None else mode_product(down, factor.double(), mode)
+        if factor is None:
+            down = down
+        else:
+            down = mode_product(down, factor.double(), mode)
+
     return scale * up, down
 
 
@@ -40,12 +58,28 @@ def split_stack(form: Tucker, scale: float) -> tuple[Tensor, Tensor]:
     """A stack (E, O, I) as ups (E, O, R) and downs (E, R, I), R = min(J_out, J_in); in float64."""
     experts, out, inner = form.factors
     core = form.core.double()
-    core = core if experts is None else mode_product(core, experts.double(), 0)  # (E, J_out, J_in)
+
+    # (E, J_out, J_in)
+    if experts is None:
+        core = core
+    else:
+        core = mode_product(core, experts.double(), 0)
+
     count, left, right = core.shape
-    up = torch.eye(left, dtype=torch.float64) if out is None else out.double()
-    down = torch.eye(right, dtype=torch.float64) if inner is None else inner.double().T
+
+    if out is None:
+        up = torch.eye(left, dtype=torch.float64)
+    else:
+        up = out.double()
+
+    if inner is None:
+        down = torch.eye(right, dtype=torch.float64)
+    else:
+        down = inner.double().T
+
     if right <= left:
         return scale * (up @ core), down.expand(count, *down.shape)
+
     return scale * up.expand(count, *up.shape), core @ down
 
 
@@ -73,9 +107,11 @@ def trim(form: Tucker) -> Tucker:
             used = (factor != 0).any(0) & (core.movedim(mode, 0).flatten(1) != 0).any(1)
             if not used.any():
                 used[0] = True
+
             if not used.all():
                 keep = used.nonzero().squeeze(1)
                 core, factors[mode] = core.index_select(mode, keep), factor.index_select(1, keep)
+
     return Tucker(core, tuple(factors))
 
 

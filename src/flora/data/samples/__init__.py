@@ -45,16 +45,20 @@ def locate(where: str) -> str:
         return str(Path(where).expanduser())
     if not where.startswith(PREFIX):
         return where
+
     name = where.removeprefix(PREFIX)
     file, _, maker = name.partition("/")
+
     if name not in sample_names():
         raise UserError(f"{where!r} is not a sample; there are {', '.join(sample_names())}")
+
     module = _module(file)
     version = hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()[:8]
     folder = cache_folder() / f"{file}-{maker}-{version}"
     if not folder.is_dir():
         with staged_folder(folder) as staged, torch.random.fork_rng():  # a run that makes it draws as one that finds it
             cast("Maker", module.MAKERS[maker])(staged)
+
     return str(folder)
 
 

@@ -23,6 +23,7 @@ def tones(folder: Path) -> None:
         for name, pitch in PITCHES.items():
             place = folder / split / name
             place.mkdir(parents=True)
+
             for index in range(count):
                 rate = RATES[index % len(RATES)]
                 time = np.arange(int(random.uniform(0.3, 0.6) * rate)) / rate
@@ -126,10 +127,12 @@ def _learn_backgrounds(unet: Any, vae: Any, scheduler: Any) -> None:
     """Sets the scale of the latents to 1 and trains the UNet a little, on backgrounds and random prompts."""
     random = np.random.default_rng(SEED)
     pictures = np.stack([_background(random, 16, 16) for _ in range(64)])
+
     with torch.no_grad():
         latents = vae.encode(torch.tensor(pictures).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist.mode()
         vae.register_to_config(scaling_factor=1 / float(latents.std()))
         latents = latents * vae.config.scaling_factor
+
     optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-3)
     for _ in range(80):
         clean = latents[torch.randint(0, len(latents), (16,))]
@@ -148,6 +151,7 @@ def volumes(folder: Path) -> None:
     for part, count in {"Tr": 6, "Val": 2, "Ts": 3}.items():
         for name in ("images", "labels"):
             (folder / f"{name}{part}").mkdir()
+
         for index in range(count):
             image, labels = _ellipsoids(random)
             for name, voxels in (("images", image), ("labels", labels)):
@@ -163,7 +167,9 @@ def _ellipsoids(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         centre = np.array(size) * (middle + random.uniform(-0.05, 0.05, 3))
         place = (np.indices(size).T - centre) / (np.array(size) * random.uniform(0.16, 0.22, 3))
         labels[(place**2).sum(-1).T < 1] = label
+
     image = 300 + 20 * random.standard_normal(size) + np.array([0, 80, -80])[labels]
+
     return image.astype(np.int16), labels
 
 
@@ -181,6 +187,7 @@ def unet3d(folder: Path) -> None:
         model(image[None, None], labels[None].long()).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
     model.save_pretrained(folder)
 
 

@@ -64,12 +64,14 @@ def instructions() -> dict[str, list[dict[str, str]]]:
 
     def one() -> dict[str, str]:
         word, other = draw.choice(pairs)
+
         if draw.random() < 0.5:
             return {
                 "instruction": "Name the opposite of the word .",
                 "input": word,
                 "output": f"the opposite is {other}",
             }
+
         return {"instruction": f"Say the word {word} twice .", "input": "", "output": f"{word} {word}"}
 
     return {split: [one() for _ in range(size)] for split, size in SIZES.items()}
@@ -85,6 +87,7 @@ def write_tokenizer(folder: Path, texts: Iterable[str], special: Iterable[str] =
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, extra_special_tokens=list(special))
     fast.save_pretrained(folder)
+
     return fast
 
 
@@ -167,6 +170,7 @@ def conversations(folder: Path) -> None:
     """Visual instructions in LLaVA's format: train.json, validation.json, test.json, and images of one colour."""
     draw = random.Random(0)
     (folder / "images").mkdir()
+
     for split, size in SIZES.items():
         entries: list[dict[str, Any]] = []
         for at in range(size // 4):
@@ -177,6 +181,7 @@ def conversations(folder: Path) -> None:
             turns = ["<image>\nWhat colour is it ?", f"It is {name} .", "Say it twice .", f"{name} {name}"]
             talk = [{"from": ("human", "gpt")[turn % 2], "value": text} for turn, text in enumerate(turns)]
             entries.append({"id": f"{split}-{at}", "image": file, "conversations": talk})
+
         (folder / f"{split}.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
 
 

@@ -48,6 +48,7 @@ def place(random: np.random.Generator, size: tuple[int, int]) -> Box:
 def draw(image: Image.Image, shape: str, box: Box, fill: Any) -> None:
     """Draws the shape so that it fills the box."""
     pen, (left, top, right, bottom) = ImageDraw.Draw(image), box
+
     if shape == "circle":
         pen.ellipse(box, fill)
     elif shape == "square":
@@ -80,6 +81,7 @@ def scenes(folder: Path) -> None:
     for part, count in {"training": 32, "validation": 8, "test": 8}.items():
         for kind in ("images", "annotations"):
             (folder / kind / part).mkdir(parents=True)
+
         for number in range(count):
             size = (int(random.integers(40, 65)), int(random.integers(40, 65)))
             image, labels = background(random, size), Image.new("L", size[::-1], 0)
@@ -87,6 +89,7 @@ def scenes(folder: Path) -> None:
                 box = place(random, size)
                 draw(image, shape, box, colour(random, shape))
                 draw(labels, shape, box, NAMES.index(shape) + 1)
+
             image.save(folder / "images" / part / f"{number}.png")
             labels.save(folder / "annotations" / part / f"{number}.png")
 
@@ -96,6 +99,7 @@ def boxes(folder: Path) -> None:
     random = np.random.default_rng(2)
     categories = [{"id": 1 + 2 * index, "name": shape} for index, shape in enumerate(SHAPES)]
     (folder / "annotations").mkdir()
+
     for part, count in {"train": 32, "validation": 8, "test": 8}.items():
         (folder / part).mkdir()
         images: list[dict[str, Any]] = []
@@ -109,8 +113,10 @@ def boxes(folder: Path) -> None:
                 sides = (right - left + 1, bottom - top + 1)
                 one = {"id": len(annotations) + 1, "image_id": number, "category_id": categories[category]["id"]}
                 annotations.append(one | {"bbox": [left, top, *sides], "area": sides[0] * sides[1], "iscrowd": 0})
+
             image.save(folder / part / f"{number}.png")
             images.append({"id": number, "file_name": f"{number}.png", "height": size[0], "width": size[1]})
+
         content = {"images": images, "annotations": annotations, "categories": categories}
         (folder / "annotations" / f"instances_{part}.json").write_text(json.dumps(content))
 

@@ -15,7 +15,9 @@ def rows(x: Tensor) -> Tensor | None:
     if x.is_contiguous():
         return None
     last = x.movedim(1, -1)
-    return last.reshape(-1, x.shape[1]) if last.is_contiguous() else None
+    if not last.is_contiguous():
+        return None
+    return last.reshape(-1, x.shape[1])
 
 
 def project(matrix: Tensor, x: Tensor) -> Tensor:
@@ -34,6 +36,7 @@ def project(matrix: Tensor, x: Tensor) -> Tensor:
         flat = planes.transpose(1, 2).contiguous()
     else:
         flat = torch.bmm(x.flatten(2).transpose(1, 2), matrix.expand(x.shape[0], -1, -1))
+
     return flat.view(x.shape[0], *x.shape[2:], matrix.shape[1]).movedim(-1, 1)
 
 

@@ -45,29 +45,46 @@ def _run(choice: Choice, module: Any, delta: TuckerDelta, placed: Placed) -> Ten
 
     if ready.autocast is None:
         return _ready(choice, weight, delta, ready, geometry)
+
     with ready.autocast:
         return _ready(choice, weight, delta, ready, geometry)
 
 
 def _ready(choice: Choice, weight: Tensor, delta: TuckerDelta, ready: Ready, geometry: Geometry) -> Tensor | None:
     if choice.gradient == "dense":
-        run = summed.run if ready.fused else summed.run_plain
+        if ready.fused:
+            run = summed.run
+        else:
+            run = summed.run_plain
+
         core, factors = delta.tensors()
         return run(geometry, ready.x, weight, ready.bias, core, factors, delta.scale)
+
     if not ready.fused or geometry.groups > 1:
         return None
 
     form, sums = delta.stored_form.scaled(delta.scale), choice.way == "summed"
     first, second = form.factors[:2]
-    out, inner = (second, first) if geometry.transposed else (first, second)
+
+    if geometry.transposed:
+        out, inner = (second, first)
+    else:
+        out, inner = (first, second)
+
     weight = weight.to(ready.x.dtype)
     if weight[0, 0].numel() == 1 and not geometry.transposed and not any(geometry.padding):
         core = form.core.flatten(1)
-        down = core if inner is None else core @ inner.T
+
+        if inner is None:
+            down = core
+        else:
+            down = core @ inner.T
+
         return pointwise(ready.x, weight, ready.bias, down, out, geometry.stride, sums)
 
     kernel = plain.kernel_factor(form)
     y: Tensor = _Conv.apply(ready.x, weight, ready.bias, form.core, kernel, inner, out, geometry, sums)  # type: ignore[no-untyped-call]
+
     return y
 
 
@@ -94,17 +111,25 @@ class _Conv(torch.autograd.Function):
         ctx.geometry, ctx.sums = geometry, sums
         ctx.save_for_backward(x, weight, bias, core, kernel, inner, out)
         small_core = _small_core(core, kernel, weight)
+
         if sums:
             return geometry.run(x, _changed(weight, small_core, inner, out, geometry), bias)
 
         y = geometry.run(x, weight, bias)
+
         # shape: (B, Ji, *S), then (B, Jo, *S')
-        few = x if inner is None else project(inner, x)
+        if inner is None:
+            few = x
+        else:
+            few = project(inner, x)
+
         hidden = geometry.run(few, small_core, None)
+
         if out is None:
             y += hidden
         else:
             add_projected(y, out, hidden)
+
         return y
 
     @staticmethod
@@ -112,13 +137,20 @@ class _Conv(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, bias, core, kernel, inner, out = ctx.saved_tensors
         geometry, wants_x = ctx.geometry, ctx.needs_input_grad[0]
+
         if torch.is_grad_enabled():
             return again(ctx, _plain_conv, (x, weight, bias, core, kernel, inner, out), (geometry,), grad)
 
         # The forward's narrow tensors are computed once more: that costs less than keeping them.
         small_core = _small_core(core, kernel, weight)
-        few = x if inner is None else project(inner, x)
+
+        if inner is None:
+            few = x
+        else:
+            few = project(inner, x)
+
         grad_out, grad_hidden = None, grad
+
         if out is not None:
             grad_out = outer(grad, geometry.run(few, small_core, None), out.dtype)
             grad_hidden = project(out, grad)
@@ -126,24 +158,38 @@ class _Conv(torch.autograd.Function):
         needs_few = inner is not None or (wants_x and not ctx.sums)
         grad_few, grad_small_core = geometry.gradients(grad_hidden, few, small_core, needs_few)
         grad_core, grad_kernel = _unfold_kernel(grad_small_core.to(core.dtype), core, kernel)
-        grad_inner = None if inner is None or grad_few is None else outer(x, grad_few, inner.dtype)
+
+        if inner is None or grad_few is None:
+            grad_inner = None
+        else:
+            grad_inner = outer(x, grad_few, inner.dtype)
 
         grad_x = None
+
         if wants_x and ctx.sums:
             grad_x = geometry.input_gradient(grad, x, _changed(weight, small_core, inner, out, geometry))
         elif wants_x and grad_few is not None:
             grad_x = geometry.input_gradient(grad, x, weight)
+
             if inner is None:
                 grad_x += grad_few
             else:
                 add_projected(grad_x, inner, grad_few)
-        grad_bias = geometry.bias_gradient(grad) if ctx.needs_input_grad[2] else None
+
+        if not ctx.needs_input_grad[2]:
+            grad_bias = None
+        else:
+            grad_bias = geometry.bias_gradient(grad)
+
         return grad_x, None, grad_bias, grad_core, grad_kernel, grad_inner, grad_out, None, None
 
 
 def _small_core(core: Tensor, kernel: Tensor | None, weight: Tensor) -> Tensor:
     """The core over the whole kernel, in the dtype of the weight: (J1, J2, *K)."""
-    full = core if kernel is None else plain.apply_kernel(core, kernel, weight.shape[2:])
+    if kernel is None:
+        full = core
+    else:
+        full = plain.apply_kernel(core, kernel, weight.shape[2:])
     return full.to(weight.dtype)
 
 
@@ -160,9 +206,17 @@ def _changed(
     weight: Tensor, small_core: Tensor, inner: Tensor | None, out: Tensor | None, geometry: Geometry
 ) -> Tensor:
     """``W + dW`` in the order of the weight."""
-    first, second = (inner, out) if geometry.transposed else (out, inner)
+    if geometry.transposed:
+        first, second = (inner, out)
+    else:
+        first, second = (out, inner)
+
     # shape: (J1, I2, *K)
-    part = small_core if second is None else mode_product(small_core, second.to(small_core.dtype), 1)
+    if second is None:
+        part = small_core
+    else:
+        part = mode_product(small_core, second.to(small_core.dtype), 1)
+
     return device.add_update(weight.flatten(1), first, part.flatten(1).T, 1.0).view(weight.shape)
 
 
@@ -176,7 +230,16 @@ def _plain_conv(
     out: Tensor | None,
     geometry: Geometry,
 ) -> Tensor:
-    few = x if inner is None else torch.einsum("bi...,ij->bj...", x, inner.to(x.dtype))
+    if inner is None:
+        few = x
+    else:
+        few = torch.einsum("bi...,ij->bj...", x, inner.to(x.dtype))
+
     hidden = geometry.run(few, _small_core(core, kernel, weight), None)
-    change = hidden if out is None else torch.einsum("bj...,oj->bo...", hidden, out.to(x.dtype))
+
+    if out is None:
+        change = hidden
+    else:
+        change = torch.einsum("bj...,oj->bo...", hidden, out.to(x.dtype))
+
     return geometry.run(x, weight, bias) + change

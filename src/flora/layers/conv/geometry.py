@@ -38,10 +38,13 @@ class Geometry(NamedTuple):
         """Of the input, None where it is not wanted, and of the weight."""
         if kernel_gradient.is_slow(self, weight, x):
             grad_x = None
+
             if wants_x:
                 grad_x = aten.convolution_backward(grad, x, weight, None, *self, [True, False, False])[0]
             return grad_x, kernel_gradient.depthwise(x, grad, weight, self.stride, self.padding, self.dilation)
+
         grad_x, grad_weight, _ = aten.convolution_backward(grad, x, weight, None, *self, [wants_x, True, False])
+
         return grad_x, grad_weight
 
     def input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -75,14 +78,23 @@ def of_conv(module: Any, x: Tensor) -> Placed:
         if module.padding_mode == "zeros" and sides[::2] == sides[1::2]:
             padding = tuple(sides[::2][::-1])
         else:
-            mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+            if module.padding_mode == "zeros":
+                mode = "constant"
+            else:
+                mode = module.padding_mode
+
             x = F.pad(x, sides, mode=mode)
             padding = (0,) * len(module.kernel_size)
+
     none = (0,) * len(module.kernel_size)
+
     return Placed(x, Geometry(module.stride, padding, module.dilation, False, none, module.groups))
 
 
 def of_transposed(module: Any, x: Tensor, output_size: list[int] | None = None) -> Placed:
     """Of ConvTranspose1d to ConvTranspose3d, for the output size that was asked for."""
-    extra = module.output_padding if output_size is None else output_padding(module, x, output_size)
+    if output_size is None:
+        extra = module.output_padding
+    else:
+        extra = output_padding(module, x, output_size)
     return Placed(x, Geometry(module.stride, module.padding, module.dilation, True, tuple(extra), module.groups))

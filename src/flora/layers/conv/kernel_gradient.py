@@ -51,6 +51,7 @@ def depthwise(
     samples = max(1, CACHED // x[0].numel())
     for some_x, some_grad in zip(x.split(samples), grad.split(samples), strict=True):
         planes = some_x.shape[0] * channels
+
         # shape: (1, planes, *offsets), with a few offsets too many where the stride did not divide the input
         of_planes = torch.ops.aten.convolution(
             some_x.reshape(1, planes, *x.shape[2:]),
@@ -65,4 +66,5 @@ def depthwise(
         )
         inside = (slice(None), slice(None), *(slice(size) for size in kernel))
         total += of_planes[inside].view(len(some_x), *total.shape).sum(0)
+
     return total.unsqueeze(1)

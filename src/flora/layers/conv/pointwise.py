@@ -54,40 +54,63 @@ class _Pointwise(torch.autograd.Function):
     ) -> Tensor:
         ctx.stride, ctx.sums = stride, sums
         ctx.save_for_backward(x, weight, bias, down, out)
+
         if sums:
             return _convolve(x, _changed(weight, down, out).view(weight.shape), bias, stride)
 
         y = _convolve(x, weight, bias, stride)
         seen = _seen(x, stride)
+
         if out is None:
             add_projected(y, down, seen)
         else:
             add_projected(y, out, project(down.T, seen))
+
         return y
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, bias, down, out = ctx.saved_tensors
+
         if torch.is_grad_enabled():
             return again(ctx, _plain_pointwise, (x, weight, bias, down, out), (ctx.stride,), grad)
 
         seen = _seen(x, ctx.stride)
-        seen = seen.contiguous() if rows(x) is None else seen
+
+        if rows(x) is None:
+            seen = seen.contiguous()
+        else:
+            seen = seen
+
         grad_out, grad_hidden = None, grad
+
         if out is not None:
             grad_out = outer(grad, project(down.T, seen), out.dtype)
             grad_hidden = project(out, grad)
+
         grad_down = outer(seen, grad_hidden, down.dtype).T
 
         grad_x = None
+
         if ctx.needs_input_grad[0]:
-            matrix = _changed(weight, down, out) if ctx.sums else weight.flatten(1)
+            if ctx.sums:
+                matrix = _changed(weight, down, out)
+            else:
+                matrix = weight.flatten(1)
+
             grad_x = mix(matrix.T, grad)
+
             if not ctx.sums:
                 add_projected(grad_x, down.T, grad_hidden)
+
             grad_x = _spread(grad_x, x, ctx.stride)
-        grad_bias = grad.sum([dim for dim in range(grad.ndim) if dim != 1]) if ctx.needs_input_grad[2] else None
+
+        if not ctx.needs_input_grad[2]:
+            grad_bias = None
+        else:
+            grad_bias = grad.sum([dim for dim in range(grad.ndim) if dim != 1])
+
         return grad_x, None, grad_bias, grad_down, grad_out, None, None
 
 

@@ -56,35 +56,62 @@ class _Grouped(torch.autograd.Function):
     ) -> Tensor:
         ctx.run = run
         y = run(x, weight, offs=offs)
-        small = x if left is None else device.project(x, left.to(x.dtype))
+
+        if left is None:
+            small = x
+        else:
+            small = device.project(x, left.to(x.dtype))
+
         hidden = _each(small, middle.to(x.dtype), offs)
+
         if right is None:
             y += hidden
         else:
             y.addmm_(hidden, right.to(x.dtype).t())
+
         kept = (None if left is None else small, None if right is None else hidden)
         ctx.save_for_backward(x, weight, left, middle, right, offs, *kept)
+
         return y
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, left, middle, right, offs, small, hidden = ctx.saved_tensors
+
         if torch.is_grad_enabled():
             return again(ctx, _plain_grouped, (x, weight, left, middle, right), (offs, ctx.run), grad)
+
         grad, run = grad.contiguous(), ctx.run
-        back = grad if right is None else device.project(grad, right.to(x.dtype))
+
+        if right is None:
+            back = grad
+        else:
+            back = device.project(grad, right.to(x.dtype))
+
         grad_small = _each(back, middle.to(x.dtype).mT, offs)
         grad_middle = _sums(x if small is None else small, back, middle, offs)
-        grad_left = None if left is None else device.outer(x, grad_small, left.dtype).to(left.dtype)
-        grad_right = None if right is None else device.outer(grad, hidden, right.dtype).to(right.dtype)
+
+        if left is None:
+            grad_left = None
+        else:
+            grad_left = device.outer(x, grad_small, left.dtype).to(left.dtype)
+
+        if right is None:
+            grad_right = None
+        else:
+            grad_right = device.outer(grad, hidden, right.dtype).to(right.dtype)
+
         grad_x = None
+
         if ctx.needs_input_grad[0]:
             grad_x = run(grad, weight.mT, offs=offs)
+
             if left is None:
                 grad_x += grad_small
             else:
                 grad_x.addmm_(grad_small, left.to(x.dtype).t())
+
         return grad_x, None, grad_left, grad_middle, grad_right, None, None
 
 
@@ -121,6 +148,9 @@ def _sizes(rows: Tensor, offs: Tensor) -> list[int] | None:
 def _plain_grouped(
     x: Tensor, weight: Tensor, left: Tensor | None, middle: Tensor, right: Tensor | None, offs: Tensor, run: Run
 ) -> Tensor:
-    small = x if left is None else x @ left.to(x.dtype)
+    if left is None:
+        small = x
+    else:
+        small = x @ left.to(x.dtype)
     hidden = one_by_one(small, middle.to(x.dtype), offs)
     return run(x, weight, offs=offs) + (hidden if right is None else hidden @ right.to(x.dtype).T)

@@ -40,13 +40,22 @@ class Term:
 
     def dense(self) -> Tensor:
         """(..., m, n)."""
-        out = self.middle if self.left is None else self.left @ self.middle
-        return out if self.right is None else out @ self.right.T
+        if self.left is None:
+            out = self.middle
+        else:
+            out = self.left @ self.middle
+
+        if self.right is None:
+            return out
+
+        return out @ self.right.T
 
     def after(self, x: Tensor, product: Callable[[Tensor, Tensor], Tensor] = torch.matmul) -> Tensor:
         """``x @ update`` with the middle product as given: x (..., m) -> (..., n)."""
         hidden = product(x if self.left is None else x @ self.left.to(x.dtype), self.middle.to(x.dtype))
-        return hidden if self.right is None else hidden @ self.right.T.to(x.dtype)
+        if self.right is None:
+            return hidden
+        return hidden @ self.right.T.to(x.dtype)
 
 
 class ExpertStack:
@@ -95,7 +104,9 @@ class ExpertStack:
         )
         if self.weight.ndim != 3 or not whole or (isinstance(index, Tensor) and index.dtype == torch.bool):
             return self.dense()[index]
+
         terms = [Term(term.left, term.middle[index], term.right) for term in self.terms]
+
         return ExpertStack(self.weight[index], terms)
 
     def dense(self) -> Tensor:
@@ -112,15 +123,22 @@ class ExpertStack:
         out, beside = self._fused(x, bias), self.terms[1:]
         if out is None:
             out, beside = x @ self.weight, self.terms
-            out = out if bias is None else out + bias
+
+            if bias is None:
+                out = out
+            else:
+                out = out + bias
+
         for term in beside:
             out = out + term.after(x)
+
         return out
 
     def _fused(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
         """The product with one matrix and its first update, where one function may do both."""
         if self.weight.ndim != 2 or not self._may_fuse():
             return None
+
         term = self.terms[0].transposed
         form = Tucker(term.middle, (term.left, term.right))
         work = Work(
@@ -132,6 +150,7 @@ class ExpertStack:
             cpu=device.on_cpu(x),
             element_size=self.weight.element_size(),
         )
+
         return fused_linear.small(choose_narrow(work), self.weight.mT, bias, form, 1.0, x)
 
     def grouped(self, x: Tensor, offs: Tensor, run: Callable[..., Tensor], **options: Any) -> Tensor:
@@ -140,8 +159,10 @@ class ExpertStack:
         out, beside = self._fused_grouped(x, offs, run) if plain else None, self.terms[1:]
         if out is None:
             out, beside = run(x, self.weight, offs=offs, **options), self.terms
+
         for term in beside:
             out = out + term.after(x, partial(one_by_one, offs=offs))
+
         return out
 
     def _fused_grouped(self, x: Tensor, offs: Tensor, run: Callable[..., Tensor]) -> Tensor | None:
@@ -157,6 +178,7 @@ class ExpertStack:
         casts = torch.is_autocast_enabled(kind) and not x.dtype == self.weight.dtype == torch.get_autocast_dtype(kind)
         if casts or not self._may_fuse():
             return None
+
         return fused.in_its_dtype(product, x, self.weight, None)
 
     def _may_fuse(self) -> bool:
@@ -173,7 +195,9 @@ class ExpertStack:
             result = handler(*args, **kwargs)
             if result is not NotImplemented:
                 return result
+
         args, kwargs = tree_map_only(ExpertStack, ExpertStack.dense, (args, kwargs))
+
         return func(*args, **kwargs)
 
     def __len__(self) -> int:
@@ -221,7 +245,9 @@ def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Any:
 def _matmul(x: Any, weight: Any) -> Any:
     if isinstance(x, ExpertStack) and isinstance(weight, Tensor) and weight.ndim >= 2:
         return x.transposed.after(weight.mT).mT
-    return weight.after(x) if isinstance(weight, ExpertStack) and isinstance(x, Tensor) else NotImplemented
+    if isinstance(weight, ExpertStack) and isinstance(x, Tensor):
+        return weight.after(x)
+    return NotImplemented
 
 
 def _grouped_by(run: Callable[..., Tensor]) -> Callable[..., Any]:

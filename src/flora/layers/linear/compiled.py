@@ -31,9 +31,11 @@ def linear(weight: Tensor, bias: Tensor | None, form: Tucker, scale: float, x: T
     up, down = fold_matrix(form, scale)
     if up is None:
         return None
+
     rows = x.reshape(-1, x.shape[-1])
     wants_x, wants_bias = x.requires_grad, bias is not None and bias.requires_grad
     y: Tensor = _Linear.apply(rows, weight, bias, up.to(x.dtype), down.to(x.dtype), wants_x, wants_bias)  # type: ignore[no-untyped-call]
+
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -63,7 +65,12 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         wants_x, wants_bias = ctx.wanted
         grad_x, grad_up, grad_down = torch.ops.flora.linear_backward(grad, *ctx.saved_tensors, wants_x)
-        grad_bias = grad.sum(0) if wants_bias else None
+
+        if not wants_bias:
+            grad_bias = None
+        else:
+            grad_bias = grad.sum(0)
+
         return grad_x if wants_x else None, None, grad_bias, grad_up, grad_down, None, None
 
 
@@ -79,10 +86,15 @@ def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, up: Tensor, down: Tensor, hidden: Tensor, wants_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, empty if it is not wanted, of up and of down."""
-    beside = weight if wants_x else None
+    if not wants_x:
+        beside = None
+    else:
+        beside = weight
+
     found = gradients_of_products(grad.contiguous(), x, None, beside, up, down, hidden, up.dtype)
     if found.up is None:
         raise AssertionError("up is a matrix here")
+
     return x.new_empty(0) if found.x is None else found.x, found.up, found.down
 
 

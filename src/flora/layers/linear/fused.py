@@ -40,11 +40,19 @@ class Product(NamedTuple):
         """Of the input, None where it is not wanted, and of the weight."""
         # shape: (T, out), (T, in)
         grad_rows, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        left, right = (rows, grad_rows) if self.transposed else (grad_rows, rows)
+
+        if self.transposed:
+            left, right = (rows, grad_rows)
+        else:
+            left, right = (grad_rows, rows)
+
         grad_weight = torch.mm(left.t(), right)
+
         if not wants_x:
             return None, grad_weight
+
         grad_x = torch.mm(grad_rows, weight.t() if self.transposed else weight)
+
         return grad_x.view(x.shape), grad_weight
 
     def bias_gradient(self, grad: Tensor) -> Tensor:
@@ -82,9 +90,15 @@ def _dense(
     ready = prepare(x, weight, bias)
     if ready is None:
         return None
-    run = summed.run if ready.fused else summed.run_plain
+
+    if ready.fused:
+        run = summed.run
+    else:
+        run = summed.run_plain
+
     if ready.autocast is None:
         return run(operation, ready.x, weight, ready.bias, core, factors, scale)
+
     with ready.autocast:
         return run(operation, ready.x, weight, ready.bias, core, factors, scale)
 
@@ -108,6 +122,7 @@ def small(choice: Choice, weight: Tensor, bias: Tensor | None, form: Tucker, sca
         return None
     if ready.autocast is None:
         return _small(choice, weight, ready.bias, form, scale, ready.x, ready.fused)
+
     with ready.autocast:
         return _small(choice, weight.to(ready.x.dtype), ready.bias, form, scale, ready.x, ready.fused)
 
@@ -117,13 +132,24 @@ def _small(
 ) -> Tensor | None:
     if not fused:
         traced = torch.compiler.is_dynamo_compiling() and not is_exporting() and not weight.requires_grad
-        return compiled.linear(weight, bias, form, scale, x) if traced else None
+        if not traced:
+            return None
+        return compiled.linear(weight, bias, form, scale, x)
 
     out, inner = form.factors
-    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+
+    if x.ndim == 2:
+        rows = x
+    else:
+        rows = x.reshape(-1, x.shape[-1])
+
     sums = choice.way == "summed"
     y: Tensor = _Linear.apply(rows, weight, bias, form.core, inner, out, scale, sums)  # type: ignore[no-untyped-call]
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+    if x.ndim == 2:
+        return y
+
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class _Linear(torch.autograd.Function):
@@ -145,6 +171,7 @@ class _Linear(torch.autograd.Function):
         exact_up, exact_down = _fold(scaled, inner, out)
         up, down = None if exact_up is None else exact_up.to(x.dtype), exact_down.to(x.dtype)
         hidden = None
+
         if sums:
             y = F.linear(x, sum_of_weights(weight, exact_up, exact_down), bias)
         else:
@@ -153,6 +180,7 @@ class _Linear(torch.autograd.Function):
         ctx.scale, ctx.sums = scale, sums
         kept = device.kept(x, scaled, exact_up, exact_down, up, down)
         ctx.save_for_backward(x, weight, bias, core, inner, out, hidden, *kept)
+
         return y
 
     @staticmethod
@@ -160,26 +188,37 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, bias, core, inner, out, hidden, scaled, exact_up, exact_down, up, down = ctx.saved_tensors
         scale = ctx.scale
+
         if torch.is_grad_enabled():
             return again(ctx, _plain_linear, (x, weight, bias, core, inner, out), (scale,), grad)
+
         if scaled is None:
             scaled = _scaled(core, scale)
             exact_up, exact_down = _fold(scaled, inner, out)
             up, down = None if exact_up is None else exact_up.to(x.dtype), exact_down.to(x.dtype)
 
         changed, beside = None, None
+
         if ctx.needs_input_grad[0] and ctx.sums:
             changed = sum_of_weights(weight, exact_up, exact_down)
         elif ctx.needs_input_grad[0]:
             beside = weight
+
         found = gradients_of_products(grad.contiguous(), x, changed, beside, up, down, hidden, core.dtype)
         grad_core, grad_inner, grad_out = _unfold(scaled, inner, out, found.down, found.up)
-        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
+
+        if not ctx.needs_input_grad[2]:
+            grad_bias = None
+        else:
+            grad_bias = grad.sum(0)
+
         return found.x, None, grad_bias, _scaled(grad_core, scale), grad_inner, grad_out, None, None
 
 
 def _scaled(core: Tensor, scale: float) -> Tensor:
-    return core if scale == 1 else scale * core
+    if scale == 1:
+        return core
+    return scale * core
 
 
 def _folds_down(core: Tensor, inner: Tensor | None) -> bool:
@@ -200,6 +239,7 @@ def _unfold(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradients of core, inner and out from those of up and down, in the dtype of the adapter."""
     grad_down = grad_down.to(core.dtype)
+
     if grad_up is not None:
         grad_up = grad_up.to(core.dtype)
     if inner is None:
@@ -211,6 +251,7 @@ def _unfold(
         raise AssertionError("up is a matrix when the core is folded into it")
     if out is None:
         return grad_up, grad_down.t(), None
+
     return torch.mm(out.t(), grad_up), grad_down.t(), torch.mm(grad_up, core.t())
 
 

@@ -47,12 +47,18 @@ def products(
         down: shape (J, I).
     """
     hidden = None
+
     if up is None:
         y = torch.mm(x, down.t())
-        y = y if bias is None else y.add_(bias)
+
+        if bias is None:
+            y = y
+        else:
+            y = y.add_(bias)
     else:
         hidden = device.project(x, down.t())
         y = device.widen(hidden, up, bias)
+
     return y.addmm_(x, weight.t()), hidden
 
 
@@ -80,10 +86,12 @@ def gradients_of_products(
     """
     narrow = _narrow_gradients(x, grad, up, down, hidden, dtype)
     grad_x = None
+
     if changed is not None:
         grad_x = torch.mm(grad, changed)
     elif beside is not None:
         grad_x = torch.mm(narrow.hidden, down).addmm_(grad, beside)
+
     return Gradients(grad_x, narrow.down, narrow.up)
 
 
@@ -93,12 +101,18 @@ def _narrow_gradients(
     """What ``Narrow`` says. Each of four products reads x or grad once more, unless they take turns on some rows."""
     if up is None:
         return Narrow(grad, device.outer(x, grad, dtype).t(), None)
+
     together = device.rows_at_a_time(len(x), x.shape[1] + grad.shape[1], x)
     if together < len(x):
         return _in_turns(x, grad, up, down, hidden, together)
 
-    hidden = device.project(x, down.t()) if hidden is None else hidden
+    if hidden is None:
+        hidden = device.project(x, down.t())
+    else:
+        hidden = hidden
+
     grad_hidden = device.project(grad, up)
+
     return Narrow(grad_hidden, device.outer(x, grad_hidden, dtype).t(), device.outer(grad, hidden, dtype))
 
 
@@ -108,12 +122,19 @@ def _in_turns(x: Tensor, grad: Tensor, up: Tensor, down: Tensor, hidden: Tensor 
     grad_down = grad_up = x.new_empty(0)
     for start in range(0, len(x), together):
         rows, grad_rows = x[start : start + together], grad[start : start + together]
+
         # shape: (J, some rows)
-        some_hidden = torch.mm(down, rows.t()) if hidden is None else hidden[start : start + together].t()
+        if hidden is None:
+            some_hidden = torch.mm(down, rows.t())
+        else:
+            some_hidden = hidden[start : start + together].t()
+
         grad_hidden.append(torch.mm(up.t(), grad_rows.t()))
+
         if start == 0:
             grad_down, grad_up = torch.mm(grad_hidden[0], rows), torch.mm(some_hidden, grad_rows)
         else:
             grad_down.addmm_(grad_hidden[-1], rows)
             grad_up.addmm_(some_hidden, grad_rows)
+
     return Narrow(torch.cat(grad_hidden, 1).t(), grad_down, grad_up.t())

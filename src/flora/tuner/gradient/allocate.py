@@ -57,12 +57,17 @@ def allocate(
         listed = choices_of_energy(directions.energy / directions.total, place.shape, 1.0)
         share = count_params(place.shape, equal[place.name])
         must_stay = isinstance(place.layer, ParamWrapper) or len(place.layer.attributes) > 1
-        first = 1 if must_stay and len(listed) > 1 else 0
+        if must_stay and len(listed) > 1:
+            first = 1
+        else:
+            first = 0
+
         options[place.name] = [
             choice for index, choice in enumerate(listed[first:]) if index == 0 or choice.params <= MOST * share
         ]
 
     chosen = {name: choice.ranks for name, choice in spend(options, left).items()}
+
     return Allocation({place.name: {**fixed, **chosen}[place.name] for place in places})
 
 

@@ -51,8 +51,10 @@ def places_of(model: nn.Module, adapter: str) -> list[Place]:
     for path, layer in model.named_modules():
         if not isinstance(layer, FloraLayer) or adapter not in layer.settings:
             continue
+
         name = path.removeprefix("base_model.model.").replace(".base_layer", "")
         found += [Place(f"{name}.{weight}", layer, weight, layer.delta(adapter, weight)) for weight in layer.attributes]
+
     return found
 
 
@@ -67,7 +69,9 @@ def first_batches(batches: Iterable[Any], count: int) -> Batches:
         raise UserError(
             f"the start from the gradient needs two batches or more, one of them for judging the step; got {len(taken)}"
         )
+
     held = max(1, len(taken) // JUDGING)
+
     return Batches(taken[:-held], taken[-held:])
 
 
@@ -84,12 +88,19 @@ def loss_of(model: nn.Module, batch: Any) -> Tensor:
         output = model(*batch)
     else:
         output = model(batch)
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
+
+    if isinstance(output, Mapping):
+        loss = output.get("loss")
+    else:
+        loss = getattr(output, "loss", output)
+
     if isinstance(loss, (tuple, list)) and loss:
         loss = loss[0]
+
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         kind = type(output).__name__
         raise UserError(f"{type(model).__name__} returns {kind} without a loss; give loss=lambda model, batch: ...")
+
     return loss
 
 
@@ -101,6 +112,7 @@ def to_device(value: Any, device: torch.device) -> Any:
         return {key: to_device(item, device) for key, item in value.items()}
     if type(value) in (list, tuple):
         return type(value)(to_device(item, device) for item in value)
+
     return value
 
 
@@ -115,21 +127,27 @@ def at_rest(model: nn.Module) -> Iterator[None]:
     trained = {value: value.requires_grad for value in model.parameters()}
     python = random.getstate()
     devices = sorted({value.device.index for value in trained if value.is_cuda})
+
     try:
         with torch.random.fork_rng(devices):
             torch.manual_seed(0)
             model.train()
+
             for module in model.modules():
                 if isinstance(module, (_BatchNorm, _DropoutNd)):
                     module.eval()
+
             yield
     finally:
         random.setstate(python)
+
         for module, mode in training.items():
             module.training = mode
+
         with torch.no_grad():
             for buffer, value in buffers.items():
                 buffer.copy_(value)
+
         for parameter, wanted in trained.items():
             parameter.requires_grad_(wanted)
 
@@ -138,9 +156,11 @@ def at_rest(model: nn.Module) -> Iterator[None]:
 def without_adapters(places: Sequence[Place]) -> Iterator[None]:
     """The base layers alone."""
     disabled = {place.layer: place.layer._disable_adapters for place in places}
+
     try:
         for layer in disabled:
             layer._disable_adapters = True
+
         yield
     finally:
         for layer, before in disabled.items():
@@ -159,6 +179,7 @@ def collect(
     wide = [place for place in places if sketches[place.name].needs_ranges]
     if wide:
         passes.insert(0, ("add_to_ranges", wide))
+
     kept = {value: value.grad for value in model.parameters()}
     bar = tqdm(total=len(passes) * len(batches), desc="start: gradients", unit="batch", disable=None, leave=False)
 
@@ -169,6 +190,7 @@ def collect(
                 for number, batch in enumerate(batches):
                     _one_batch(model, receivers, number, batch, loss)
                     bar.update()
+
                 for place in members:
                     sketches[place.name].close_ranges()
         finally:
@@ -181,15 +203,18 @@ def _one_batch(model: nn.Module, receivers: Sequence[Any], number: int, batch: A
     handles = []
     for value in model.parameters():
         value.requires_grad_(False)
+
     try:
         for place, receive in receivers:
             handles.append(_watch(place, partial(receive, batch=number)))
+
         found = loss(model, batch)
         if not found.requires_grad:
             raise UserError(
                 "the loss does not depend on the adapted weights; is it computed under no_grad, or is every block "
                 "under reentrant gradient checkpointing? (then call model.enable_input_require_grads() first)"
             )
+
         found.backward()
     finally:
         for handle in handles:
@@ -200,7 +225,10 @@ def _watch(place: Place, receive: Callable[[Tensor], None]) -> Any:
     """Hands every gradient of the weight to ``receive``, in float32 and as the adapter sees it."""
 
     def take(gradient: Tensor) -> None:
-        gradient = gradient.to_dense() if gradient.is_sparse else gradient
+        if gradient.is_sparse:
+            gradient = gradient.to_dense()
+        else:
+            gradient = gradient
         receive(gradient.detach().float().reshape(place.shape))
 
     stored = stored_weight(place)
@@ -212,6 +240,7 @@ def _watch(place: Place, receive: Callable[[Tensor], None]) -> Any:
         take(gradient)
 
     stored.requires_grad_(True)
+
     return stored.register_post_accumulate_grad_hook(taken)
 
 
@@ -224,14 +253,21 @@ def stored_weight(place: Place) -> nn.Parameter | None:
     base = place.layer.get_base_layer()
     owner = base.get_submodule(place.weight.rpartition(".")[0])
     value = owner._parameters.get(place.weight.rpartition(".")[2])
+
     if place.layer.quantization_backend is not None:
         return None
+
     if value is None or hasattr(value, "ds_shape") or hasattr(value, "device_mesh"):
-        kind = "computed from other tensors (a parametrization)" if value is None else "sharded"
+        if value is None:
+            kind = "computed from other tensors (a parametrization)"
+        else:
+            kind = "sharded"
+
         raise UserError(
             f"the start from the gradient cannot read {place.name}: it is {kind}; start before the model is sharded, "
             "or leave this module out (exclude_modules)"
         )
+
     return value
 
 
@@ -239,7 +275,9 @@ def _watch_sides(take: Callable[[Tensor], None], module: nn.Module, inputs: Any,
     """Of a quantised linear layer: the gradient of its dequantised weight, from the two sides of the product."""
     if not torch.is_grad_enabled():
         return None
+
     x = inputs[0].detach()
+
     if not output.requires_grad:
         output = output.detach().requires_grad_(True)
 
@@ -248,6 +286,7 @@ def _watch_sides(take: Callable[[Tensor], None], module: nn.Module, inputs: Any,
         take(rows.float().T @ x.reshape(-1, x.shape[-1]).float())
 
     output.register_hook(sides)
+
     return output
 
 
@@ -255,8 +294,11 @@ def mean_loss(model: nn.Module, batches: Sequence[Any], loss: Loss) -> float:
     """Over batches and processes."""
     with at_rest(model), torch.no_grad():
         values = [loss(model, batch).detach().double().reshape(()) for batch in batches]
+
     total = torch.stack(values).mean()
+
     if is_distributed():
         add_up(total)
         total = total / torch.distributed.get_world_size()
+
     return float(total)

@@ -49,6 +49,7 @@ def ray(delta: TuckerDelta, found: Directions, norm: float) -> Ray | None:
         if form.factors[mode] is None:
             core = mode_product(core, found.vectors[mode], mode)
             continue
+
         factors[mode] = complete(found.vectors[mode], ranks[mode])
         reached = core.narrow(mode, 0, min(ranks[mode], core.shape[mode]))
         core = _padded(reached, mode, ranks[mode])
@@ -62,16 +63,24 @@ def ray(delta: TuckerDelta, found: Directions, norm: float) -> Ray | None:
     count = min(ranks[0], values.numel())
     moving = found.vectors[0].new_zeros(shape[0], ranks[0])
     moving[:, :count] = -(found.vectors[0] @ left[:, :count]) * values[:count]
-    rows = complete(right.T, max(ranks[0], right.shape[0])).T if right.shape[1] >= ranks[0] else right
+
+    if right.shape[1] >= ranks[0]:
+        rows = complete(right.T, max(ranks[0], right.shape[0])).T
+    else:
+        rows = right
+
     still = core.new_zeros(ranks[0], right.shape[1])
     still[: min(len(rows), ranks[0])] = rows[: ranks[0]]
+
     return _scaled(delta, still.reshape(ranks), factors, moving, norm)
 
 
 def _padded(tensor: Tensor, mode: int, size: int) -> Tensor:
     missing = list(tensor.shape)
     missing[mode] = size - tensor.shape[mode]
-    return torch.cat([tensor, tensor.new_zeros(missing)], mode) if missing[mode] else tensor
+    if missing[mode]:
+        return torch.cat([tensor, tensor.new_zeros(missing)], mode)
+    return tensor
 
 
 def _scaled(delta: TuckerDelta, core: Tensor, factors: list[Tensor | None], moving: Tensor, norm: float) -> Ray | None:
@@ -79,17 +88,21 @@ def _scaled(delta: TuckerDelta, core: Tensor, factors: list[Tensor | None], movi
     size = float(moving.norm())
     if not size or not math.isfinite(size):
         return None
+
     form, gain = delta.form, float(delta.scale)
     for mode, factor in enumerate(factors):
         given = form.factors[mode]
         if factor is None or given is None:
             continue
+
         length = float(given.detach().double().norm()) / math.sqrt(factor.shape[1]) or 1.0
         factors[mode], gain = factor * length, gain * length
+
     if form.factors[0] is not None:
         rows = min(core.shape[0], core[0].numel())
         length = float(form.core.detach().double().norm()) / math.sqrt(rows) or 1.0
         core, gain = core * length, gain * length
+
     return Ray(delta, Tucker(core, tuple(factors)), moving / (size * gain), norm)
 
 
@@ -108,5 +121,8 @@ def place_directions(ray: Ray) -> None:
 def place_step(ray: Ray, size: float) -> None:
     """Writes what moves, for a change of ``size`` times the norm of the weight."""
     form = ray.delta.form
-    target = form.core if form.factors[0] is None else form.factors[0]
+    if form.factors[0] is None:
+        target = form.core
+    else:
+        target = form.factors[0]
     target.copy_(ray.moving * (size * ray.norm))

@@ -68,12 +68,17 @@ class Sketch:
         for mode, (size, width) in enumerate(zip(self.shape, self.widths, strict=True)):
             if width == size:
                 continue
+
             others = math.prod(self.shape) // size
             stream = (rank() * self.batches + batch) * len(self.shape) + mode
             random = torch.Generator(gradient.device).manual_seed(1000003 * self.seed + stream)
             right = torch.randn(others, width, generator=random, device=gradient.device)
             part = gradient.movedim(mode, 0).reshape(size, others) @ right
-            self.ranges[mode] = self.ranges[mode] + part if mode in self.ranges else part
+
+            if mode in self.ranges:
+                self.ranges[mode] = self.ranges[mode] + part
+            else:
+                self.ranges[mode] = part
 
     def close_ranges(self) -> None:
         """Between the passes: an orthonormal basis of each range, the same on every process."""
@@ -89,8 +94,10 @@ class Sketch:
         core = gradient
         for mode, basis in self.bases.items():
             core = mode_product(core, basis.T, mode)
+
         if self.cores is None:
             self.cores = core.new_zeros(self.batches, *core.shape)
+
         self.cores[batch] += core
         self.norms[batch] += float(gradient.double().square().sum())
 
@@ -98,6 +105,7 @@ class Sketch:
         """The higher-order SVD of all that came; None if nothing did, or it is zero or not finite."""
         if self.cores is None:
             return None
+
         cores = gather(self.cores).double().cpu()
         total = float(gather(self.norms.to(self.cores.device)).sum())
         if not math.isfinite(total) or not torch.isfinite(cores).all() or not cores.any():
@@ -109,7 +117,9 @@ class Sketch:
             cores = mode_product(cores, inner.T, mode + 1)
             basis = self.bases.get(mode)
             vectors.append(inner if basis is None else basis.double().cpu() @ inner)
+
         energy = cores.square().sum(0)
+
         return Directions(vectors, energy, max(total, float(energy.sum())), cores.mean(0))
 
 

@@ -69,6 +69,7 @@ class Start:
 
     def __str__(self) -> str:
         before = self.losses.get(0.0, math.nan)
+
         if self.step:
             told = (
                 f"start from the gradient: step {self.step:g} of each weight's norm, loss {before:.4f} -> "
@@ -78,7 +79,12 @@ class Start:
             told = (
                 f"start from the gradient: no step lowers the loss of {before:.4f}, so the adapter begins as configured"
             )
-        out = f"; {len(self.left_out)} weights get no rank" if self.left_out else ""
+
+        if self.left_out:
+            out = f"; {len(self.left_out)} weights get no rank"
+        else:
+            out = ""
+
         return f"{told} ({self.weights} weights, {self.seconds:.1f} s){out}"
 
 
@@ -184,26 +190,39 @@ def adapt_and_tell(
     trained = {value for value in base.parameters() if value.requires_grad}
     parts = first_batches(batches, count)
     allocation, found = None, None
+
     if config.budget is not None:
         with torch.random.fork_rng([]):
             probe = _attach_probe(base, config)
+
         try:
             places = places_of(probe, "probe")
             allocation, found = _choose_ranks(probe, places, config, parts, loss)
         finally:
             _take_off(probe, trained)
+
         if allocation is not None:
             write_ranks(config, allocation, [place.name.removesuffix(f".{place.weight}") for place in places])
 
     model = cast("PeftModel", get_peft_model(cast("Any", base), config, adapter_name=adapter_name))
+
     try:
         places = _fresh_places(model, adapter_name)
-        found = _measure(model, places, parts, loss, _reach(places)) if found is None else found
+
+        if found is None:
+            found = _measure(model, places, parts, loss, _reach(places))
+        else:
+            found = found
+
         begun = _begin(model, places, found, parts, loss, began)
     except BaseException:
         _take_off(model, trained)
         raise
-    left_out = () if allocation is None else tuple(allocation.left_out)
+
+    left_out: tuple[str, ...] = ()
+    if allocation is not None:
+        left_out = tuple(allocation.left_out)
+
     return Adapted(model, replace(begun, left_out=left_out, seconds=time.perf_counter() - began))
 
 
@@ -220,6 +239,7 @@ def _attach_probe(base: nn.Module, config: FloraConfig) -> PeftModel:
     probe.r, probe.rank_pattern, probe.kernel_r, probe.budget = 1, {}, 1, None
     probe.scale, probe.alpha, probe.scale_pattern = 1.0, None, {}
     probe.modules_to_save, probe.trainable_token_indices, probe.bias = None, None, "none"
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # whatever is to be said is said when the adapter itself is attached
         return cast("PeftModel", get_peft_model(cast("Any", base), probe, adapter_name="probe"))
@@ -233,7 +253,11 @@ def _choose_ranks(
     once = {(site.name, *site.row.weights(site.module)): site for site in sites}
     resolution = Resolution(config, once.values())
     free = resolution.open_weights(config.budget or 0, probe)
-    solved = solve_budget(free.weights, free.budget, config.kernel_r) if free.weights else {}
+    if free.weights:
+        solved = solve_budget(free.weights, free.budget, config.kernel_r)
+    else:
+        solved = {}
+
     equal = {place.name: solved[place.name] for place in places if place.name in solved}
     reach = {}
     for place in places:
@@ -244,6 +268,7 @@ def _choose_ranks(
     found = _measure(probe, places, parts, loss, reach)
     if not any(found.values()) or not equal:
         return None, found
+
     return allocate([place for place in places if place.name in equal], found, equal, free.budget), found
 
 
@@ -259,14 +284,17 @@ def _fresh_places(model: nn.Module, adapter_name: str | None) -> list[Place]:
     places = places_of(model, cast("str", name))
     if not places:
         raise UserError(f"the model has no FLoRA adapter {name!r}; attach one with get_peft_model first")
+
     for place in places:
         if place.layer.merged:
             raise UserError("the adapter is merged into the weights; call unmerge_adapter() first")
+
         if place.delta.dense().count_nonzero():
             raise UserError(
                 f"{place.name} is changed already: the start is for an adapter that has not been trained; "
                 "attach a fresh one"
             )
+
     return places
 
 
@@ -276,11 +304,13 @@ def _measure(
     """The directions of every weight's gradients."""
     for place in places:
         stored_weight(place)
+
     sketches = {
         place.name: Sketch(place.shape, reach[place.name], len(parts.gradient), zlib.crc32(place.name.encode()))
         for place in places
     }
     collect(model, places, sketches, parts.gradient, loss)
+
     return {name: sketch.directions() for name, sketch in sketches.items()}
 
 
@@ -296,6 +326,7 @@ def _begin(
     before = [(value, value.detach().clone()) for place in places for value in place.delta.parameters()]
     rays = [ray for place in places if (ray := _ray_of(place, found[place.name])) is not None]
     best, losses = 0.0, {}
+
     try:
         if rays:
             losses = _try_steps(model, rays, parts, loss)
@@ -305,12 +336,16 @@ def _begin(
             with torch.no_grad():
                 for value, old in before:
                     value.copy_(old)
+
     if best:
         for one in rays:
             place_step(one, best)
+
         for value, _ in before:
             share(value.data)
+
     counts = (len(parts.gradient), len(parts.judging))
+
     return Start(best, losses, counts, time.perf_counter() - began, len(rays))
 
 
@@ -324,11 +359,14 @@ def _try_steps(model: nn.Module, rays: Sequence[Ray], parts: Batches, loss: Loss
     """The loss for each size of the step."""
     for one in rays:
         place_directions(one)
+
     losses = {}
     for size in tqdm(STEPS, desc="start: size of the step", unit="size", disable=None, leave=False):
         for one in rays:
             place_step(one, size)
+
         losses[size] = mean_loss(model, parts.judging, loss)
+
     return losses
 
 
