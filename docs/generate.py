@@ -109,7 +109,8 @@ def _untuned_quality() -> str:
         f"No tuning: the learning rate {RATE:g} and all defaults for every method and task. ± is half the 95 % "
         "interval over n seeds. Differences, tuned runs and origins: [quality](docs/quality.md)."
     )
-    return f"{page.table(chosen, tasks)}\n\n{note}"
+    table = page.table(chosen, tasks).replace(f", {RATE:g})", ")")  # one rate for all, told below
+    return f"{table}\n\n{note}"
 
 
 def _score(row: dict[str, Any]) -> str:
