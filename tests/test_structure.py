@@ -67,7 +67,7 @@ OPTIONAL = {  # imported where a model or a file asks for it, with a message if 
     "flora.data.samples.signals": {"diffusers", "nibabel", "pillow", "soundfile"},
 }
 ODDS_AND_ENDS = {"utils", "util", "common", "helpers", "misc", "tools"}
-LONGEST = 550  # lines; the aim is 100 to 350, and a file that outgrows it is split by noun
+LONGEST = 450  # lines that are not blank; the aim is 80 to 300, and a file that outgrows it is split by noun
 
 
 def name_of(path: Path) -> str:
@@ -252,7 +252,10 @@ def test_no_file_bears_the_name_of_a_public_function() -> None:
 
 
 def test_no_file_outgrows_its_noun() -> None:
-    lines = {module: len(path.read_text(encoding="utf-8").splitlines()) for module, path in FILES.items()}
+    lines = {
+        module: sum(bool(line.strip()) for line in path.read_text(encoding="utf-8").splitlines())
+        for module, path in FILES.items()
+    }
     assert not {module: count for module, count in lines.items() if count > LONGEST}
 
 
