@@ -118,3 +118,30 @@ def test_resolving_changes_the_config_by_exact_names_only() -> None:
         assert config.rank_pattern == {"body": 3, r"^body\.weight": 3}
         assert config.fold == {}
         assert config.target_modules == {"body", "head"}
+
+
+def test_a_model_that_cannot_name_its_embeddings_is_saved(tmp_path: Path) -> None:
+    """PEFT asks for them where the vocabulary is not the stored base's; speech models have none to give."""
+    from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
+
+    config = Wav2Vec2Config(
+        vocab_size=31,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        conv_dim=(8,),
+        conv_stride=(2,),
+        conv_kernel=(5,),
+        num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=2,
+        num_feat_extract_layers=1,
+    )
+    Wav2Vec2ForCTC(config).save_pretrained(tmp_path / "base")
+    base = Wav2Vec2ForCTC.from_pretrained(tmp_path / "base", vocab_size=37, ignore_mismatched_sizes=True)
+    model = get_peft_model(base, FloraConfig(r=3, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    with pytest.warns(UserWarning, match="resized"):
+        model.save_pretrained(tmp_path / "adapter")
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert any("lm_head" in key for key in saved)
+    assert any("tucker_weight" in key for key in saved)

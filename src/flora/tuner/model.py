@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -411,6 +411,16 @@ class FloraModel(BaseTuner):
             for key, value in own.items():
                 value.copy_(given[key])
 
+    def __getattr__(self, name: str) -> Any:
+        """PEFT's own: what the tuner lacks is the model's.
+
+        Saving asks the model for its embeddings, and speech models have none to give; that must not end it.
+        """
+        found = super().__getattr__(name)  # type: ignore[no-untyped-call]
+        if name in ("get_input_embeddings", "get_output_embeddings"):
+            return partial(_if_implemented, found)
+        return found
+
     @classmethod
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: FloraConfig, adapter_name: str, *args: Any, **kwargs: Any
@@ -468,3 +478,10 @@ def _pass_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str
 
 def _called(module: nn.Module, args: Any) -> None:
     """A hook that does nothing: that a module has one keeps torch's fast paths from going round it."""
+
+
+def _if_implemented(ask: Callable[[], nn.Module | None]) -> nn.Module | None:
+    try:
+        return ask()
+    except NotImplementedError:
+        return None
