@@ -416,7 +416,7 @@ class FloraModel(BaseTuner):
 
         Saving asks the model for its embeddings, and speech models have none to give; that must not end it.
         """
-        found = super().__getattr__(name)  # type: ignore[no-untyped-call]
+        found = super().__getattr__(name)
         if name in ("get_input_embeddings", "get_output_embeddings"):
             return partial(_if_implemented, found)
         return found
