@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 import flora
 from flora.runs import missing
 from flora.runs.missing import EXTRAS
+from readability import densities
 
 SRC = Path(flora.__file__).parents[1]
 PACKAGE = "flora"
@@ -262,3 +263,10 @@ def test_no_file_outgrows_its_noun() -> None:
 def test_every_file_says_what_it_is() -> None:
     silent = [m for m, path in FILES.items() if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))]
     assert not silent
+
+
+def test_functions_have_air_and_few_conditional_expressions() -> None:
+    """``python tests/readability.py`` prints the figures of every package."""
+    whole = dict(densities())["all"]
+    assert whole.blank >= 0.06 * whole.inside
+    assert whole.conditional <= 0.02 * whole.code
