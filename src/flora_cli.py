@@ -42,7 +42,8 @@ def train(args: argparse.Namespace) -> int:
     settings = read(args.config, overrides)
     resume, overwrite = args.resume or flags.get("resume", False), args.overwrite or flags.get("overwrite", False)
     metrics = train(settings, resume=resume, overwrite=overwrite)
-    if not metrics:  # one of several processes, and not the first
+    # One of several processes, and not the first.
+    if not metrics:
         return 0
 
     for split in ("validation", "test"):
@@ -510,7 +511,8 @@ def main(argv: list[str] | None = None) -> int:
 
         return _fail(f"{args.verb} needs {install_hint(error.name or '', getattr(args, 'config', ''))}")
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left when it ends
+        # Python writes what is left when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _fail("the program that reads the output has ended (broken pipe)")
     except OSError as error:  # whatever the system refuses: no such file, no permission, no space left
         return _fail(_system_message(error))

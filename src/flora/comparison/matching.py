@@ -27,7 +27,8 @@ def match_ranks(costs: Costs, budget: int) -> dict[str, int]:
 
     low, high = 1, 2
     while sum(costs(high).values()) <= budget:
-        if costs(high) == costs(low):  # nothing more can be had
+        # Nothing more can be had.
+        if costs(high) == costs(low):
             return dict.fromkeys(costs(low), low)
 
         low, high = high, 2 * high

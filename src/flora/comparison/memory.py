@@ -19,7 +19,8 @@ def watch_growth() -> Iterator[Callable[[], int | None]]:
 
     try:
         ctypes.CDLL(None).malloc_trim(0)
-        RESET.write_text("5")  # the peak starts anew from here
+        # The peak starts anew from here.
+        RESET.write_text("5")
         before = resident("VmRSS")
     except (OSError, AttributeError):
         yield lambda: None

@@ -95,7 +95,8 @@ def lora_form(base: nn.Module, request: Request) -> nn.Module:
     first = request.first_batches()
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "the adapter has more parameters than the weight itself")  # as LoRA has then
+        # As LoRA has then.
+        warnings.filterwarnings("ignore", "the adapter has more parameters than the weight itself")
         adapted = adapt_and_tell(base, config, first.batches, loss=first.loss)
 
     request.starts.append(adapted.start)
@@ -123,7 +124,8 @@ def lora_ga(base: nn.Module, request: Request) -> nn.Module:
 
     def step() -> None:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Full backward hook is firing")  # nothing before the first layer trains
+            # Nothing before the first layer trains.
+            warnings.filterwarnings("ignore", "Full backward hook is firing")
             for batch in batches:
                 first.loss(base, batch).backward()
 

@@ -277,7 +277,8 @@ def is_stored_as(folder: Path, config: Mapping[str, Any], adapter: Path) -> bool
 
     wanted, settings = adapted_class(config, adapter), read_object(folder / "config.json")
     mapping = getattr(wanted, "_model_mapping", None)
-    if mapping is not None:  # an auto class: which one it stands for here
+    # An auto class: which one it stands for here.
+    if mapping is not None:
         with user_errors(Exception, about=f"{folder / 'config.json'}"):
             wanted = mapping.get(type(_transformers_config(str(folder))), wanted)
 

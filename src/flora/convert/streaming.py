@@ -282,7 +282,8 @@ class _Plan:
     def _merged(self, name: str) -> dict[str, Tensor]:
         """The entries of a merged weight; kept until another weight is asked for, as they follow each other."""
         if self._latest[0] != name:
-            self._latest = ("", {})  # the one before goes first
+            # The one before goes first.
+            self._latest = ("", {})
             self._latest = (name, self._merge(name))
         return self._latest[1]
 

@@ -100,7 +100,8 @@ def text_of(path: Path) -> str:
     Raises:
         ValueError: it is not UTF-8; names file and line.
     """
-    if path.exists() and not path.is_file():  # a device never ends
+    # A device never ends.
+    if path.exists() and not path.is_file():
         raise UserError(f"{path} is not a regular file")
 
     data = path.read_bytes()
@@ -114,7 +115,8 @@ def text_of(path: Path) -> str:
 
 def json_lines(path: Path) -> list[Item[str]]:
     """The lines of a JSONL file that are not blank, unparsed: give :func:`parsed` to ``sift``."""
-    lines = text_of(path).split("\n")  # not splitlines: JSON strings may hold other line separators
+    # Not splitlines: JSON strings may hold other line separators.
+    lines = text_of(path).split("\n")
     return [Item(f"{path}:{at}", line) for at, line in enumerate(lines, start=1) if line.strip()]
 
 
@@ -274,7 +276,8 @@ def load_pretrained(kind: Any, where: str, **options: Any) -> Any:
         FileNotFoundError: there is nothing of this kind; says why.
     """
     try:
-        with hidden_bars() if Path(where).is_dir() else nullcontext():  # a download has a bar
+        # A download has a bar.
+        with hidden_bars() if Path(where).is_dir() else nullcontext():
             return kind.from_pretrained(where, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]

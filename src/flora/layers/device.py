@@ -137,7 +137,8 @@ def rows_at_a_time(count: int, width: int, x: Tensor) -> int:
         width: numbers in a row of all operands together.
         x: one of the operands.
     """
-    if not on_cpu(x) or x.dtype in HALF:  # in half precision the sums of parts would be rounded
+    # In half precision the sums of parts would be rounded.
+    if not on_cpu(x) or x.dtype in HALF:
         return count
     parts = -(-max(1, count) // max(LEAST_ROWS, CACHED // width))
     if parts <= 1:
@@ -228,7 +229,8 @@ def _noise(like: Tensor, dropped: int) -> Tensor:
     """A fixed pattern of whole numbers below ``2 ** dropped`` in the shape of a tensor, with a long period."""
     count = like.numel()
 
-    if torch.compiler.is_compiling():  # a compiler computes it on the way
+    # A compiler computes it on the way.
+    if torch.compiler.is_compiling():
         places = torch.arange(count, device=like.device, dtype=torch.int32)
         return _hashed(places & (PERIOD - 1), dropped).view(like.shape)
 
@@ -236,7 +238,8 @@ def _noise(like: Tensor, dropped: int) -> Tensor:
     table = _NOISE.get(key)
     if table is None:
         table = _hashed(torch.arange(PERIOD, device=like.device, dtype=torch.int32), dropped)
-        if type(table) is Tensor:  # a stand-in of torch's own must not outlive its mode
+        # A stand-in of torch's own must not outlive its mode.
+        if type(table) is Tensor:
             _NOISE[key] = table
 
     if count > PERIOD:

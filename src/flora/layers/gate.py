@@ -44,7 +44,8 @@ def prepare(x: Tensor, weight: Tensor, bias: Tensor | None) -> Ready | None:
             return None
         return Ready(x, bias, fused, None)
 
-    if torch.float64 in (x.dtype, weight.dtype):  # autocast leaves it alone
+    # Autocast leaves it alone.
+    if torch.float64 in (x.dtype, weight.dtype):
         return None
 
     dtype = torch.get_autocast_dtype(kind)
@@ -79,7 +80,8 @@ def can_fuse(x: Tensor, weight: Tensor) -> bool:
 
 def is_exporting() -> bool:
     """Whether an exporter traces the model, which needs operations of torch alone."""
-    return getattr(torch.compiler, "_is_exporting_flag", False)  # is_exporting() is True under older compilers
+    # is_exporting() is True under older compilers.
+    return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def in_its_dtype(
@@ -92,7 +94,8 @@ def in_its_dtype(
     kind = x.device.type
     if not casts(kind):
         return run(x, weight, bias)
-    if torch.float64 in (x.dtype, weight.dtype):  # autocast leaves it alone
+    # Autocast leaves it alone.
+    if torch.float64 in (x.dtype, weight.dtype):
         return None
 
     dtype = torch.get_autocast_dtype(kind)

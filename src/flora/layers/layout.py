@@ -134,7 +134,8 @@ def _kind(module: nn.Module, kind: str) -> str:
 
 def _of_parameter(name: str, module: nn.Module, shape: tuple[int, ...]) -> Layout:
     """Of a parameter that no row of the table has."""
-    if name.endswith("weight") and len(shape) >= 2:  # only the layer's own code knows what the dimensions mean
+    # Only the layer's own code knows what the dimensions mean.
+    if name.endswith("weight") and len(shape) >= 2:
         return Layout("other", tuple(f"d{mode}" for mode in range(len(shape))))
     if len(shape) == 3 and getattr(module, "is_transposed", False):
         return Layout("experts", ("expert", "in", "out"))

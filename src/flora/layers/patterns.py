@@ -159,7 +159,8 @@ class Patterns(Generic[Value]):
     def __init__(self, given: Mapping[str, Value], field: str = "the pattern") -> None:
         self.field = field
         self.exact: dict[str, Found[Value]] = {}
-        self.leaves: dict[str, Found[Value]] = {}  # last part of a name -> its entry
+        # Last part of a name -> its entry.
+        self.leaves: dict[str, Found[Value]] = {}
         self.others: list[tuple[Expression, Found[Value]]] = []
         clock = Clock()
 

@@ -98,10 +98,12 @@ def shell_of(module: nn.Module, weights: Mapping[str, Any], shells: list[Shell] 
     if parametrize.is_parametrized(module):
         cls = _without_parametrizations(module, start, own)
 
-    for name in own.keys() & start.keys():  # FSDP1 puts a plain tensor of the same name in front of each parameter
+    # FSDP1 puts a plain tensor of the same name in front of each parameter.
+    for name in own.keys() & start.keys():
         start[name] = own[name]
 
-    if "_hf_hook" in start:  # the caller runs accelerate's hook; here the module's own forward is wanted
+    # The caller runs accelerate's hook; here the module's own forward is wanted.
+    if "_hf_hook" in start:
         start["forward"] = start.pop("_old_forward")
         del start["_hf_hook"]
 
@@ -174,7 +176,8 @@ def _swapped(module: nn.Module, weights: Mapping[str, Any], *args: Any, **kwargs
     with nullcontext() if torch.compiler.is_compiling() else _ONE_AT_A_TIME, _in_front(module, weights):
         out = torch.func.functional_call(module, dict(weights), args, kwargs)
     if isinstance(module, nn.RNNBase):
-        module._update_flat_weights()  # it has cached the stand-ins; they would keep the graph alive
+        # It has cached the stand-ins; they would keep the graph alive.
+        module._update_flat_weights()
     return out
 
 

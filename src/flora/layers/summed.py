@@ -209,7 +209,8 @@ class _Summed(torch.autograd.Function):
 
         steps = _steps(one_core, one_kernel)
         y = operation.run(x, _sum(weight, steps, scale).to(x.dtype), bias)
-        if y._is_view():  # a caller may change the output in place, which autograd refuses of a view made in here
+        # A caller may change the output in place, which autograd refuses of a view made in here.
+        if y._is_view():
             y = torch.ops.aten._unsafe_view(y, y.shape)
 
         ctx.operation, ctx.scale, ctx.modes, ctx.count = operation, scale, modes, len(factors)

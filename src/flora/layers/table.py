@@ -243,5 +243,6 @@ def is_plain(module: nn.Module) -> bool:
     found = find_layer(module)
     if found is None or type(module).forward is not found[0].forward:
         return False
-    own = vars(module)  # what an embedding is set to; cheaper to ask than the module itself
+    # What an embedding is set to; cheaper to ask than the module itself.
+    own = vars(module)
     return own.get("max_norm") is None and own.get("mode") != "max"

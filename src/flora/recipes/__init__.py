@@ -157,7 +157,8 @@ def _load_file(path: Path) -> Recipe:
     name = f"flora_recipe_{path.stem}"
     spec = cast("Any", importlib.util.spec_from_file_location(name, path))
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their own module up there
+    # Dataclasses look their own module up there.
+    sys.modules[name] = module
 
     try:
         spec.loader.exec_module(module)

@@ -161,7 +161,8 @@ def pretrain(task: Task, folder: Path) -> None:
     """Trains the base model on the upright digits of the base set and writes it to ``folder``, whole or not at all."""
     print(f"training the base model on upright digits, once; it is kept in {folder}", flush=True)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the tensors are too small to share, and one thread gives the same bits everywhere
+    # The tensors are too small to share, and one thread gives the same bits everywhere.
+    torch.set_num_threads(1)
     set_seed(SPLIT_SEED)
     config = ConvNextV2Config(
         num_channels=1,

@@ -121,7 +121,8 @@ def example(entry: object, folder: Path) -> dict[str, Any]:
 
 
 def _image(image: Any, folder: Path) -> dict[str, Any]:
-    if isinstance(image, dict):  # of the hub: the bytes of the file
+    # Of the hub: the bytes of the file.
+    if isinstance(image, dict):
         with Pillow.open(io.BytesIO(image["bytes"])) as opened:
             opened.load()
 

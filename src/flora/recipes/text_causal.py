@@ -146,7 +146,8 @@ class AnswerTrainer(SFTTrainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Tokenizes a split that was not given to the trainer at its start."""
         sft = cast("Any", self)
-        if isinstance(eval_dataset, Dataset) and not sft._skip_prepare_dataset:  # as SFTTrainer.evaluate does
+        # As SFTTrainer.evaluate does.
+        if isinstance(eval_dataset, Dataset) and not sft._skip_prepare_dataset:
             eval_dataset = sft._prepare_dataset(eval_dataset, sft.processing_class, sft.args, False, None, "eval")
         return super().get_eval_dataloader(eval_dataset)
 

@@ -203,7 +203,8 @@ class GlueTrainer(Trainer):
     def __init__(self, model: nn.Module, arguments: TrainingArguments, **options: Any) -> None:
         super().__init__(model, arguments, **options)
         self.compute_metrics = partial(compute_metrics, name=cast("Any", model).config.finetuning_task)
-        self.model_accepts_loss_kwargs = False  # its loss is a mean: not to be multiplied by the processes
+        # Its loss is a mean: not to be multiplied by the processes.
+        self.model_accepts_loss_kwargs = False
 
 
 TRAINER = GlueTrainer

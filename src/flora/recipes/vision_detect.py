@@ -180,7 +180,8 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
     if not len(found):
         return dict.fromkeys(("map", "map_50", "map_75"), 0.0)
 
-    with redirect_stdout(StringIO()):  # it prints its table
+    # It prints its table.
+    with redirect_stdout(StringIO()):
         coco.createIndex()
         evaluation = COCOeval(coco, coco.loadRes(found[:, [0, 1, 2, 3, 4, 6, 5]]), "bbox")
         evaluation.evaluate()

@@ -174,7 +174,8 @@ class Segmentation(Trainer):
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         """The loss, and of each image and class how many pixels are right and found, and how many there are."""
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if logits is None or labels is None:  # prediction_loss_only
+        # The argument is prediction_loss_only.
+        if logits is None or labels is None:
             return loss, None, None
         logits = torch.nn.functional.interpolate(logits, size=labels.shape[-2:], mode="bilinear")
         return loss, *pixel_counts(logits.argmax(1), labels, logits.shape[1]).split([2, 1], -1)

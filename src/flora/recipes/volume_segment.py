@@ -85,7 +85,8 @@ def read_array(path: Path) -> np.ndarray:
 
     try:
         found = cast("Any", nibabel).load(path)
-        if math.prod(found.shape) > MOST_VOXELS:  # told by the header, before anything is allocated
+        # Told by the header, before anything is allocated.
+        if math.prod(found.shape) > MOST_VOXELS:
             raise UserError(f"{path.name} is said to have the size {found.shape}, which is more than can be read")
         return np.asanyarray(cast("Any", nibabel).as_closest_canonical(found).dataobj)
     except (nibabel.filebasedimages.ImageFileError, EOFError, zlib.error) as error:
@@ -165,7 +166,8 @@ def find_pairs(root: Path) -> dict[str, list[Item[Pair]]]:
     parts = {}
     for part, ending in PARTS.items():
         images, labels = root / f"images{ending}", root / f"labels{ending}"
-        if labels.is_dir():  # the Decathlon keeps the labels of its test images to itself
+        # The Decathlon keeps the labels of its test images to itself.
+        if labels.is_dir():
             files = sorted(p for p in images.glob("*") if p.name.endswith(NIFTI) and not p.name.startswith("."))
             parts[part] = [Item(str(path), (path, labels / path.name)) for path in files]
 

@@ -114,7 +114,8 @@ def _planned(base: nn.Module, name: str, config: FloraConfig, positions: int, de
     """The report for a model that is on the meta device, which is adapted on the way."""
     total = sum(parameter.numel() for parameter in base.parameters())
 
-    with torch.device("meta"), user_errors(ValueError):  # PEFT refuses names that the model does not have
+    # PEFT refuses names that the model does not have.
+    with torch.device("meta"), user_errors(ValueError):
         adapted = get_peft_model(cast("Any", base), config)
 
     device = device or ("gpu" if torch.cuda.is_available() else "cpu")

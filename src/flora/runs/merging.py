@@ -226,7 +226,8 @@ def _base_folder(source: _Source, base: str | None, scratch: Path, run_recipe_fi
     try:
         folder = local_folder(named)
     except FileNotFoundError:
-        if not (source.path / CONFIG).is_file():  # no recipe that could make it
+        # No recipe that could make it.
+        if not (source.path / CONFIG).is_file():
             raise
 
         folder = None
@@ -245,7 +246,8 @@ def _base_folder(source: _Source, base: str | None, scratch: Path, run_recipe_fi
 def _can_stream(folder: Path, source: _Source) -> bool:
     """Whether the files are those of the model that the adapter was trained on, head included."""
     if folder.is_file() or not source.config:
-        return True  # nothing says what else the adapter could have been trained on
+        # Nothing says what else the adapter could have been trained on.
+        return True
     if not any(folder.glob("*.safetensors")):
         return False
     if not (folder / "config.json").is_file():
@@ -312,7 +314,8 @@ def _adapted(
     if len(sources) == 1 and sources[0].weight == 1 and sources[0].path.is_dir():
         return attach(model, sources[0].path)
     with TemporaryDirectory(dir=merged.parent) as scratch, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="the adapter has more parameters")  # a sum may: it is thrown away
+        # A sum may: it is thrown away.
+        warnings.filterwarnings("ignore", message="the adapter has more parameters")
         save(add(pairs), Path(scratch) / "sum")
         return attach(model, Path(scratch) / "sum")
 

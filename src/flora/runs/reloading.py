@@ -55,7 +55,8 @@ def _recipe_file(path: Path) -> str | None:
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
-        return None  # whoever reads it next says what is wrong
+        # Whoever reads it next says what is wrong.
+        return None
 
     if not isinstance(given, dict):
         name = None
@@ -129,7 +130,8 @@ def load_base(folder: Path, base: str | None = None, *, run_recipe_file: bool = 
         head = head_options(labels)
 
     try:
-        with hidden_bars() if Path(where).is_dir() else nullcontext():  # a download has a bar
+        # A download has a bar.
+        with hidden_bars() if Path(where).is_dir() else nullcontext():
             return cast("PreTrainedModel", adapted_class(config, folder).from_pretrained(where, **head))
     except OSError as error:
         reason = str(error).strip().partition("\n")[0]

@@ -204,7 +204,8 @@ def choose_folder(output: Path, *, resume: bool, overwrite: bool) -> RunFolder:
 
         raise UserError(f"{run.path} holds {state}--overwrite replaces it, output=FOLDER keeps it")
 
-    for run in (there, working):  # what goes is only what flora wrote
+    # What goes is only what flora wrote.
+    for run in (there, working):
         if run.is_begun:
             check_replaceable(run.path, run.path, RUN)
 

@@ -41,7 +41,8 @@ def random_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _inputs(name: str | None, config: Any, random: torch.Generator) -> dict[str, Tensor] | None:
-    if hasattr(config, "cross_attention_dim") and hasattr(config, "sample_size"):  # a UNet2DConditionModel
+    # A UNet2DConditionModel.
+    if hasattr(config, "cross_attention_dim") and hasattr(config, "sample_size"):
         shape = (2, config.in_channels, config.sample_size, config.sample_size)
         return {
             "sample": torch.randn(shape, generator=random),

@@ -144,7 +144,8 @@ def training_arguments(settings: Settings, output: Path, **changes: Any) -> Trai
     """The Trainer's arguments: those of the config over a few defaults, ``changes`` over both."""
     defaults = {"dataloader_pin_memory": torch.cuda.is_available(), "label_names": ["labels"], "report_to": "none"}
     given = {**defaults, **settings.training, "seed": settings.seed, **changes}
-    if given.get("save_strategy") == "no":  # without checkpoints there is no best one to load, and none to look for
+    # Without checkpoints there is no best one to load, and none to look for.
+    if given.get("save_strategy") == "no":
         given = {**given, "eval_strategy": "no", "load_best_model_at_end": False}
 
     try:
@@ -229,7 +230,8 @@ def _train(
     recipe = settings.load_recipe()
     set_seed(settings.seed)
 
-    with arguments.main_process_first(local=False, desc="data and base model"):  # what is cached is made once
+    # What is cached is made once.
+    with arguments.main_process_first(local=False, desc="data and base model"):
         data = recipe.load_data(settings.task, settings.seed)
         base = recipe.load_base(settings.task)
 
@@ -289,13 +291,15 @@ def _adapt(
     checkpoint: Path | None,
 ) -> tuple[nn.Module, Any]:
     """The base model with its adapter, and how that was begun along the gradient, where it was."""
-    with user_errors(ValueError, re.error):  # PEFT refuses names that the model does not have
+    # PEFT refuses names that the model does not have.
+    with user_errors(ValueError, re.error):
         if settings.start != "gradient" or checkpoint is not None:
             return get_peft_model(cast("Any", base), _config(settings, checkpoint)), None
 
         first = first_batches(base, recipe, data, arguments)
         model, begun = adapt_and_tell(base, FloraConfig(**settings.adapter), first.batches, loss=first.loss)
-        set_seed(settings.seed)  # the order of the samples is then that of a run without this
+        # The order of the samples is then that of a run without this.
+        set_seed(settings.seed)
 
     if arguments.process_index == 0:
         print(begun)
@@ -387,7 +391,8 @@ def evaluate(
 
     before = dict(stored.get(split, {}))
 
-    if stored.get("processes", 1) > 1:  # several processes weigh the loss of a short last batch like that of a full one
+    # Several processes weigh the loss of a short last batch like that of a full one.
+    if stored.get("processes", 1) > 1:
         before.pop("loss", None)
     if not before:
         return metrics, None

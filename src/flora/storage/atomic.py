@@ -108,7 +108,8 @@ def claim(target: Path, *, wait: bool = False, keep: Collection[str] = ()) -> It
         OSError: the folder beside it cannot be made.
     """
     place = _real(target)
-    turn = _turns.setdefault(place, threading.RLock())  # a record lock holds off other processes, but not threads
+    # A record lock holds off other processes, but not threads.
+    turn = _turns.setdefault(place, threading.RLock())
     if not turn.acquire(blocking=wait):
         raise _busy(target)
 
@@ -144,7 +145,8 @@ def _claim_folder(place: Path, target: Path, wait: bool, keep: Collection[str]) 
     finally:
         _claimed.pop(place, None)
 
-        with suppress(OSError):  # what cannot be removed now is removed by the next claim
+        # What cannot be removed now is removed by the next claim.
+        with suppress(OSError):
             _clear(folder, kept)
 
         _leave(folder, lock)
@@ -182,7 +184,8 @@ def staged(
 
     try:
         with claim(target, wait=wait) as place:
-            check_target(target, kind, overwrite=overwrite, sources=sources, also=also)  # nobody can change it now
+            # Nobody can change it now.
+            check_target(target, kind, overwrite=overwrite, sources=sources, also=also)
             new = place.folder / NEW
             _remove(new)
             new.mkdir()
@@ -314,7 +317,8 @@ def _make_parents(parent: Path, target: Path) -> list[Path]:
 
 def _remove_empty(folders: Sequence[Path]) -> None:
     """Removes folders that were made for an output which has not come, the inner ones first."""
-    with suppress(OSError):  # what is not empty stays, and with it what is above
+    # What is not empty stays, and with it what is above.
+    with suppress(OSError):
         for folder in folders:
             folder.rmdir()
 
@@ -333,7 +337,8 @@ def _lock(folder: Path, target: Path, wait: bool) -> Lock:
         except FileNotFoundError:  # another process has removed the folder since
             continue
         except OSError as error:
-            with suppress(OSError):  # only if it is empty
+            # Only if it is empty.
+            with suppress(OSError):
                 folder.rmdir()
 
             raise _named(error, target) from None
@@ -366,7 +371,8 @@ def _clear(folder: Path, keep: Collection[str]) -> None:
 
 def _leave(folder: Path, lock: Lock) -> None:
     """Gives the lock back, and removes the folder unless something is kept in it."""
-    with suppress(OSError):  # another process may come in at any moment
+    # Another process may come in at any moment.
+    with suppress(OSError):
         if [path.name for path in folder.iterdir()] == [LOCK]:
             (folder / LOCK).unlink()
             folder.rmdir()

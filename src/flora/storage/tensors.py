@@ -62,7 +62,8 @@ def open_tensors(path: Path) -> Iterator[Any]:
         raise UserError(f"{path} is not a file of tensors; give the file itself")
 
     try:
-        with path.open("rb") as stream:  # the system's own reason, which safetensors does not tell from a bad file
+        # The system's own reason, which safetensors does not tell from a bad file.
+        with path.open("rb") as stream:
             stream.read(1)
 
         handle = safe_open(str(path), framework="pt")
@@ -123,7 +124,8 @@ def check_finite(tensors: Mapping[str, Tensor], source: Path | str) -> None:
     for key, value in tensors.items():
         if value.ndim > MOST_DIMS:
             raise UserError(f"{source}: {key} has {value.ndim} dimensions; no weight has more than {MOST_DIMS}")
-        if value.is_floating_point() and value.element_size() == 1:  # of 8 bits, which torch cannot ask
+        # Of 8 bits, which torch cannot ask.
+        if value.is_floating_point() and value.element_size() == 1:
             value = value.float()
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise UserError(f"{source}: {key} has NaN or infinite entries; the training that wrote it diverged")
@@ -219,7 +221,8 @@ def stream_tensors(
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
 
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8 bytes
+    # The tensors begin at a multiple of 8 bytes.
+    text += b" " * (-len(text) % 8)
 
     with path.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)

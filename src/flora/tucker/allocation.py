@@ -164,7 +164,8 @@ def spend(options: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Cho
         for before, after in pairwise(_hull(listed))
     ]
     closed = set()
-    for _, name, choice in sorted(steps, key=lambda step: step[:2]):  # steepest first; hulls keep each layer in order
+    # Steepest first; hulls keep each layer in order.
+    for _, name, choice in sorted(steps, key=lambda step: step[:2]):
         cost = choice.params - chosen[name].params
         if name in closed or cost > left:
             closed.add(name)

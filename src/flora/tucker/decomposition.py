@@ -73,7 +73,8 @@ def decompose(tensor: Tensor, ranks: Ranks, *, sweeps: int = 50, tolerance: floa
     factors = _hosvd(work, ranks, modes)
     core = _project(work, factors)
     kept = _energy(core)
-    needed = tensor.ndim > 2 and len(modes) > 1 and total  # a truncated SVD is the nearest matrix already
+    # A truncated SVD is the nearest matrix already.
+    needed = tensor.ndim > 2 and len(modes) > 1 and total
     for _ in range(sweeps if needed else 0):
         for mode in modes:
             partial = _project(work, {other: factor for other, factor in factors.items() if other != mode})

@@ -95,7 +95,8 @@ class TuckerDelta(nn.Module):
     def tensors(self) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """The core and the factors, unscaled, over the folded dimensions, as they are."""
         stored = self._parameters
-        if "core" not in stored:  # a wrapper of the whole model keeps them under other names
+        # A wrapper of the whole model keeps them under other names.
+        if "core" not in stored:
             return self.core, tuple([None if name is None else getattr(self, name) for name in self._factor_names])
         return stored["core"], tuple([None if name is None else stored[name] for name in self._factor_names])  # type: ignore[return-value]
 

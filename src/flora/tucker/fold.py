@@ -87,7 +87,8 @@ def parse_fold(pattern: str, shape: Sequence[int], name: str = "weight") -> Fold
     if "->" in pattern or len(set(names)) != len(names) or re.sub(r"[\w\s=,]", "", sizes):
         raise UserError(f"fold {pattern!r} of {name} is not a list of the stored dimensions and sizes; {example}")
 
-    prefixed = re.sub(r"(\w+)", r"axis_\1", left)  # einops refuses axes that are Python keywords, such as "in"
+    # einops refuses axes that are Python keywords, such as "in".
+    prefixed = re.sub(r"(\w+)", r"axis_\1", left)
 
     try:
         folded = rearrange(

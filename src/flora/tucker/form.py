@@ -60,7 +60,8 @@ def kronecker(parts: Sequence[Tensor | None], ranks: Sequence[int]) -> Tensor | 
         for part, rank in zip(parts, ranks, strict=True)
     ]
     product = matrices[0]
-    for matrix in matrices[1:]:  # torch.kron does the same in many more calls
+    # torch.kron does the same in many more calls.
+    for matrix in matrices[1:]:
         (rows, columns), (height, width) = product.shape, matrix.shape
         product = product.reshape(rows, 1, columns, 1) * matrix.reshape(1, height, 1, width)
         product = product.view(rows * height, columns * width)

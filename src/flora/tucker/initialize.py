@@ -99,7 +99,8 @@ def initialize(
             others.
         identity: False is for tests: a random core (std 0.05) and orthogonal factors, so that dW is not zero.
     """
-    if core.is_meta:  # loading with low_cpu_mem_usage: the values come from the file
+    # Loading with low_cpu_mem_usage: the values come from the file.
+    if core.is_meta:
         return
 
     over = [mode > 0 for mode in range(len(factors))]

@@ -101,20 +101,23 @@ def resolve(
 
     if kernel_r is not None:
         check_rank(kernel_r, "kernel_r")
-    if len(shape) == 1:  # a 1-D form with a factor would cost more than the weight and reach less
+    # A 1-D form with a factor would cost more than the weight and reach less.
+    if len(shape) == 1:
         return tuple(shape)
 
     ranks = []
     for size, is_kernel in zip(shape, kernel, strict=True):
         wanted = r
         if is_kernel:
-            wanted = kernel_r or size  # None keeps the mode whole
+            # None keeps the mode whole.
+            wanted = kernel_r or size
 
         ranks.append(min(wanted, size))
 
     lowered = _lower_to_reach(ranks, kernel)
     reach = tuple(min(size, math.prod(shape) // size) for size in shape)
-    full = lowered == reach  # the form is no restriction, so the weight itself is the cheaper parametrisation
+    # The form is no restriction, so the weight itself is the cheaper parametrisation.
+    full = lowered == reach
     if full and math.prod(shape) <= count_params(shape, lowered):
         return tuple(shape)
 
@@ -176,7 +179,8 @@ def solve_budget(weights: Mapping[str, Weight], budget: int, kernel_r: int | Non
         return sum(ladder.cost(ladder.best(r)) for ladder in of.values())
 
     low, high = 1, max(ladder.top for ladder in of.values())
-    while low < high:  # the largest uniform rank that fits
+    # The largest uniform rank that fits.
+    while low < high:
         middle = (low + high + 1) // 2
         if total(middle) <= budget:
             low, high = (middle, high)

@@ -94,13 +94,18 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             self.add_module(attribute, nn.ModuleDict())
 
         self.settings: dict[str, Settings] = {}
-        self.choices: dict[tuple[Any, ...], Choice] = {}  # how it runs, by what decides it
+        # How it runs, by what decides it.
+        self.choices: dict[tuple[Any, ...], Choice] = {}
         self.merged_adapters: list[str] = []
-        self.place = ""  # its name in the model, once it is put there
-        self.reached = False  # called or read by a forward
+        # Its name in the model, once it is put there.
+        self.place = ""
+        # Called or read by a forward.
+        self.reached = False
         self.told_of_dropout = False
-        self._backup: dict[str, Tensor] = {}  # the weights as they were, when merged safely
-        self._taken_off: dict[str, Any] = {}  # parametrizations that could not hold a merged weight
+        # The weights as they were, when merged safely.
+        self._backup: dict[str, Tensor] = {}
+        # Parametrizations that could not hold a merged weight.
+        self._taken_off: dict[str, Any] = {}
         self._disable_adapters = False
         self.cast_input_dtype_enabled = True
 

@@ -55,7 +55,8 @@ def choice_for(layer: AdaptedLayer, active: list[str], x: Any) -> Choice:
     if choice is None:
         choice = _choose(layer, active, _work(layer, active, x, compiled=False))
 
-        if len(layer.choices) >= MOST_CHOICES:  # inputs of ever new lengths
+        # Inputs of ever new lengths.
+        if len(layer.choices) >= MOST_CHOICES:
             layer.choices.clear()
 
         layer.choices[facts] = choice
@@ -97,7 +98,8 @@ def _choose(layer: AdaptedLayer, active: list[str], work: Work) -> Choice:
     if len(ways) == 1:
         wanted = settings[0].way
 
-    if row.kind == "parameter":  # a stack of experts may stay apart from its update; no other parameter can
+    # A stack of experts may stay apart from its update; no other parameter can.
+    if row.kind == "parameter":
         is_stack = len(layer.delta(active[0]).stored_shapes()[0]) == 3 and not work.compiled
         return choose(work, wanted, can_sum=False, can_add=is_stack)
 

@@ -51,7 +51,8 @@ class FloraLayer(AdaptedLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer" or name.startswith("__"):  # copy and pickle look for these on the instance
+            # Copy and pickle look for these on the instance.
+            if name == "base_layer" or name.startswith("__"):
                 raise
 
             built = "settings" in vars(self)

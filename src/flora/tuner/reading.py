@@ -267,7 +267,8 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         saved = ctx.saved_tensors
-        twice = torch.is_grad_enabled()  # a gradient of the gradient is wanted
+        # A gradient of the gradient is wanted.
+        twice = torch.is_grad_enabled()
         if twice:
             inputs = saved
         else:

@@ -40,7 +40,8 @@ class Site:
 
 def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module that could be a target: adapted layers unwrapped, what is inside them left out."""
-    inside = None  # what is inside a module follows it at once
+    # What is inside a module follows it at once.
+    inside = None
     for name, module in model.named_modules():
         if inside is not None and name.startswith(inside):
             continue

@@ -220,7 +220,8 @@ class _Job:
         for name, shape in self.shapes.items():
             inside = "." in name and ".parametrizations." not in name
             if name not in self.base and inside and _is_matrix_like(name, shape):
-                with suppress(UserError):  # tied to another, which is there
+                # Tied to another, which is there.
+                with suppress(UserError):
                     apart[name] = self.files.find(name, shape)
 
         taken = {key for keys in apart.values() for key in keys}
@@ -375,7 +376,8 @@ def _fit(delta: Tensor, ranks: Ranks) -> tuple[Tucker | None, float]:
     if isinstance(ranks, (list, tuple)) and 0 in ranks:
         return None, 1.0
     form = decompose(delta, ranks)
-    if form.num_params >= delta.numel():  # then the change itself is smaller, and exact
+    # Then the change itself is smaller, and exact.
+    if form.num_params >= delta.numel():
         return Tucker(delta.contiguous(), (None,) * delta.ndim), 0.0
     return form, form.error
 

@@ -169,7 +169,8 @@ def _pair(entry: Entry, layout: Layout) -> _Pair:
 
         return _Pair("experts", *split_stack(form, entry.scale))
 
-    if layout.kind == "embedding":  # (vocab, dim) is A^T B^T, and the scale belongs to B
+    # (vocab, dim) is A^T B^T, and the scale belongs to B.
+    if layout.kind == "embedding":
         return _Pair("embedding", *split(swap(form, 0, 1), entry.scale))
 
     return _Pair("plain", *split(swap(form, 0, 1) if _is_transposed(layout) else form, entry.scale))
@@ -178,7 +179,8 @@ def _pair(entry: Entry, layout: Layout) -> _Pair:
 def _tensors(pair: _Pair, rank: int) -> dict[str, Tensor]:
     if pair.kind == "experts":
         up, down = pad(pair.up, 2, rank), pad(pair.down, 1, rank)
-        packed = up.permute(1, 2, 0).reshape(up.shape[1], -1)  # the expert fastest
+        # The expert fastest.
+        packed = up.permute(1, 2, 0).reshape(up.shape[1], -1)
         return {"lora_A.weight": down.reshape(-1, down.shape[2]), "lora_B.weight": packed}
 
     up, down = pad(pair.up, 1, rank), pad(pair.down, 0, rank)

@@ -70,7 +70,8 @@ def read(path: Path) -> Adapter:
     for key, value in tensors.items():
         found = _KEY.fullmatch(key.removeprefix(PREFIX))
         if found is None:
-            if ".original_module." not in key:  # bias="all" also saves the frozen twin of a module in modules_to_save
+            # bias="all" also saves the frozen twin of a module in modules_to_save.
+            if ".original_module." not in key:
                 extras[module_of(key, wrapped)] = value
 
             continue

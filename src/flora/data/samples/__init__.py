@@ -56,7 +56,8 @@ def locate(where: str) -> str:
     version = hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()[:8]
     folder = cache_folder() / f"{file}-{maker}-{version}"
     if not folder.is_dir():
-        with staged_folder(folder) as staged, torch.random.fork_rng():  # a run that makes it draws as one that finds it
+        # A run that makes it draws as one that finds it.
+        with staged_folder(folder) as staged, torch.random.fork_rng():
             cast("Maker", module.MAKERS[maker])(staged)
 
     return str(folder)

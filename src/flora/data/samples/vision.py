@@ -140,7 +140,8 @@ def upernet(folder: Path) -> None:
     """UperNet on a ConvNeXt, for the shapes of ``scenes``."""
     torch.manual_seed(0)
     stages = ["stage1", "stage2", "stage3", "stage4"]
-    kind = cast("Any", ConvNextConfig)  # whose annotations lack out_features
+    # Whose annotations lack out_features.
+    kind = cast("Any", ConvNextConfig)
     backbone = kind(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], out_features=stages)
     config = UperNetConfig(
         backbone_config=backbone, hidden_size=16, pool_scales=[1, 2], auxiliary_in_channels=24, auxiliary_channels=8
@@ -155,7 +156,8 @@ def rtdetr(folder: Path) -> None:
     """RT-DETR on a ResNet, for 7 classes."""
     torch.manual_seed(0)
     sizes = [16, 24, 32]
-    kind = cast("Any", RTDetrResNetConfig)  # whose annotations lack out_indices
+    # Whose annotations lack out_indices.
+    kind = cast("Any", RTDetrResNetConfig)
     backbone = kind(
         embedding_size=8, hidden_sizes=[8, *sizes], depths=[1, 1, 1, 1], layer_type="basic", out_indices=[2, 3, 4]
     )

@@ -241,7 +241,8 @@ def _attach_probe(base: nn.Module, config: FloraConfig) -> PeftModel:
     probe.modules_to_save, probe.trainable_token_indices, probe.bias = None, None, "none"
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # whatever is to be said is said when the adapter itself is attached
+        # Whatever is to be said is said when the adapter itself is attached.
+        warnings.simplefilter("ignore")
         return cast("PeftModel", get_peft_model(cast("Any", base), probe, adapter_name="probe"))
 
 
