@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import ModelMixin
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
 import flora
 from architectures import ARCHITECTURES, FAST, Architecture
 from flora.layers.table import find_layer, parameter
 from flora.tuner.layer import FloraLayer
+from flora_cli import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries; ours are looked at where they matter
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
@@ -142,9 +145,27 @@ def test_an_architecture(name: str, tmp_path: Path) -> None:
         if row.generates:
             check_generation(model, merged, row, tolerance)
 
-        model.save_pretrained(tmp_path)
-        again = PeftModel.from_pretrained(fresh, tmp_path, adapter_name="other").eval()
+        model.save_pretrained(tmp_path / "adapter")
+        if isinstance(fresh, (PreTrainedModel, ModelMixin)):
+            check_command(fresh, merged, tmp_path, tolerance)
+        again = PeftModel.from_pretrained(fresh, tmp_path / "adapter", adapter_name="other").eval()
         assert far(run(again, row), out) == 0
+
+
+def check_command(base: Any, merged: nn.Module, folder: Path, tolerance: float) -> None:
+    """``flora inspect`` and ``flora merge`` on the saved adapter, whose merged weights are those of the live model."""
+    base.save_pretrained(folder / "base")
+    adapter, out = str(folder / "adapter"), folder / "merged"
+    assert main(["inspect", adapter]) == 0
+    assert main(["merge", adapter, "--base", str(folder / "base"), "--out", str(out)]) == 0
+    written = type(base).from_pretrained(out, dtype=base.dtype).state_dict()
+    expected = merged.state_dict()
+    assert written.keys() == expected.keys()
+    for key, value in written.items():
+        if value.is_floating_point():
+            assert float((value - expected[key]).abs().max()) <= tolerance * float(expected[key].abs().max() + 1e-6), (
+                key
+            )
 
 
 def check_training(name: str, model: PeftModel, merged: nn.Module, row: Architecture, tolerance: float) -> None:

@@ -7,7 +7,7 @@
 set -u
 part=$1 archive=$2 wheels=$3 out=$4 minutes=$5 jobs=$6
 ends=$(($(date +%s) + $(python3 -c "print(int(60 * $minutes))")))
-here=/tmp/quality-$part
+here=$(mktemp -d)
 mkdir -p "$here"
 python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$here/site" "$wheels"/*.whl
 tar xJf "$archive" -C "$here"
