@@ -52,7 +52,7 @@ def test_a_saved_adapter_says_how_to_load_it(save: object, tmp_path: Path) -> No
     assert "import flora\nfrom peft import PeftModel\n" in card.text
     assert "More Information Needed" not in card.text
     assert str(tmp_path) not in card.content
-    assert card.data.library_name == "peft"
+    assert card.data.to_dict()["library_name"] == "peft"
     assert "flora" in card.data.tags
 
 
