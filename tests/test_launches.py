@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -48,3 +49,19 @@ def test_launches_beyond_the_frozen_layer(name: str, dtype: torch.dtype) -> None
     most = (MOST_LINEAR if name.startswith("linear") else MOST_CONV)[dtype]
     assert sum(more.values()) <= most, {key: count for key, count in more.items() if count}
     assert sum(more.values()) >= 5
+
+
+def test_torchs_hint_about_float32_products_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler gives it on every GPU of today; without one, its own function is told that there is."""
+    with warnings.catch_warnings(action="ignore"):
+        from torch._inductor import compile_fx
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
+    said: list[str] = []
+    monkeypatch.setattr("warnings.warn", said.append)
+    compile_fx._warn_tf32_disabled.__wrapped__()
+    monkeypatch.undo()
+
+    assert len(said) == 1
+    warnings.warn(said[0], UserWarning, stacklevel=1)
