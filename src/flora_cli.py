@@ -178,26 +178,25 @@ def inspect(args: argparse.Namespace) -> int:
       flora inspect outputs/digits
       flora inspect outputs/digits --html adapter.html
     """
-    from flora.report.anatomy import anatomy, anatomy_page, anatomy_text
+    from flora.report.anatomy import anatomy, anatomy_text
+
+    if not args.html:
+        print(anatomy_text(anatomy(Path(args.folder))))
+        return 0
+
+    from flora.report.anatomy_page import anatomy_page
     from flora.storage.atomic import check_target, staged
     from flora.storage.replacing import PAGE, PAGE_MARK
 
-    if not args.html:
-        page = None
-    else:
-        page = Path(args.html)
-
-    if page is not None:
-        check_target(page, PAGE, overwrite=True)
-
+    page = Path(args.html)
+    check_target(page, PAGE, overwrite=True)
     report = anatomy(Path(args.folder))
     print(anatomy_text(report))
 
-    if page is not None:
-        with staged(page, PAGE, overwrite=True) as new:
-            new.write_text(anatomy_page(report) + PAGE_MARK, encoding="utf-8")
+    with staged(page, PAGE, overwrite=True) as new:
+        new.write_text(anatomy_page(report) + PAGE_MARK, encoding="utf-8")
 
-        print(f"written to {page}")
+    print(f"written to {page}")
 
     return 0
 

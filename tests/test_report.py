@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import flora
 import flora_cli
 from flora.convert import load
 from flora.convert.arithmetic import core_in_orthonormal_basis
-from flora.report.anatomy import anatomy, anatomy_page, mode_energy, top_half
+from flora.report.anatomy import anatomy, effective_rank, mode_energy, top_half
+from flora.report.anatomy_page import anatomy_page
 from flora.report.comparison import comparison_notes, comparison_page, comparison_table, size
 from flora.report.plots import loss_curve, quality_against_parameters
 from flora.report.provenance import provenance
@@ -160,9 +162,35 @@ def test_inspect_prints_a_line_per_weight_and_writes_a_page(
     assert "3 adapted weights" in out
     text = page.read_text()
     assert text.startswith("<!doctype html>")
-    assert text.count("<tr>") == 1 + 3
+    assert text.count('<th scope="row"') == 3 + 1 + 2  # weights, their total, tensors saved in full
     assert "deep.weight" in text
+    assert text.count("<svg") == 3
+    assert not re.findall(r"(?:src|href)=[\"'](?!data:|#)", text.replace('xlink:href="#', 'xlink:href="data:#'))
     assert anatomy_page({**anatomy(folder), "folder": "<b>"}).count("&lt;b&gt;") == 2
+
+
+def test_a_page_of_an_adapter_without_a_change_has_no_chart(folder: Path) -> None:
+    report = anatomy(folder)
+    for layer in report["layers"]:
+        energy = [[0.0] * rank for rank in layer["ranks"]]
+        layer.update(norm=0.0, energy=energy, effective_ranks=[1.0] * len(energy))
+    text = anatomy_page(report)
+    assert "<svg" not in text
+    assert "Every change is zero" in text
+    assert "<svg" not in anatomy_page({**report, "layers": [], "extras": {}})
+
+
+def test_a_layer_whose_ranks_are_all_one_has_a_norm_and_no_other_chart(folder: Path) -> None:
+    report = anatomy(folder)
+    for layer in report["layers"]:
+        layer.update(ranks=[1, 1], energy=[[1.0], [1.0]], effective_ranks=[1.0, 1.0])
+    assert anatomy_page(report).count("<svg") == 1
+
+
+def test_the_effective_rank_counts_equal_directions() -> None:
+    assert effective_rank([0.2] * 5) == pytest.approx(5)
+    assert effective_rank([0.5, 0.5, 0.0]) == pytest.approx(2)
+    assert 1 < effective_rank([0.9, 0.05, 0.05]) < 2
 
 
 def test_inspect_of_a_corrupt_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,6 +65,7 @@ OPTIONAL = {  # imported where a model or a file asks for it, with a message if 
     "flora.layers.gpu": {"triton"},  # comes with torch's builds for CUDA
     "flora.data.records": {"datasets", "pillow"},
     "flora.data.results": {"pillow"},
+    "flora.data.shown": {"pillow"},
     "flora.data.samples.signals": {"diffusers", "nibabel", "pillow", "soundfile"},
 }
 ODDS_AND_ENDS = {"utils", "util", "common", "helpers", "misc", "tools"}

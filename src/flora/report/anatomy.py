@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,6 @@ from torch import Tensor
 from flora.convert import load
 from flora.convert.arithmetic import core_in_orthonormal_basis
 from flora.storage.size import size
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; width: 100% }
-th, td { padding: .3rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd }
-th { border-bottom: 2px solid #888 }
-th:first-child, td:first-child, td:last-child { text-align: left }
-.bar { display: inline-block; height: .8em; background: #4c78a8 }
-"""
 
 
 def mode_energy(core: Tensor, mode: int) -> list[float]:
@@ -38,20 +28,41 @@ def mode_energy(core: Tensor, mode: int) -> list[float]:
     return (energy / energy.sum().clamp(min=torch.finfo(energy.dtype).tiny)).tolist()  # type: ignore[no-any-return]
 
 
+def in_order(name: str) -> list[tuple[int, str]]:
+    """What names are sorted by, so that layer 2 comes before layer 10.
+
+    Example:
+        >>> sorted(["blocks.10.conv", "blocks.2.conv"], key=in_order)
+        ['blocks.2.conv', 'blocks.10.conv']
+    """
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def effective_rank(energy: list[float]) -> float:
+    """How many directions of equal strength would spread the energy as widely: the exponential of its entropy.
+
+    Example:
+        >>> effective_rank([0.25, 0.25, 0.25, 0.25]), effective_rank([1.0, 0.0])
+        (4.0, 1.0)
+    """
+    return math.exp(-sum(share * math.log(share) for share in energy if share > 0))
+
+
 def anatomy(folder: Path) -> dict[str, Any]:
     """What is in an adapter.
 
     Returns:
-        ``layers`` (weight, shape, ranks, parameters, bytes, scale, norm of the change, energy per mode), ``extras``
-        (tensors saved beside the adapter, such as a head) and totals.
+        ``layers`` (weight, shape, ranks, parameters, bytes, scale, norm of the change, energy and effective rank per
+        mode), ``extras`` (tensors saved beside the adapter, such as a head) and totals.
 
     Raises:
         FileNotFoundError, ValueError: the adapter cannot be read.
     """
     adapter = load(folder)
     layers = []
-    for name, entry in adapter.weights.items():
+    for name, entry in sorted(adapter.weights.items(), key=lambda item: in_order(item[0])):
         core = core_in_orthonormal_basis(entry.form)
+        energy = [mode_energy(core, mode) for mode in range(core.ndim)]
         layers.append(
             {
                 "weight": name,
@@ -61,7 +72,8 @@ def anatomy(folder: Path) -> dict[str, Any]:
                 "bytes": entry.form.num_params * entry.form.core.element_size(),
                 "scale": entry.scale,
                 "norm": abs(entry.scale) * float(core.norm()),
-                "energy": [mode_energy(core, mode) for mode in range(core.ndim)],
+                "energy": energy,
+                "effective_ranks": [effective_rank(shares) for shares in energy],
             }
         )
 
@@ -108,26 +120,4 @@ def summary(report: dict[str, Any]) -> str:
     return (
         f"{len(report['layers'])} adapted weights, {report['parameters']:,} parameters ({size(report['bytes'])}), and "
         f"{report['extra_parameters']:,} parameters saved in full"
-    )
-
-
-def anatomy_page(report: dict[str, Any]) -> str:
-    """The report as a page that stands alone, with a bar for each norm."""
-    largest = max((layer["norm"] for layer in report["layers"]), default=0.0) or 1.0
-    rows = []
-    for layer in report["layers"]:
-        cells = [f"<td>{html.escape(text)}</td>" for text in _cells(layer).values()]
-        bar = f'<td><span class="bar" style="width:{120 * layer["norm"] / largest:.0f}px"></span></td>'
-        rows.append(f"<tr>{''.join(cells)}{bar}</tr>")
-
-    if report["layers"]:
-        head = "".join(f"<th>{name}</th>" for name in _cells(report["layers"][0]))
-    else:
-        head = ""
-
-    title = html.escape(report["folder"])
-
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-        f"<h1>{title}</h1><p>{html.escape(summary(report))}.</p><table><tr>{head}<th></th></tr>{''.join(rows)}</table></html>\n"
     )

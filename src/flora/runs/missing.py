@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 EXTRAS: dict[str, set[str]] = {  # an extra of pyproject.toml -> the modules that it brings, the smallest extra first
-    "recipes": {"matplotlib", "scipy", "sklearn"},
+    "recipes": {"PIL", "matplotlib", "scipy", "sklearn"},
     "medical": {"monai", "nibabel"},
     "rivals": {"lycoris"},
-    "vision": {"PIL", "datasets", "pycocotools"},
-    "text": {"PIL", "datasets", "sentencepiece", "trl"},
+    "vision": {"datasets", "pycocotools"},
+    "text": {"datasets", "sentencepiece", "trl"},
     "audio": {"datasets", "soundfile"},
-    "diffusion": {"PIL", "datasets", "diffusers"},
+    "diffusion": {"datasets", "diffusers"},
 }
 FIELDS = {  # the first word of a recipe's name -> the extra of its field
     "vision": "vision",

@@ -1,0 +1,67 @@
+"""Matplotlib's figures as SVG inside a page: their ink is that of the text around them, in light and in dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from typing import cast
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from flora.report.page import Chart
+
+INK = "#010203"  # stands for the colour of the text around a chart
+STYLE = {
+    "axes.edgecolor": INK,
+    "axes.facecolor": "none",
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlecolor": INK,
+    "axes.titlesize": "medium",
+    "figure.facecolor": "none",
+    "font.family": "sans-serif",
+    "grid.color": INK,
+    "legend.labelcolor": INK,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "flora",
+    "text.color": INK,
+    "text.parse_math": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+
+
+def chart(what: str, draw: Callable[[Axes], None], size: tuple[float, float] = (5.2, 3.4)) -> Chart:
+    """A chart for a page.
+
+    Args:
+        what: It shows, in words, for those who cannot see it.
+        draw: Puts the chart on axes.
+        size: In inches; the page scales it.
+    """
+    stream = io.StringIO()
+
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots()
+        axes.grid(alpha=0.15)
+        draw(axes)
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+
+    text = stream.getvalue()
+    inline = text[text.index("<svg") :].replace(INK, "currentColor")
+    # The names of its parts are the same in every chart of a page.
+    inline = re.sub(r' id="[a-z_A-Z]+[0-9]*_[0-9]+"', "", inline)
+
+    return Chart(what, inline)
+
+
+def legend_below(axes: Axes) -> None:
+    """Puts the legend under a chart, where it hides nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    options = {"loc": "outside lower center", "ncols": min(4, len(labels)), "frameon": False, "fontsize": "small"}
+    cast("Figure", axes.figure).legend(handles, labels, **options)
