@@ -1,4 +1,4 @@
-"""The ``flora`` command. Outside the package: importing ``flora`` imports PEFT, which takes seconds, and help must not.
+"""The ``flora`` command. It stands outside the package because ``import flora`` imports PEFT, which takes seconds.
 
 A verb is a function in ``COMMANDS``, whose docstring is its help, and its arguments in ``ARGUMENTS``. It imports what
 it needs itself.
@@ -26,8 +26,8 @@ def train(args: argparse.Namespace) -> int:
     """Fine-tune with FLoRA and write an output folder.
 
     CONFIG is a YAML file or the name of a packaged config (`flora recipes`); key=value items replace what it says.
-    The folder gets the adapter, a model card, metrics.json, loss.png and the checkpoints. --resume goes on from the
-    last complete checkpoint; --overwrite replaces a run that is there.
+    The folder gets the adapter, a model card, metrics.json, loss.png and the checkpoints. --resume continues
+    from the last complete checkpoint; --overwrite replaces an earlier run.
 
     Examples:
       flora train digits
@@ -57,10 +57,10 @@ def train(args: argparse.Namespace) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """Measure a trained folder, on its own data or on other data.
+    """Measure a trained folder, on the data it was trained with or on other data.
 
-    Loads base model and adapter anew. On its own data the numbers must be those of the end of training: if they are
-    not, the exit code is 1. task.key=value items measure on other data of the same recipe.
+    Loads the base model and the adapter from disk. On the same data the numbers must be those from the end of training;
+    if they are not, the exit code is 1. task.key=value items choose other data for the same recipe.
 
     Examples:
       flora eval outputs/digits
@@ -75,24 +75,23 @@ def evaluate(args: argparse.Namespace) -> int:
     if same is None:
         return 0
 
+    if same:
+        print("the same as at the end of training")
+        return 0
+
     print(
-        "the same as at the end of training"
-        if same
-        else "NOT the same as in metrics.json, the end of training: the data, the base model or the versions changed, "
+        "NOT the same as at the end of training (metrics.json): the data, the base model or the versions changed, "
         "or a new head is missing from adapter.modules_to_save"
     )
-
-    if same:
-        return 0
 
     return 1
 
 
 def predict(args: argparse.Namespace) -> int:
-    """Run a trained folder on new inputs: files, folders of files, or texts.
+    """Run a trained model on new inputs: files, folders of files, or texts.
 
-    Prints a line for each input: class and score, boxes, the written text. Label maps (PNG, NIfTI), pictures with boxes
-    and generated pictures are written to DIR, with predictions.json, which has every number.
+    Prints one line per input: a class with its score, boxes, or the generated text. Label maps (PNG, NIfTI), images
+    with boxes and generated images are written to DIR, together with predictions.json, which holds every number.
 
     Examples:
       flora predict outputs/vision_classify photo.jpg more-photos/
@@ -102,11 +101,7 @@ def predict(args: argparse.Namespace) -> int:
     """
     from flora.runs.predicting import predict, result_line
 
-    if not args.out:
-        out = None
-    else:
-        out = Path(args.out)
-
+    out = Path(args.out) if args.out else None
     results = predict(Path(args.folder), args.inputs, out, args.prompt, run_recipe_file=args.run_recipe_file)
     for result in results:
         print(result_line(result))
@@ -115,10 +110,11 @@ def predict(args: argparse.Namespace) -> int:
 
 
 def compare(args: argparse.Namespace) -> int:
-    """Compare methods on one task, with several seeds, adapters at matched trainable parameters.
+    """Compare methods on one task, over several seeds, with adapters of the same number of trainable parameters.
 
-    Each method's learning rate is chosen on validation from the grid compare.learning_rates. Table, plot and JSON go to
-    the folder <output>-compare. A comparison that was interrupted goes on where it was when it is started again.
+    Each method's learning rate is chosen on the validation data from the grid compare.learning_rates. The table, plot
+    and JSON are written to the folder <output>-compare. Run the command again to continue an interrupted comparison;
+    --overwrite starts it from the beginning.
 
     Examples:
       flora compare digits --methods frozen,flora,lora,full --seeds 0,1,2
@@ -129,7 +125,7 @@ def compare(args: argparse.Namespace) -> int:
     from flora.runs.settings import read
 
     settings = read(args.config, args.overrides)
-    report = compare(settings, args.methods, args.seeds)
+    report = compare(settings, args.methods, args.seeds, overwrite=args.overwrite)
     print("\n" + comparison_table(report["rows"], report["metric"], "simple") + "\n")
     print("\n".join(comparison_notes(report)))
     print(f"written to {report['folder']}: README.md, compare.png, compare.json")
@@ -138,10 +134,10 @@ def compare(args: argparse.Namespace) -> int:
 
 
 def plan(args: argparse.Namespace) -> int:
-    """Show what would be adapted in a model, and what it costs; no weights are loaded.
+    """Show which layers of a model would be adapted and what that costs; no weights are loaded.
 
-    MODEL is a hub id, a local folder, or a config.json of transformers. The model is built on the meta device, so one
-    of 70B parameters needs no memory. Equal layers are one line.
+    MODEL is a hub id, a local folder, or a config.json of transformers. The model is built on the meta device, so even
+    70B parameters need no memory. Identical layers share one line.
 
     Examples:
       flora plan facebook/convnextv2-tiny-1k-224 --r 16
@@ -154,10 +150,8 @@ def plan(args: argparse.Namespace) -> int:
     settings = {"r": args.r, "kernel_r": args.kernel_r, "budget": args.budget}
     modules = args.target_modules or ([] if args.target_parameters else ["all"])
     if modules:
-        if modules[0] in ("all", "all-linear", "all-conv"):
-            settings["target_modules"] = modules[0]
-        else:
-            settings["target_modules"] = modules
+        is_keyword = modules[0] in ("all", "all-linear", "all-conv")
+        settings["target_modules"] = modules[0] if is_keyword else modules
 
     if args.target_parameters:
         settings["target_parameters"] = args.target_parameters
@@ -169,10 +163,10 @@ def plan(args: argparse.Namespace) -> int:
 
 
 def inspect(args: argparse.Namespace) -> int:
-    """Show what is in an adapter: per layer its shape, ranks, the norm of its change, energy per mode, size.
+    """Show what is in an adapter: the shape, ranks, size of the change, energy per mode and parameters of each layer.
 
-    energy is the share of the squared norm that the strongest half of each mode's directions holds: near 100 % says
-    that a smaller rank would do.
+    energy is the share of the squared norm in the stronger half of each mode's directions; near 100 %, a smaller rank
+    would do.
 
     Examples:
       flora inspect outputs/digits
@@ -189,11 +183,11 @@ def inspect(args: argparse.Namespace) -> int:
     from flora.storage.replacing import PAGE, PAGE_MARK
 
     page = Path(args.html)
-    check_target(page, PAGE, overwrite=True)
+    check_target(page, PAGE, overwrite=args.overwrite)
     report = anatomy(Path(args.folder))
     print(anatomy_text(report))
 
-    with staged(page, PAGE, overwrite=True) as new:
+    with staged(page, PAGE, overwrite=args.overwrite) as new:
         new.write_text(anatomy_page(report) + PAGE_MARK, encoding="utf-8")
 
     print(f"written to {page}")
@@ -202,11 +196,11 @@ def inspect(args: argparse.Namespace) -> int:
 
 
 def merge(args: argparse.Namespace) -> int:
-    """Write base + adapters as one ordinary model, verified before it is written.
+    """Merge adapters into their base model and write an ordinary model, verified before it appears.
 
-    The base folder is streamed, one weight in memory at a time, and each merged layer is compared with the unmerged one
-    on random inputs; where the whole model fits into memory, so are its outputs. Only if they agree up to rounding, and
-    every weight is finite, the folder appears. Adapters may be of any format that convert reads.
+    The base folder is streamed, one weight in memory at a time. Each merged layer is compared with the unmerged one on
+    random inputs, and if the model fits into memory its outputs are compared too. The folder appears only if they agree
+    up to rounding and every weight is finite. Adapters may have any format that convert reads.
 
     Examples:
       flora merge outputs/digits --out outputs/digits-merged
@@ -215,14 +209,13 @@ def merge(args: argparse.Namespace) -> int:
     """
     from flora.runs.merging import merge
 
-    shown = sys.stderr.isatty()
     report = merge(
         [Path(folder) for folder in args.folder],
         Path(args.out),
         weights=args.weights,
         base=args.base,
         overwrite=args.overwrite,
-        progress=shown,
+        progress=sys.stderr.isatty(),
         run_recipe_file=args.run_recipe_file,
     )
     print(report)
@@ -231,10 +224,10 @@ def merge(args: argparse.Namespace) -> int:
 
 
 def convert(args: argparse.Namespace) -> int:
-    """Convert an adapter to another format, exactly, and print the largest error and the sizes.
+    """Convert an adapter to another format exactly, and print the largest error and the sizes.
 
-    Reads FLoRA and PEFT LoRA folders, LyCORIS/Kohya and dense files, and the checkpoints of the paper's authors; which
-    one SRC is is seen from its files. What was written is read back and compared before it appears.
+    Reads FLoRA and PEFT LoRA folders, LyCORIS/Kohya and dense files, and the checkpoints of the paper's authors. The
+    format of SRC is detected from its files. The output is read back and compared before it appears.
 
     Examples:
       flora convert my-adapter --to lora --out my-adapter-lora
@@ -260,9 +253,10 @@ def convert(args: argparse.Namespace) -> int:
 
 
 def extract(args: argparse.Namespace) -> int:
-    """Make an adapter out of a full fine-tune, layer by layer, and print the error of each.
+    """Turn a full fine-tune into an adapter, layer by layer, and print each layer's error.
 
-    Both models are folders with safetensors, sharded or not. An extraction that is cut short goes on when run again.
+    Both models are folders with safetensors files, sharded or not. Run the command again to continue an interrupted
+    extraction.
 
     Examples:
       flora extract ./base ./tuned --rank 16 --out my-adapter
@@ -281,7 +275,7 @@ def extract(args: argparse.Namespace) -> int:
 
 
 def recipes(args: argparse.Namespace) -> int:
-    """List the packaged configs, copy one to edit, or explain the task keys of one.
+    """List the packaged configs, copy one to edit it, or explain its task keys.
 
     Examples:
       flora recipes
@@ -298,7 +292,7 @@ def recipes(args: argparse.Namespace) -> int:
         return 0
 
     if args.name is None:
-        raise UserError(f"which one? flora recipes {args.action} NAME, with NAME one of {', '.join(config_names())}")
+        raise UserError(f"missing NAME: flora recipes {args.action} NAME, with NAME one of {', '.join(config_names())}")
     if args.name not in config_names():
         raise UserError(f"no config {args.name!r} is packaged; there are {', '.join(config_names())}")
 
@@ -307,8 +301,8 @@ def recipes(args: argparse.Namespace) -> int:
         return 0
 
     target = Path(f"{args.name}.yaml")
-    if target.exists():
-        raise UserError(f"{target} exists here already; rename it first")
+    if target.exists() and not args.overwrite:
+        raise UserError(f"{target} already exists; --overwrite replaces it")
 
     write_text(target, config_path(args.name).read_text(encoding="utf-8"))
     print(f"written to {target}; edit it, then: flora train {target}")
@@ -352,9 +346,17 @@ def words(text: str) -> list[str]:
 CONFIG = argument("config", metavar="CONFIG", help="a YAML file or the name of a packaged config")
 FOLDER = argument("folder", metavar="FOLDER", help="the folder of an adapter")
 RUN_RECIPE_FILE = argument(
-    "--run-recipe-file", action="store_true", help="run the Python file that FOLDER names as its recipe; only your own"
+    "--run-recipe-file",
+    action="store_true",
+    help="run the Python file that FOLDER names as its recipe; only for folders that you trust",
 )
-OVERRIDES = argument("overrides", nargs="*", metavar="key=value", help="replaces what the config says")
+OVERRIDES = argument("overrides", nargs="*", metavar="key=value", help="replaces a value of the config")
+
+
+def overwrite(what: str) -> Argument:
+    """The flag that allows an output to be replaced."""
+    return argument("--overwrite", action="store_true", help=f"replace {what}")
+
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": train,
@@ -372,8 +374,8 @@ ARGUMENTS: dict[str, list[Argument]] = {
     "train": [
         CONFIG,
         OVERRIDES,
-        argument("--resume", action="store_true", help="go on from the last complete checkpoint"),
-        argument("--overwrite", action="store_true", help="replace the run that is in the output folder"),
+        argument("--resume", action="store_true", help="continue from the last complete checkpoint"),
+        overwrite("the run in the output folder"),
     ],
     "eval": [
         FOLDER,
@@ -393,6 +395,7 @@ ARGUMENTS: dict[str, list[Argument]] = {
         OVERRIDES,
         argument("--methods", type=words, default="frozen,flora,lora,full", help="default: %(default)s; or all"),
         argument("--seeds", type=numbers, default="0,1,2", help="default: %(default)s"),
+        overwrite("the results of an earlier comparison"),
     ],
     "plan": [
         argument("model", metavar="MODEL", help="a hub id, a local folder, or a config.json"),
@@ -406,13 +409,13 @@ ARGUMENTS: dict[str, list[Argument]] = {
         argument("--positions", type=int, default=4096, help="output positions per step for the costs (default: 4096)"),
         argument("--json", action="store_true", help="print JSON"),
     ],
-    "inspect": [FOLDER, argument("--html", metavar="FILE", help="write a page as well")],
+    "inspect": [FOLDER, argument("--html", metavar="FILE", help="also write a page"), overwrite("FILE")],
     "merge": [
         argument("folder", nargs="+", metavar="FOLDER", help="adapters, of any format that convert reads"),
         argument("--out", required=True, metavar="DIR", help="the folder to write"),
         argument("--base", help="a local folder or hub id instead of the base model that the adapter names"),
-        argument("--overwrite", action="store_true", help="replace DIR"),
-        argument("--weights", type=float, nargs="+", metavar="W", help="one number for each adapter"),
+        overwrite("DIR"),
+        argument("--weights", type=float, nargs="+", metavar="W", help="one factor for each adapter"),
         RUN_RECIPE_FILE,
     ],
     "convert": [
@@ -426,22 +429,23 @@ ARGUMENTS: dict[str, list[Argument]] = {
         argument("--prefix", help="of Kohya keys: lycoris (the default), lora_unet, lora_te, ..."),
         argument("--no-mid", action="store_true", help="no lora_mid in Kohya files, for sd-scripts and diffusers"),
         argument("--drop-extras", action="store_true", help="leave out biases and modules_to_save"),
-        argument("--overwrite", action="store_true", help="replace DST"),
+        overwrite("DST"),
     ],
     "extract": [
         argument("base", metavar="BASE", help="the base model's folder"),
         argument("tuned", metavar="TUNED", help="the fine-tuned model's folder"),
         argument("--rank", type=int, help="the rank of every channel mode"),
-        argument("--energy", type=float, help="instead, the fraction of each change's squared norm to keep"),
-        argument("--budget", type=int, help="instead, parameters to spend where they lower the total error most"),
+        argument("--energy", type=float, help="instead of --rank: the fraction of each change's squared norm to keep"),
+        argument("--budget", type=int, help="instead of --rank: parameters to spend where they lower the error most"),
         argument("--kernel-r", type=int, help="with --rank, the rank of the kernel modes (default: kept whole)"),
-        argument("--carry", action="store_true", help="take along biases, norms and new tensors that differ, whole"),
+        argument("--carry", action="store_true", help="also store biases, norms and new tensors that differ, in full"),
         argument("--out", required=True, metavar="DIR", help="the folder to write"),
-        argument("--overwrite", action="store_true", help="replace DIR"),
+        overwrite("DIR"),
     ],
     "recipes": [
         argument("action", nargs="?", choices=("list", "copy", "keys"), default="list"),
         argument("name", nargs="?", metavar="NAME", help="the config to copy or explain"),
+        overwrite("NAME.yaml here"),
     ],
 }
 
@@ -490,10 +494,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one verb. What the user or the system got wrong is one line and exit code 2; a traceback is our bug."""
+    """Runs one verb. An error of the user or the system is one line and exit code 2; a traceback is a bug of flora."""
     args = parse(argv)
 
-    # PEFT asks transformers for an attribute that it has renamed: nothing that who types a command could change
+    # PEFT reads an attribute that transformers has renamed. The user of the command can do nothing about that.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
     try:
@@ -510,7 +514,7 @@ def main(argv: list[str] | None = None) -> int:
 
         return _fail(f"{args.verb} needs {install_hint(error.name or '', getattr(args, 'config', ''))}")
     except BrokenPipeError:
-        # Python writes what is left when it ends.
+        # Python flushes what is left when it ends, which must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _fail("the program that reads the output has ended (broken pipe)")
     except OSError as error:  # whatever the system refuses: no such file, no permission, no space left

@@ -211,7 +211,11 @@ def test_recipes_are_listed_and_copied(
     assert [line.split()[0] for line in run(capsys, "recipes")[1].splitlines()] == config_names()
     assert run(capsys, "recipes", "copy", "digits")[0] == 0
     assert Path("digits.yaml").read_text() == (CONFIGS / "digits.yaml").read_text()
-    assert "exists here already" in run(capsys, "recipes", "copy", "digits")[2]
+    Path("digits.yaml").write_text("edited")
+    assert "digits.yaml already exists; --overwrite replaces it" in run(capsys, "recipes", "copy", "digits")[2]
+    assert Path("digits.yaml").read_text() == "edited"
+    assert run(capsys, "recipes", "copy", "digits", "--overwrite")[0] == 0
+    assert Path("digits.yaml").read_text() == (CONFIGS / "digits.yaml").read_text()
 
 
 LLAMA = {

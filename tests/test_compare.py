@@ -105,6 +105,14 @@ def test_a_run_with_the_same_settings_is_not_run_again(
     other = tiny(settings.output, "training.num_train_epochs=1")
     compare(other, ["frozen"], [0])
     assert len(ran) >= 2 + 1
+    ran.clear()
+    note = folder_of(settings) / "notes.txt"
+    note.write_text("mine")
+    compare(other, ["frozen"], [0], overwrite=True)
+    assert len(ran) >= 2 + 1, "everything is run again"
+    assert {path.name for path in folder_of(settings).iterdir()} == {
+        "README.md", "compare.json", "compare.png", "runs", note.name
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("budget", [900, 1500])

@@ -166,6 +166,9 @@ def test_inspect_prints_a_line_per_weight_and_writes_a_page(
     assert "deep.weight" in text
     assert text.count("<svg") == 3
     assert not re.findall(r"(?:src|href)=[\"'](?!data:|#)", text.replace('xlink:href="#', 'xlink:href="data:#'))
+    assert flora_cli.main(["inspect", str(folder), "--html", str(page)]) == 2
+    assert "page.html exists; choose another output or ask to overwrite it (--overwrite)" in capsys.readouterr().err
+    assert flora_cli.main(["inspect", str(folder), "--html", str(page), "--overwrite"]) == 0
     assert anatomy_page({**anatomy(folder), "folder": "<b>"}).count("&lt;b&gt;") == 2
 
 

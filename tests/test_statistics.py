@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 import flora
+from flora.recipes import Data, load_recipe
+from flora.runs.training import make_trainer
 from flora.tuner.statistics import _use_running
 
 X = torch.randn(4, 3, 9, 7, generator=torch.Generator().manual_seed(1)) * 3 + 1
@@ -115,6 +117,28 @@ def test_the_switch_lets_them_move_and_says_what_that_costs(tmp_path: Path) -> N
     before = model.base_model.model.norm.running_mean.clone()
     own_loop(model, tmp_path)
     assert not torch.equal(model.base_model.model.norm.running_mean, before)
+
+
+@pytest.mark.parametrize("method", ["flora, left to move", "lora", "lora, norm trained", "all trained"])
+def test_a_trainer_holds_the_norms_that_are_not_trained(method: str, tmp_path: Path) -> None:
+    base, moves = Net(), method != "lora"
+
+    if method == "flora, left to move":
+        with pytest.warns(UserWarning, match="running statistics"):
+            model = get_peft_model(base, flora.FloraConfig(r=2, target_modules=["conv"], freeze_batch_norm=False))
+    elif method == "all trained":
+        model = base
+    else:
+        saved = ["norm"] if method == "lora, norm trained" else None
+        model = get_peft_model(base, LoraConfig(r=2, target_modules=["conv"], modules_to_save=saved))
+
+    rows = [{"x": x, "labels": torch.tensor(0)} for x in X]
+    options = TrainingArguments(str(tmp_path), use_cpu=True, disable_tqdm=True, report_to="none")
+    make_trainer(model, load_recipe("digits"), Data(rows, rows, rows), options)
+    before = {name: value.clone() for name, value in model.named_buffers() if name.endswith("running_mean")}
+    model.train()(X)
+    after = dict(model.named_buffers())
+    assert any(not torch.equal(after[name], value) for name, value in before.items()) == moves
 
 
 def test_unloading_leaves_the_norms_as_they_were() -> None:

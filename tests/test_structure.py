@@ -20,18 +20,19 @@ from readability import densities
 SRC = Path(flora.__file__).parents[1]
 PACKAGE = "flora"
 
-# A room is a folder of src/flora; `flora` is its __init__, `flora_cli` the file beside it. A room imports from rooms on
-# the levels above its own in this list, and from nothing beside or below it; inside a room any order without a circle.
+# A room is a folder of src/flora; `flora` is its __init__, `flora_cli` the file beside it, `former` has the earlier names
+# of modules. A room imports from rooms on the levels above its own in this list, and from nothing beside or below it;
+# inside a room any order without a circle.
 LEVELS: list[set[str]] = [
     {"errors"},
     {"tucker", "storage"},
     {"layers", "data"},
     {"tuner", "convert"},
     {"flora"},
-    {"volume_unet", "recipes"},
+    {"recipes"},
     {"report"},
     {"runs"},
-    {"comparison", "merging"},
+    {"comparison", "former"},
     {"flora_cli"},
     {"__main__"},
 ]

@@ -3,6 +3,7 @@
 Importing ``flora`` registers the method with PEFT; ``FloraConfig`` then works wherever PEFT takes a config.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flora.layers.planning import Plan, plan
@@ -40,6 +41,7 @@ __all__ = [
     "start",
 ]
 __version__ = "0.1.0"
+__path__ = [*__path__, str(Path(__path__[0], "former"))]  # where modules have the names that saved adapters know
 
 _LATER = {
     "Adapter": "flora.convert",

@@ -50,7 +50,7 @@ CASES = {
     "extract over": Case(f"{EXTRACT} --overwrite", "out", (OLD.replace("lora", "flora"),)),
     "extract by budget": Case("extract base tuned --budget 3000 --carry --out out", "out"),
     "inspect": Case("inspect adapter --html out.html", "out.html"),
-    "inspect over": Case("inspect adapter --html out.html", "out.html", ("inspect other --html out.html",)),
+    "inspect over": Case("inspect adapter --html out.html --overwrite", "out.html", ("inspect other --html out.html",)),
     "copy": Case("recipes copy digits", "digits.yaml"),
 }
 

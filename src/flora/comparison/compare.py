@@ -1,13 +1,14 @@
 """``compare``: one task, several methods and seeds, adapters at matched trainable parameters.
 
-Each method's learning rate is chosen by the mean of validation over the first three seeds, from a grid that goes on for
-all methods while one of them chooses an edge of it; the test set is used by the final runs only. Every run is written
-as it ends and found again, so an interrupted comparison goes on where it was.
+Each method's learning rate is chosen by its mean validation score over the first three seeds. As long as a method
+chooses a rate at an edge of the grid, the grid is extended for all methods. Only the final runs use the test set. Every
+run is written when it ends and found again, so an interrupted comparison continues where it stopped.
 """
 
 from __future__ import annotations
 
 import math
+import shutil
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -149,13 +150,16 @@ def _file_bytes(model: nn.Module) -> int:
         return path.stat().st_size
 
 
-def compare(settings: Settings, methods: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+def compare(
+    settings: Settings, methods: Sequence[str], seeds: Sequence[int], *, overwrite: bool = False
+) -> dict[str, Any]:
     """Runs every method with every seed at every budget and writes the report into ``<output>-compare``.
 
     Args:
         settings: of the runs; ``settings.comparison`` has the budgets and the grid of learning rates.
         methods: keys of ``METHODS``; ["all"] is all of them.
         seeds: of the final runs; the first three are those of the search for the learning rate.
+        overwrite: runs everything again; otherwise finished runs with the same settings are kept.
 
     Returns:
         What is in ``compare.json``.
@@ -165,8 +169,6 @@ def compare(settings: Settings, methods: Sequence[str], seeds: Sequence[int]) ->
     """
     if list(methods) == ["all"]:
         methods = list(METHODS)
-    else:
-        methods = methods
 
     for method in methods:
         if method not in METHODS:
@@ -181,6 +183,10 @@ def compare(settings: Settings, methods: Sequence[str], seeds: Sequence[int]) ->
     with claim(folder):
         clear_parts(folder)
         clear_parts(folder / "runs")
+
+        if overwrite:
+            _remove_results(folder)
+
         return _compare(replace(settings, seed=seeds[0]), methods, seeds, folder)
 
 
@@ -188,6 +194,17 @@ def _check_ours(folder: Path) -> None:
     """Raises a UserError if there is something else in the place of a comparison."""
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "runs").is_dir():
         raise UserError(f"{folder} is not a comparison of flora; set output=FOLDER to another place, or move it away")
+
+
+def _remove_results(folder: Path) -> None:
+    """Removes what an earlier comparison wrote: its runs, its report and the adapter that it kept."""
+    for name in ("README.md", "compare.png", "compare.json"):
+        (folder / name).unlink(missing_ok=True)
+
+    # `runs` is what a comparison is recognised by, so it goes last.
+    for name in (KEPT, "runs"):
+        if (folder / name).exists():
+            shutil.rmtree(folder / name)
 
 
 def _compare(settings: Settings, methods: Sequence[str], seeds: Sequence[int], folder: Path) -> dict[str, Any]:

@@ -24,10 +24,10 @@ from flora.convert.formats.filemap import FileMap
 from flora.convert.report import ROUNDING
 from flora.errors import UserError
 from flora.layers.names import TOKEN_ROWS
-from flora.storage.atomic import check_target, staged
+from flora.storage.atomic import check_target, staged, write_json
 from flora.storage.checkpoint import Checkpoint
 from flora.storage.replacing import MODEL
-from flora.storage.tensors import DTYPES, read_object, stream_tensors, write_json
+from flora.storage.tensors import DTYPES, read_object, stream_tensors
 from flora.tucker.form import Tucker, mode_product
 
 TORCH_DTYPES = {stored: dtype for dtype, stored in DTYPES.items()}
@@ -363,7 +363,7 @@ def _extend_index(source: Checkpoint, work: Path, plan: _Plan) -> None:
     if source.index is not None and plan.new:
         index = read_object(work / source.index.name)
         index["weight_map"].update(dict.fromkeys(plan.new, plan.last))
-        write_json(work / source.index.name, index)
+        write_json(work / source.index.name, index, sort_keys=True)
 
 
 def _verify(plan: _Plan, written: Checkpoint) -> tuple[float, str]:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
@@ -42,13 +41,17 @@ from flora.storage.progress import show_loss
 from flora.storage.system import sync
 from flora.tuner.config import FloraConfig
 from flora.tuner.gradient.start import adapt_and_tell
+from flora.tuner.model import FloraModel
+from flora.tuner.statistics import hold_untrained_statistics
 
 SAME = 1e-6  # an evaluation of the same model on the same data may differ by this much
 
 
 def make_trainer(model: nn.Module, recipe: Recipe, data: Data, arguments: TrainingArguments) -> Trainer:
     """A Trainer for this model and recipe; quiet but for a progress bar with the loss."""
-    keep_statistics(model)
+    if not isinstance(getattr(model, "base_model", None), FloraModel):
+        hold_untrained_statistics(model)
+
     trainer = stopping_where_it_diverges(optional(recipe, "TRAINER"))(
         model,
         arguments,
@@ -124,20 +127,6 @@ class KeepCheckpoints(TrainerCallback):
         if state.is_world_process_zero and folder.is_dir():
             sync(folder)
             sync(folder.parent, deep=False)
-
-
-def keep_statistics(model: nn.Module) -> None:
-    """Makes every batch norm that is not trained use its running statistics and leave them as they are.
-
-    They belong to the base model: what training changed there no adapter file would hold.
-    """
-    for module in model.modules():
-        if isinstance(module, _BatchNorm) and not any(value.requires_grad for value in module.parameters()):
-            module.register_forward_pre_hook(_evaluate)
-
-
-def _evaluate(module: nn.Module, inputs: object) -> None:
-    module.eval()
 
 
 def training_arguments(settings: Settings, output: Path, **changes: Any) -> TrainingArguments:

@@ -267,9 +267,9 @@ def write_text(path: Path, text: str) -> None:
         new.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """:func:`write_text` of the value as JSON."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+def write_json(path: Path, value: Any, *, sort_keys: bool = False) -> None:
+    """:func:`write_text` of the value as JSON; PEFT sorts the keys of its configs, and so do ours."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=sort_keys) + "\n")
 
 
 def read_json(path: Path) -> Any:

@@ -177,11 +177,6 @@ def check_form_tensors(tensors: Mapping[str, Tensor], source: Path) -> None:
             raise UserError(f"{source}: {key} has the shape {tuple(value.shape)}, which no part of an adapter has")
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Indented, with sorted keys, as PEFT writes its configs."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """A safetensors file; the same tensors and metadata give the same bytes.
 

@@ -57,6 +57,16 @@ def settle_statistics(model: nn.Module, *, freeze: bool, training: bool) -> None
         )
 
 
+def hold_untrained_statistics(model: nn.Module) -> None:
+    """Makes every norm whose parameters are not trained use its running statistics, in train mode too.
+
+    For models with another method's adapter, so that a comparison trains all of them alike.
+    """
+    for norm in _norms(model):
+        if not _is_held(norm) and not any(value.requires_grad for value in norm.parameters()):
+            norm.register_forward_pre_hook(_use_running)
+
+
 def release_statistics(model: nn.Module) -> None:
     """Undoes :func:`settle_statistics`."""
     for norm in _norms(model):

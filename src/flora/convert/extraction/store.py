@@ -1,4 +1,4 @@
-"""Finished layers of an extraction on disk, so that one that was cut short goes on where it stopped."""
+"""Finished layers of an extraction on disk, so that one that was interrupted continues where it stopped."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from flora.errors import UserError
-from flora.storage.atomic import staged
-from flora.storage.tensors import read_object, read_tensors, write_json, write_tensors
+from flora.storage.atomic import staged, write_json
+from flora.storage.tensors import read_object, read_tensors, write_tensors
 from flora.tucker.allocation import Choice
 from flora.tucker.form import Tucker
 
@@ -27,12 +27,11 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         mark = folder / "request.json"
         if not mark.exists():
-            with staged(mark) as path:
-                write_json(path, {"fingerprint": fingerprint})
+            write_json(mark, {"fingerprint": fingerprint})
         elif read_object(mark).get("fingerprint") != fingerprint:
             raise UserError(
                 f"{folder} holds the finished layers of another extraction (other models or ranks); remove it, or "
-                "repeat that request to go on with it"
+                "repeat that request to continue it"
             )
 
     def _path(self, name: str, suffix: str) -> Path:
@@ -47,8 +46,7 @@ class Store:
 
     def write_choices(self, name: str, most: int, found: list[Choice]) -> None:
         """Keeps the choices of a layer."""
-        with staged(self._path(name, f".{most}.json")) as path:
-            write_json(path, {"choices": [asdict(choice) for choice in found]})
+        write_json(self._path(name, f".{most}.json"), {"choices": [asdict(choice) for choice in found]})
 
     def read_layer(self, name: str) -> tuple[Tucker | None, float, float] | None:
         """Form, norm of the change and relative error of a layer, or None if it is not there yet."""
@@ -70,10 +68,8 @@ class Store:
         if form is None:
             tensors = {"empty": torch.zeros(1)}
         else:
-            tensors = {"core": form.core}
-
-        if form is not None:
-            tensors.update({f"factor_{mode}": f for mode, f in enumerate(form.factors) if f is not None})
+            tensors = {f"factor_{mode}": f for mode, f in enumerate(form.factors) if f is not None}
+            tensors["core"] = form.core
 
         with staged(self._path(name, ".safetensors")) as path:
             write_tensors(path, tensors, {"norm": repr(norm), "error": repr(error)})

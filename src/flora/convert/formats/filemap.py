@@ -260,6 +260,8 @@ class FileMap:
             "model first (torch.nn.utils.parametrize.remove_parametrizations), save that, and give it with --base"
         )
 
+        # A parametrization refuses by any of these: torch where there is no right_inverse, its author where the weight
+        # is none that it can make.
         try:
             with torch.no_grad():
                 filled.right_inverse(weight.double())

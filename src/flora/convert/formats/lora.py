@@ -33,6 +33,7 @@ from flora.layers.names import (
     wrapped_modules,
 )
 from flora.layers.patterns import Patterns
+from flora.storage.atomic import write_json
 from flora.storage.tensors import (
     CONFIG,
     NOTE,
@@ -41,7 +42,6 @@ from flora.storage.tensors import (
     read_note,
     read_object,
     read_tensors,
-    write_json,
     write_tensors,
 )
 from flora.tucker.form import Tucker
@@ -120,7 +120,7 @@ def write(adapter: Adapter, folder: Path) -> list[str]:
     folder.mkdir()
     note = {name: layout.to_json() for name, layout in layouts.items()}
     write_tensors(folder / WEIGHTS, tensors, {NOTE: json.dumps(note, sort_keys=True)})
-    write_json(folder / CONFIG, _config(adapter, layouts, rank))
+    write_json(folder / CONFIG, _config(adapter, layouts, rank), sort_keys=True)
 
     return _remarks(adapter, rank)
 

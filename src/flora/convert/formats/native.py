@@ -19,6 +19,7 @@ from flora.layers.entries import Entries
 from flora.layers.layout import Layout, from_shape, is_raw, layout_from_json
 from flora.layers.names import PREFIX, TOKEN_ROWS, check_prefix, in_file, module_of, nested, wrapped_modules
 from flora.layers.patterns import exact_pattern, names_of
+from flora.storage.atomic import write_json
 from flora.storage.tensors import (
     CONFIG,
     NOTE,
@@ -27,7 +28,6 @@ from flora.storage.tensors import (
     read_note,
     read_object,
     read_tensors,
-    write_json,
     write_tensors,
 )
 from flora.tucker.form import Tucker, mode_product
@@ -174,7 +174,7 @@ def write(adapter: Adapter, folder: Path) -> None:
         note = {NOTE: json.dumps(recorded, sort_keys=True)}
 
     write_tensors(folder / WEIGHTS, tensors, note)
-    write_json(folder / CONFIG, _config(adapter, forms))
+    write_json(folder / CONFIG, _config(adapter, forms), sort_keys=True)
 
 
 _RESOLVED = (  # fields of a config that the names, ranks and scales of its weights stand for

@@ -45,26 +45,28 @@ def allocate(
         equal: the ranks that the budget would buy for all alike.
         budget: parameters.
     """
-    fixed = {place.name: equal[place.name] for place in places if found[place.name] is None}
-    free = [place for place in places if place.name not in fixed]
-    shapes = {place.name: place.shape for place in places}
-    left = budget - sum(count_params(shapes[name], ranks) for name, ranks in fixed.items())
-
+    left = budget
+    fixed: dict[str, tuple[int, ...]] = {}
     options: dict[str, list[Choice]] = {}
-    for place in free:
-        directions = found[place.name]
-        assert directions is not None
-        listed = choices_of_energy(directions.energy / directions.total, place.shape, 1.0)
-        share = count_params(place.shape, equal[place.name])
-        must_stay = isinstance(place.layer, ParamWrapper) or len(place.layer.attributes) > 1
-        if must_stay and len(listed) > 1:
-            first = 1
-        else:
-            first = 0
 
-        options[place.name] = [
-            choice for index, choice in enumerate(listed[first:]) if index == 0 or choice.params <= MOST * share
-        ]
+    for place in places:
+        name, directions = place.name, found[place.name]
+        share = count_params(place.shape, equal[name])
+
+        if directions is None:
+            fixed[name] = equal[name]
+            left -= share
+            continue
+
+        # The first choice is to leave the weight out. A layer of which other weights are adapted cannot lose one of
+        # them, and neither can a raw parameter lose its wrapper, so there the list begins with the smallest ranks.
+        listed = choices_of_energy(directions.energy / directions.total, place.shape, 1.0)
+        must_stay = isinstance(place.layer, ParamWrapper) or len(place.layer.attributes) > 1
+
+        if must_stay and len(listed) > 1:
+            listed = listed[1:]
+
+        options[name] = [listed[0], *(choice for choice in listed[1:] if choice.params <= MOST * share)]
 
     chosen = {name: choice.ranks for name, choice in spend(options, left).items()}
 

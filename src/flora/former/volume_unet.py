@@ -1,4 +1,4 @@
-"""The name under which saved adapters know :mod:`flora.data.volume_unet`; kept so that they load."""
+"""The name that :mod:`flora.data.volume_unet` had in 0.1.0."""
 
 from flora.data.volume_unet import VolumeUNet, VolumeUNetConfig
 
