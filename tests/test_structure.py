@@ -20,9 +20,9 @@ from readability import densities
 SRC = Path(flora.__file__).parents[1]
 PACKAGE = "flora"
 
-# A room is a folder of src/flora; `flora` is its __init__, `flora_cli` the file beside it, `former` has the earlier names
-# of modules. A room imports from rooms on the levels above its own in this list, and from nothing beside or below it;
-# inside a room any order without a circle.
+# A room is a folder of src/flora; `flora` is its __init__, `flora_cli` the file beside it, and `former` has the earlier
+# names of some modules. A room imports from rooms on the levels above its own in this list, and from nothing beside or
+# below it; inside a room any order without a circle.
 LEVELS: list[set[str]] = [
     {"errors"},
     {"tucker", "storage"},
