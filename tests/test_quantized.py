@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import TorchAoConfig
 
 import flora
+from flora.errors import UserError
 from flora.tuner.layer import FloraLayer
 
 bnb = pytest.importorskip("bitsandbytes", reason="in the dev extra; its wheels exist for Linux and Windows only")
@@ -195,3 +196,63 @@ def test_torchao_int4() -> None:
         plain = model(given)
     change = given.float() @ dense(model).float().T
     assert torch.allclose(model(given).float(), plain.float() + change, atol=5e-2)
+
+
+class Reader(Net):
+    """Reads the weight of its layer, and calls the layer too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.layer.weight.device)
+        return self.layer(x) + x @ self.layer.weight.T
+
+
+def reader(build: Callable[[], Net]) -> PeftModel:
+    model = adapted(build)
+    model.base_model.model.__class__ = Reader
+    return model
+
+
+def test_a_quantised_weight_that_stands_for_numbers_is_read_with_its_update() -> None:
+    model = reader(torchao_int8)
+    plain = torchao_int8().layer.weight.dequantize()
+    layer = model.base_model.model.layer
+    assert torch.allclose(layer.weight + 0, plain + dense(model), atol=1e-6)
+    assert torch.allclose(model(x()), model.base_model.model.layer(x()) + x() @ (plain + dense(model)).T, atol=1e-4)
+    layer.weight.square().sum().backward()
+    found = [value.grad.clone() for value in layer.delta("default").parameters()]
+    layer.zero_grad()
+    (plain + layer.delta("default").dense()).square().sum().backward()
+    for value, own in zip(layer.delta("default").parameters(), found, strict=True):
+        assert torch.allclose(value.grad, own, rtol=1e-4)
+
+
+@pytest.mark.parametrize("build", [bnb_8bit, bnb_4bit])
+def test_a_packed_weight_that_is_read_is_refused(build: Callable[[], Net]) -> None:
+    model = reader(build)
+    stored = build().layer.weight
+    weight = model.base_model.model.layer.weight
+    assert (weight.shape, weight.dtype) == (stored.shape, stored.dtype)
+    assert hasattr(weight, "quant_state") == hasattr(stored, "quant_state")
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), pytest.raises(UserError, match="layer: its weight is read .* quantised"):
+            model(x())
+    with model.disable_adapter():
+        assert type(model.base_model.model.layer.weight) is type(stored)
+
+
+def test_only_asking_what_a_packed_weight_is_like_changes_nothing() -> None:
+    model = adapted(bnb_4bit)
+    expected = model(x())
+
+    class Asking(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.layer.weight.dtype == torch.uint8:
+                x = x.to(self.layer.weight.device)
+            return self.layer(x)
+
+    model.base_model.model.__class__ = Asking
+    assert torch.equal(model(x()), expected)
+    torch.compiler.reset()
+    with pytest.warns(UserWarning, match="layer: its weight is read .* without the adapter"):
+        compiled = torch.compile(model, backend="eager")(x())
+    assert torch.allclose(compiled, expected, atol=1e-5)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import operator
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch.nn import functional as F
 import flora
 from cases import CASES
 from conformance import adapted, close, flora_layers
+from flora.errors import UserError
 from flora.layers.table import parameter
 from flora.tuner.layer import FloraLayer
 from flora.tuner.reading import Reading
@@ -163,13 +166,35 @@ def test_questions_about_it_form_nothing() -> None:
     assert layer.reached
 
 
+def _swapped_parts(layer: Any) -> None:
+    first, second = layer.weight[:2]
+    first.copy_(second)
+
+
 WRITES: dict[str, Callable[[Any], object]] = {
     "in place": lambda layer: layer.weight.add_(2),
     "by a tensor": lambda layer: layer.weight.mul_(torch.ones(6)),
+    "an operator": lambda layer: operator.iadd(layer.weight, 1),
     "data": lambda layer: layer.weight.data.copy_(torch.zeros(18, 6)),
+    "data, by a number": lambda layer: layer.weight.data.mul_(2),
+    "an entry of data": lambda layer: layer.weight.data.__setitem__(0, 1.0),
+    "other data": lambda layer: setattr(layer.weight, "data", torch.zeros(18, 6)),
+    "other memory": lambda layer: layer.weight.set_(torch.zeros(18, 6)),
     "an entry": lambda layer: layer.weight.__setitem__((0, 0), 1.0),
+    "a row": lambda layer: layer.weight[0].zero_(),
+    "rows": lambda layer: operator.imul(layer.weight[:3], 2),
+    "several rows": _swapped_parts,
+    "a part of a part": lambda layer: layer.weight.T[0][1:].fill_(1),
+    "a view": lambda layer: layer.weight.view(3, 6, 6)[1].fill_(1),
+    "a shape": lambda layer: layer.weight.flatten().fill_(1),
+    "detached": lambda layer: layer.weight.detach().diagonal().fill_(1),
+    "the same dtype": lambda layer: layer.weight.float().contiguous().zero_(),
     "init": lambda layer: nn.init.zeros_(layer.weight),
+    "init, by a view": lambda layer: nn.init.orthogonal_(layer.weight),
+    "init, of a part": lambda layer: nn.init.normal_(layer.weight[:6]),
     "out": lambda layer: torch.add(torch.ones(18, 6), 1, out=layer.weight),
+    "out, a part": lambda layer: torch.add(torch.ones(6), 1, out=layer.weight[3]),
+    "several at once": lambda layer: torch._foreach_add_([torch.ones(2), layer.weight], 2.0),
 }
 
 
@@ -177,10 +202,39 @@ WRITES: dict[str, Callable[[Any], object]] = {
 @torch.no_grad()
 def test_writing_through_it_is_refused(write: Callable[[Any], object]) -> None:
     layer = mixer().base_model.model.qkv
-    before = layer.get_base_layer().weight.clone()
+    before, read = layer.get_base_layer().weight.clone(), layer.weight.clone()
     with pytest.raises(RuntimeError, match="write to the base layer's"):
         write(layer)
     assert torch.equal(layer.get_base_layer().weight, before)
+    assert torch.equal(layer.weight.clone(), read)
+
+
+def test_a_part_of_it_has_its_gradient_and_an_array_of_it_is_read_only() -> None:
+    layer = mixer().base_model.model.qkv
+    parts = layer.weight.chunk(3)
+    loss = sum((place * part.square()).sum() for place, part in enumerate(parts, start=2))
+    found = torch.autograd.grad(loss, [layer.delta("default").core])[0]
+    exact = layer.get_base_layer().weight + layer.delta("default").dense()
+    expected = (torch.arange(2, 5).repeat_interleave(6)[:, None] * exact.square()).sum()
+    assert torch.allclose(found, torch.autograd.grad(expected, [layer.delta("default").core])[0], rtol=1e-5)
+    assert all(isinstance(part, Reading) for part in parts)
+    assert torch.equal(parts[1][4], exact[10])
+    with pytest.raises(ValueError, match="read-only"):
+        layer.weight.detach().numpy()[0] = 1
+
+
+def test_whether_it_trains_is_set_for_the_stored_weight() -> None:
+    layer = mixer().base_model.model.qkv
+    stored = layer.get_base_layer().weight
+    layer.weight.requires_grad = True
+    assert stored.requires_grad
+    layer.weight.sum().backward()
+    assert torch.equal(stored.grad, torch.ones(18, 6))
+    layer.weight.requires_grad_(False)
+    assert not stored.requires_grad
+    leaf = layer.weight.detach().requires_grad_()
+    assert torch.equal(torch.autograd.grad((3 * leaf).sum(), [leaf])[0], torch.full((18, 6), 3.0))
+    assert not stored.requires_grad
 
 
 @torch.no_grad()
@@ -206,6 +260,7 @@ def test_saving_copies_and_moves_see_the_base_weight() -> None:
     assert torch.equal(model.state_dict()["base_model.model.qkv.base_layer.weight"], layer.get_base_layer().weight)
     assert torch.equal(copy.deepcopy(layer).weight.detach().clone(), layer.weight.detach().clone())
     assert torch.equal(copy.deepcopy(layer.weight), layer.weight.detach().clone())
+    assert torch.equal(pickle.loads(pickle.dumps(layer.weight.detach())), layer.weight.detach().clone())
     assert layer.weight.tolist() == layer.weight.detach().clone().tolist()
     assert (layer.weight.detach().numpy() == layer.weight.detach().clone().numpy()).all()
     assert model.double().base_model.model.qkv.weight.dtype == torch.float64
@@ -285,6 +340,85 @@ def test_an_adapter_per_sample_cannot_be_read() -> None:
     model(inputs())
 
 
+class Qkv(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(6, 18)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.qkv.weight, self.qkv.bias)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it where its graph breaks
+def test_an_adapter_per_sample_cannot_be_read_under_a_compiler() -> None:
+    torch.compiler.reset()
+    config = flora.FloraConfig(r=2, target_modules=["qkv"], init_weights=False)
+    model = get_peft_model(Qkv(), config).eval()
+    model.add_adapter("second", config)
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(Exception, match="not possible with qkv: its weight is read"):
+        compiled(inputs(), adapter_names=["default", "second", "default"])
+    assert torch.allclose(compiled(inputs()), model(inputs()), atol=1e-6)
+    with pytest.raises(Exception, match="not possible with qkv: its weight is read"):
+        compiled(inputs(), adapter_names=["default", "second", "default"])
+
+
+class Piece(nn.Parameter):
+    """A part of a weight on this process, as libraries that shard have it."""
+
+    width = 7
+
+
+def _shard(layer: Any) -> Any:
+    base = layer.get_base_layer()
+    base._parameters["weight"] = base.weight.detach().as_subclass(Piece)
+    return layer
+
+
+def _partition(layer: Any) -> Any:
+    layer.get_base_layer().weight.ds_shape = (18, 6)
+    return layer
+
+
+USES: dict[str, Callable[[Any], object]] = {
+    "a product": lambda weight: torch.ones(2, 6) @ weight.T,
+    "a function": lambda weight: F.linear(torch.ones(2, 6), weight),
+    "a part": lambda weight: weight[0],
+    "detached": lambda weight: weight.detach() + 1,
+    "data": lambda weight: weight.data.sum(),
+    "another dtype": lambda weight: weight.double(),
+    "a copy": lambda weight: weight.clone(),
+    "numbers": lambda weight: weight.tolist(),
+    "an array": lambda weight: weight.detach().numpy(),
+    "its memory": lambda weight: weight.data_ptr(),
+    "a deep copy": copy.deepcopy,
+    "a pickle": pickle.dumps,
+    "a write": lambda weight: weight.zero_(),
+    "an attribute that is set": lambda weight: setattr(weight, "state", 1),
+}
+
+
+@pytest.mark.parametrize("shard", [_shard, _partition])
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_a_sharded_weight_says_what_it_is_like_and_refuses_to_be_used(
+    use: Callable[[Any], object], shard: Callable[[Any], Any]
+) -> None:
+    model = mixer().eval()
+    layer = shard(model.base_model.model.qkv)
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    assert (weight.shape, weight.dtype, weight.device.type) == ((18, 6), torch.float32, "cpu")
+    assert not hasattr(weight, "quant_state")
+    assert getattr(weight, "width", getattr(weight, "ds_shape", None)) in (7, (18, 6))
+    with torch.no_grad(), pytest.raises(UserError, match="qkv: its weight is read instead of .* quantised or sharded"):
+        use(weight)
+    with pytest.raises(UserError, match="exclude this layer"):
+        model(inputs())
+    with model.disable_adapter():
+        assert type(layer.weight) in (Piece, nn.Parameter)
+        model(inputs())
+
+
 def test_dropout_that_cannot_apply_is_said_once() -> None:
     model = mixer(dropout=0.25, exclude_modules=["conv", "places", "attention", "out"]).train()
     with pytest.warns(UserWarning, match=r"qkv: its weight is read .* dropout of 0\.25 has no effect"):
@@ -307,14 +441,6 @@ def test_a_layer_that_nothing_reaches_is_named(training: bool) -> None:
 
 
 def test_compiled() -> None:
-    class Qkv(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.qkv = nn.Linear(6, 18)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return F.linear(x, self.qkv.weight, self.qkv.bias)
-
     torch.manual_seed(0)
     torch.compiler.reset()
     model = get_peft_model(Qkv(), flora.FloraConfig(r=2, target_modules=["qkv"], init_weights=False))

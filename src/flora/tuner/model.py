@@ -24,7 +24,7 @@ from flora.tuner.layer import BASE, FloraLayer
 from flora.tuner.merging import check_finite, merged_weights
 from flora.tuner.parameter import ParamWrapper
 from flora.tuner.places import Place, find_misfit, places_of, under_all_names
-from flora.tuner.reading import ADAPTER_PER_SAMPLE
+from flora.tuner.reading import adapter_per_sample
 from flora.tuner.resolution import Resolution
 from flora.tuner.selection import Selection
 from flora.tuner.statistics import release_statistics, settle_statistics
@@ -312,13 +312,11 @@ class FloraModel(BaseTuner):
             for module in self.modules()
             if isinstance(module, (FloraLayer, AuxiliaryTrainingWrapper))
         ]
-        token = ADAPTER_PER_SAMPLE.set(True)
 
         try:
-            yield
+            with adapter_per_sample():
+                yield
         finally:
-            ADAPTER_PER_SAMPLE.reset(token)
-
             for handle in handles:
                 handle.remove()
 

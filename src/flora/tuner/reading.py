@@ -8,24 +8,53 @@ a reading is never older than the moment of the reading. Gradients flow to core 
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial, reduce
 from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
+from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from flora.errors import UserError
 from flora.layers.shell import run_as_shell, shell_of
+from flora.layers.summed import with_update
 from flora.tucker.form import Tucker
 from flora.tuner.adapted import AdaptedLayer
+from flora.tuner.forward import SHARDED
+from flora.tuner.merging import base_weight
 
 # While a batch runs with an adapter for each sample, a weight that is read would have to be several.
 ADAPTER_PER_SAMPLE: ContextVar[bool] = ContextVar("adapter_per_sample", default=False)
+
+# How many threads run such a batch, for code that is compiled: a compiler knows no ``ContextVar``.
+BATCHES_WITH_ADAPTER_PER_SAMPLE = 0
+_COUNTING = threading.Lock()
+
+
+@contextmanager
+def adapter_per_sample() -> Iterator[None]:
+    """Within, every sample of a batch has its adapter."""
+    token = ADAPTER_PER_SAMPLE.set(True)
+    _count(1)
+
+    try:
+        yield
+    finally:
+        ADAPTER_PER_SAMPLE.reset(token)
+        _count(-1)
+
+
+def _count(step: int) -> None:
+    global BATCHES_WITH_ADAPTER_PER_SAMPLE
+    with _COUNTING:
+        BATCHES_WITH_ADAPTER_PER_SAMPLE += step
 
 
 NOT_TO_BE_WRITTEN = (
@@ -95,29 +124,37 @@ def _may_read(cls: type, name: str) -> bool:
 
 
 def read(layer: AdaptedLayer, weight: str) -> Tensor:
-    """``W + s dW`` of the adapters in force; the stored weight where there is none, or where it cannot be summed.
+    """``W + s dW`` of the adapters in force; the stored weight where there is none.
 
     Args:
         layer: of which the weight is read.
         weight: its name in the base layer.
+
+    Returns:
+        A tensor with the type and shape of the stored weight. Where there is no ``W + s dW``, because the weight is
+        packed or sharded, it answers questions about the weight and refuses every operation.
 
     Raises:
         UserError: an adapter runs for each sample, so there is no one weight.
     """
     adapters = layer.in_force()
     stored = layer.stored(weight)
-    if not adapters or not _can_be_summed(layer, stored):
+    if not adapters:
         return stored
 
-    if _is_watched():
-        _note(layer, weight)
-        return layer.summed(adapters, weight)
+    can_be_summed = _is_ordinary(layer, stored) or _stands_for_numbers(layer, stored)
+    if not can_be_summed:
+        return _unreadable(layer, weight, stored)
 
-    if ADAPTER_PER_SAMPLE.get():
+    if BATCHES_WITH_ADAPTER_PER_SAMPLE and (torch.compiler.is_compiling() or ADAPTER_PER_SAMPLE.get()):
         raise UserError(
             f"adapter_names (an adapter for each sample) is not possible with {layer.place}: its {weight} is read "
             "instead of the layer being called; run one batch per adapter, with set_adapter"
         )
+
+    if _is_watched():
+        _note(layer, weight)
+        return with_update(_values(layer, stored), layer.dense(adapters, weight))
 
     updates = [Update(layer.delta(adapter, weight).form, layer.delta(adapter, weight).scale) for adapter in adapters]
     read_as: Tensor = _Read.apply(layer, weight, updates, stored, *_tensors(updates))  # type: ignore[no-untyped-call]
@@ -125,10 +162,44 @@ def read(layer: AdaptedLayer, weight: str) -> Tensor:
     return read_as
 
 
-def _can_be_summed(layer: AdaptedLayer, stored: Tensor) -> bool:
-    """Whether the weight is an ordinary tensor; a quantised or sharded one is given as it is, unread by the adapter."""
-    ordinary = type(stored) in (Tensor, nn.Parameter) and not hasattr(stored, "ds_shape")
-    return ordinary and layer.quantization_backend is None
+def _is_ordinary(layer: AdaptedLayer, stored: Tensor) -> bool:
+    """Whether the weight is a tensor of numbers, as a whole and in its place."""
+    return (
+        type(stored) in (Tensor, nn.Parameter) and not hasattr(stored, SHARDED) and layer.quantization_backend is None
+    )
+
+
+def _stands_for_numbers(layer: AdaptedLayer, stored: Tensor) -> bool:
+    """Whether a quantised weight shows itself as the floating-point tensor that it stands for, as torchao's do."""
+    backend = layer.quantization_backend
+    if backend is None or isinstance(backend, ForwardOnlyQuantizationBackend) or not stored.is_floating_point():
+        return False
+    return stored.shape == (layer.out_features, layer.in_features)
+
+
+def _values(layer: AdaptedLayer, stored: Tensor) -> Tensor:
+    """The stored weight as an ordinary tensor."""
+    if layer.quantization_backend is None:
+        return stored
+    return base_weight(layer, "weight").to(stored.dtype)
+
+
+def _unreadable(layer: AdaptedLayer, weight: str, stored: Tensor) -> Tensor:
+    """A stand-in for a weight without ``W + s dW``; under a compiler the weight itself, and a warning."""
+    why = (
+        f"{layer.place}: its {weight} is read instead of the layer being called. It is quantised or sharded "
+        f"({type(stored).__name__}), so the adapter cannot be added to what is read"
+    )
+    if torch.compiler.is_compiling():
+        _warn_while_compiling(f"{why}: what this model computes from it is without the adapter")
+        return stored
+
+    return Unreadable(stored, f"{why}; exclude this layer, do not quantise it, or call it")
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _warn_while_compiling(text: str) -> None:
+    warnings.warn(text, stacklevel=2)
 
 
 def _is_watched() -> bool:
@@ -163,12 +234,14 @@ def _note(layer: AdaptedLayer, weight: str) -> None:
 class Reading(Tensor):
     """A tensor without values of its own, until an operation needs them.
 
-    Any operation of torch gets the formed weight in its place. Writing into it is refused: the change would be lost.
+    Any operation of torch gets the formed weight in its place. A part of it is a reading as well. Writing into either
+    is refused: the change would be lost.
     """
 
     _form: Callable[[], Tensor]
     _formed: Tensor | None
     _rescale: Callable[[float], Callable[[], Tensor]] | None = None  # by a number; gives the new ``form``
+    _stored: Tensor | None = None  # the weight of the base layer
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -202,13 +275,43 @@ class Reading(Tensor):
             args[0]._form, args[0]._formed = args[0]._rescale(factor), None
             return args[0]
 
-        written = [value for value in args[:1] if func._schema.is_mutable and isinstance(value, Reading)]
-        if written or isinstance((kwargs or {}).get("out"), Reading):
+        kwargs = kwargs or {}
+        if func._schema.is_mutable and any(isinstance(value, Reading) for value in _written(func, args, kwargs)):
             raise RuntimeError(NOT_TO_BE_WRITTEN)
 
-        args, kwargs = tree_map_only(Reading, Reading.plain, (args, kwargs or {}))
+        values, options = tree_map_only(Reading, Reading.plain, (args, kwargs))
+        out = func(*values, **options)
 
-        return func(*args, **kwargs)
+        if args and isinstance(args[0], Reading) and _is_view(func):
+            return tree_map_only(Tensor, _part, out)
+
+        return out
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        """A reading without a gradient."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise RuntimeError(NOT_TO_BE_WRITTEN)
+
+    @property
+    def requires_grad(self) -> bool:  # type: ignore[override]
+        """Whether a gradient reaches the adapter or the stored weight; set, it is set for the stored weight."""
+        return Tensor.requires_grad.__get__(self)  # type: ignore[attr-defined, no-any-return]
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.requires_grad_(value)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Tensor:
+        """Of the stored weight; of a detached reading its own."""
+        if self._stored is None:
+            return super().requires_grad_(requires_grad)
+
+        self._stored.requires_grad_(requires_grad)
+        return self
 
     def __setitem__(self, index: Any, value: Any) -> None:
         raise RuntimeError(NOT_TO_BE_WRITTEN)
@@ -223,10 +326,15 @@ class Reading(Tensor):
 
     def numpy(self, *, force: bool = False) -> Any:
         """The values as an array of numpy; as of any tensor, not while it requires a gradient."""
-        return (self.plain().requires_grad_(self.requires_grad)).numpy(force=force)
+        array = self.plain().detach().requires_grad_(self.requires_grad).numpy(force=force)
+        array.flags.writeable = False
+        return array
 
     def __deepcopy__(self, memo: Any) -> Tensor:
         return self.plain().clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.plain().__reduce_ex__(protocol)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return repr(self.plain())
@@ -239,6 +347,30 @@ RESCALING = (
     torch.ops.aten.div_.Tensor,
     torch.ops.aten.div_.Scalar,
 )
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Any]:
+    """The arguments that an operation writes to."""
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+
+        if index < len(args):
+            yield from tree_leaves(args[index])
+        else:
+            yield from tree_leaves(kwargs.get(argument.name))
+
+
+def _is_view(func: Any) -> bool:
+    """Whether the results of an operation share the memory of its first argument."""
+    infos = [found.alias_info for found in func._schema.returns]
+    return any(info is not None and not info.is_write for info in infos)
+
+
+def _part(value: Tensor) -> Reading:
+    part = Reading(value, lambda: value)
+    part._formed = value
+    return part
 
 
 def _is_number(value: Any) -> bool:
@@ -255,18 +387,23 @@ class _Read(torch.autograd.Function):
         ctx.updates = updates
         ctx.save_for_backward(stored, *tensors)
 
+        ctx.values = partial(_values, layer)
+
         def form() -> Tensor:
             _note(layer, weight)
-            return _sum(stored, updates)
+            return _sum(_values(layer, stored), updates)
 
         reading = Reading(stored, form)
-        reading._rescale = partial(_rescale, layer, weight)
+        reading._stored = stored
+        if layer.quantization_backend is None:
+            reading._rescale = partial(_rescale, layer, weight)
 
         return reading
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        saved = ctx.saved_tensors
+        stored, *tensors = ctx.saved_tensors
+        saved = (ctx.values(stored), *tensors)
         # A gradient of the gradient is wanted.
         twice = torch.is_grad_enabled()
         if twice:
@@ -282,6 +419,51 @@ class _Read(torch.autograd.Function):
         by_index = dict(zip(wanted, found, strict=True))
 
         return None, None, None, *(by_index.get(index) for index in range(len(inputs)))
+
+
+class Unreadable(Tensor):
+    """The weight of an adapted layer that has no ``W + s dW``: it says what it is like, and refuses every operation."""
+
+    _like: Tensor
+    _why: str
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, like: Tensor, why: str) -> Unreadable:
+        """With the shape, type and device of a tensor; ``why`` is the text of the refusal."""
+        unreadable: Unreadable = Tensor._make_wrapper_subclass(
+            cls, like.shape, dtype=like.dtype, device=like.device, requires_grad=like.requires_grad
+        )
+        vars(unreadable).update(_like=like, _why=why)
+        return unreadable
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        found = next(value for value in tree_leaves((args, kwargs)) if isinstance(value, Unreadable))
+        if func is torch.ops.aten.detach.default:
+            return cls(found._like, found._why)
+        raise UserError(found._why)
+
+    def __getattr__(self, name: str) -> Any:
+        """What the weight's own type has beside a tensor: the state of a quantisation, the layout of shards."""
+        value = getattr(self._like, name)
+        if isinstance(value, Tensor) or callable(value):
+            raise UserError(self._why)
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise UserError(self._why)
+
+    def refuse(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises the ``UserError``."""
+        raise UserError(self._why)
+
+    data_ptr = untyped_storage = tolist = numpy = requires_grad_ = __setitem__ = refuse
+    __deepcopy__ = __reduce_ex__ = refuse
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return repr(self._like)
 
 
 def _rescale(layer: AdaptedLayer, weight: str, factor: float) -> Callable[[], Tensor]:

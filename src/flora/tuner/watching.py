@@ -29,14 +29,17 @@ def warn_if_unreached(model: nn.Module, args: Any, output: Any) -> None:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
 
-    stop_watching(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, FloraLayer)}
+    if not any(layer.in_force() for layer in layers.values()):
+        return
+
+    stop_watching(model)
     silent = [name for name, layer in layers.items() if not layer.reached]
     if silent:
         shown = ", ".join(silent[:5]) + (f" and {len(silent) - 5} more" if len(silent) > 5 else "")
         warnings.warn(
             f"{len(silent)} of {len(layers)} adapted layers were neither called nor read in the first step with "
             f"gradients, so they do not train: {shown}. This input did not reach them, or their parent goes round "
-            "them: a weight that is quantised or sharded is read without its adapter",
+            "them",
             stacklevel=2,
         )
