@@ -29,10 +29,7 @@ class AuthorsScheme(nn.Module):
         self.base, self.scale = base.requires_grad_(False), scale
         weight = cast("Tensor", base.weight)
 
-        if zero:
-            core = torch.zeros(*ranks)
-        else:
-            core = torch.randn(*ranks)
+        core = torch.zeros(*ranks) if zero else torch.randn(*ranks)
 
         self.core = nn.Parameter(core.to(weight))
         self.factors = nn.ParameterList(

@@ -56,10 +56,7 @@ class Bench:
         path = self.folder / "runs" / f"{run.name}.json"
         identity = self._identity(run)
 
-        if path.is_file():
-            stored = read_json(path)
-        else:
-            stored = {}
+        stored = read_json(path) if path.is_file() else {}
 
         if stored.get("identity") == identity:
             return cast("dict[str, Any]", stored)
@@ -126,10 +123,7 @@ class Bench:
             replace(self.settings, training=training, adapter=adapter, output=target).save(staged)
             metrics = {"recipe": self.settings.recipe, **result, "adapter_bytes": result["file_bytes"]}
 
-            if data.labels is None:
-                classes = None
-            else:
-                classes = len(data.labels)
+            classes = len(data.labels) if data.labels is not None else None
 
             card = model_card(metrics, read_json(staged / ADAPTER_CONFIG), str(target), classes)
             write_text(staged / "README.md", card)
@@ -291,10 +285,7 @@ def _tell(bench: Bench, run: Run, bar: tqdm[Any]) -> dict[str, Any]:
     bar.set_description(f"{run.method} lr={run.learning_rate:g} seed={run.seed}")
     result = bench.result(run)
 
-    if run.final:
-        what = f"final, seed {run.seed}"
-    else:
-        what = "search"
+    what = f"final, seed {run.seed}" if run.final else "search"
 
     told = f"{run.method:<8} {run.budget or '':<8} lr {run.learning_rate:<8g} {what:<14}"
 

@@ -44,20 +44,11 @@ class Run:
     @property
     def name(self) -> str:
         """The name of its files."""
-        if self.budget is None:
-            size = ""
-        else:
-            size = f"-{self.budget}"
+        size = "" if self.budget is None else f"-{self.budget}"
 
-        if self.final:
-            kind = "final"
-        else:
-            kind = "search"
+        kind = "final" if self.final else "search"
 
-        if self.length == 1:
-            longer = ""
-        else:
-            longer = f"-x{self.length}"
+        longer = "" if self.length == 1 else f"-x{self.length}"
 
         return f"{kind}-{self.method}{size}-lr{self.learning_rate:g}{longer}-seed{self.seed}"
 

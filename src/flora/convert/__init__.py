@@ -80,15 +80,9 @@ def _load(path: Path, base: Base | nn.Module | str | Path | None, scale: float |
     if scale is not None and kind != "official":
         raise UserError(f"{path} is of format {kind!r}, which stores its own scale; leave scale out")
 
-    if base is None:
-        known = None
-    else:
-        known = open_base(base)
+    known = open_base(base) if base is not None else None
 
-    if known is None:
-        layouts = None
-    else:
-        layouts = known.layouts
+    layouts = known.layouts if known is not None else None
 
     if kind == "official":
         adapter = official.read(path, layouts, scale=scale)
@@ -98,9 +92,7 @@ def _load(path: Path, base: Base | nn.Module | str | Path | None, scale: float |
         if known is None and named and adapter.recorded_layouts() is None and (Path(named) / "config.json").is_file():
             known = open_base(named)
 
-        if known is None:
-            adapter = adapter
-        else:
+        if known is not None:
             adapter = adapter.with_layouts(known.layouts)
     else:
         adapter = FORMATS[kind].read(path, layouts)
@@ -132,10 +124,7 @@ def _check_entries(adapter: Adapter, path: Path, base: Base | None) -> None:
             )
 
         # a parametrised weight is no parameter
-        if base is None:
-            expected = None
-        else:
-            expected = base.shapes.get(name)
+        expected = base.shapes.get(name) if base is not None else None
 
         if expected is not None and entry.shape != expected:
             raise UserError(

@@ -40,10 +40,7 @@ class Entry:
     @property
     def groups_of_modes(self) -> tuple[int, ...]:
         """How many modes of the form make each stored dimension; all ones without a fold."""
-        if not self.layout:
-            fold = None
-        else:
-            fold = self.layout.fold
+        fold = self.layout.fold if self.layout else None
 
         if fold is None:
             return (1,) * self.form.core.ndim
@@ -115,10 +112,7 @@ class Adapter:
                 else:
                     key = match_pattern(given, module)
 
-                if key is not None:
-                    numbers = given[key]
-                else:
-                    numbers = given
+                numbers = given[key] if key is not None else given
 
                 if not isinstance(numbers, list) or rows.ndim != 2 or len(numbers) != len(rows):
                     raise UserError(
@@ -169,10 +163,7 @@ class Adapter:
                     "the base model the adapter was trained on"
                 )
 
-            if not entry.layout:
-                given = None
-            else:
-                given = entry.layout.fold
+            given = entry.layout.fold if entry.layout else None
 
             if entry.form.core.ndim == len(layout.axes):
                 default = None

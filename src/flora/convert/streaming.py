@@ -89,10 +89,7 @@ def stream_merged(
     """
     base, out = Path(base), Path(out)
 
-    if isinstance(adapters, Adapter):
-        pairs = [(adapters, 1.0)]
-    else:
-        pairs = list(adapters)
+    pairs = [(adapters, 1.0)] if isinstance(adapters, Adapter) else list(adapters)
 
     # what a merge copies from there
     if base.is_dir():
@@ -109,8 +106,6 @@ def stream_merged(
 
     if known is None:
         known = try_base(base)
-    else:
-        known = known
 
     plan = _Plan(FileMap(source, None if known is None else known.model), pairs)
 
@@ -302,10 +297,7 @@ class _Plan:
 
 def _add(weight: Tensor, changes: Sequence[tuple[Entry, float]]) -> Tensor:
     """``weight + sum of the changes``, in float64 for a weight in float64, else in float32."""
-    if weight.dtype == torch.float64:
-        dtype = torch.float64
-    else:
-        dtype = torch.float32
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
 
     total = weight.to(dtype)
     for entry, factor in changes:

@@ -97,10 +97,7 @@ def _text(row: Mapping[str, Any], key: str) -> str:
 
 def _instruction(row: Mapping[str, Any]) -> Record:
     texts = {key: _text(row, key) for key in ("instruction", "output")}
-    if row.get("input"):
-        given = _text(row, "input")
-    else:
-        given = ""
+    given = _text(row, "input") if row.get("input") else ""
     return Record("instruction", {"prompt": prompt_of(texts["instruction"], given), "completion": texts["output"]})
 
 

@@ -145,10 +145,7 @@ def table_rows(path: Path, columns: Sequence[str]) -> list[Item[Any]]:
     dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
     text = text_of(path)
     header = next(csv.reader([text.partition("\n")[0].rstrip("\r")], **dialect), [])
-    if set(columns) & set(header):
-        names = None
-    else:
-        names = columns
+    names = None if set(columns) & set(header) else columns
 
     reader = csv.DictReader(io.StringIO(text, newline=""), names, **dialect)
 
@@ -165,10 +162,7 @@ def parsed(entry: object, required: Sequence[str] = ()) -> dict[str, Any]:
         ValueError: it is not a JSON object, or lacks a required key.
     """
     try:
-        if isinstance(entry, str):
-            value = json.loads(entry)
-        else:
-            value = entry
+        value = json.loads(entry) if isinstance(entry, str) else entry
     except json.JSONDecodeError as error:
         raise UserError(f"not valid JSON ({error.msg} at column {error.colno})") from None
 

@@ -50,10 +50,7 @@ def prepare(x: Tensor, weight: Tensor, bias: Tensor | None) -> Ready | None:
 
     dtype = torch.get_autocast_dtype(kind)
 
-    if bias is None:
-        bias = None
-    else:
-        bias = bias.to(dtype)
+    bias = bias.to(dtype) if bias is not None else None
 
     return Ready(x.to(dtype), bias, fused, torch.autocast(kind, enabled=False))
 

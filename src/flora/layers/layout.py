@@ -99,10 +99,7 @@ def of_module(model: nn.Module) -> dict[str, Layout]:
     """The layout of every weight of a model (which may be on the meta device), by full name, with its default fold."""
     layouts: dict[str, Layout] = {}
     for prefix, module in model.named_modules():
-        if prefix:
-            stem = f"{prefix}."
-        else:
-            stem = ""
+        stem = f"{prefix}." if prefix else ""
 
         found = find_layer(module)
         if found is not None:

@@ -42,10 +42,7 @@ def names_of(module: str, weight: str = "weight") -> tuple[str, ...]:
         >>> names_of("layers.0.attn", "out_proj.weight")
         ('layers.0.attn.out_proj.weight', 'layers.0.attn.out_proj', 'layers.0.attn')
     """
-    if module:
-        full = f"{module}.{weight}"
-    else:
-        full = weight
+    full = f"{module}.{weight}" if module else weight
     inner = full.rpartition(".")[0]
     return tuple(dict.fromkeys((full, inner, module)))
 
@@ -93,10 +90,7 @@ class Expression:
     def __init__(self, pattern: str, field: str, shown: str | None = None, clock: Clock | None = None) -> None:
         self.field = field
 
-        if shown is None:
-            self.shown = pattern
-        else:
-            self.shown = shown
+        self.shown = pattern if shown is None else shown
 
         self.clock = clock or Clock()
 

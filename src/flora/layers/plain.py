@@ -188,15 +188,9 @@ def _rows(form: Tucker, scale: float) -> tuple[Tensor | None, Tensor]:
 def bilinear(base: nn.Module, form: Tucker, scale: float, input1: Tensor, input2: Tensor) -> Tensor:
     """Both inputs into the small space, the core there, then up. (..., in1), (..., in2) -> (..., out)."""
     out, first, second = form.factors
-    if first is None:
-        x = input1
-    else:
-        x = input1 @ first.to(input1.dtype)
+    x = input1 if first is None else input1 @ first.to(input1.dtype)
 
-    if second is None:
-        y = input2
-    else:
-        y = input2 @ second.to(input2.dtype)
+    y = input2 if second is None else input2 @ second.to(input2.dtype)
 
     hidden = F.bilinear(x, y, form.scaled(scale).core.to(x.dtype))
 

@@ -244,10 +244,7 @@ def _summed_narrow(work: Work) -> Cost:
 
     if work.cpu:
         # A linear layer reads input and gradient once, some rows at a time.
-        if work.kind == "linear":
-            reads = 1
-        else:
-            reads = 2
+        reads = 1 if work.kind == "linear" else 2
 
         moved = size * (reads * (inputs + outputs) + BUILD_PASSES * dense)
     else:
@@ -284,10 +281,7 @@ def _numbers(work: Work) -> tuple[int, int]:
     if work.kind == "embedding":
         return 0, work.outputs * work.shape[1]
 
-    if work.transposed:
-        out, inner = (1, 0)
-    else:
-        out, inner = (0, 1)
+    out, inner = (1, 0) if work.transposed else (0, 1)
 
     in_groups = inner == 1
     inputs = work.inputs * work.shape[inner] * (work.groups if in_groups else 1)
@@ -321,10 +315,7 @@ def _narrow_flops(work: Work) -> int:
         inner = min(ranks)
         return 3 * 2 * work.outputs * (inner * sum(shape) if inner not in shape else math.prod(shape))
 
-    if work.transposed:
-        out, inner = (1, 0)
-    else:
-        out, inner = (0, 1)
+    out, inner = (1, 0) if work.transposed else (0, 1)
 
     whole_out, whole_inner = ranks[out] == shape[out], ranks[inner] == shape[inner]
     if whole_inner:
@@ -332,15 +323,9 @@ def _narrow_flops(work: Work) -> int:
     else:
         down = work.inputs * shape[inner] * ranks[inner] * work.groups
 
-    if whole_out:
-        up = 0
-    else:
-        up = work.outputs * ranks[out] * shape[out]
+    up = 0 if whole_out else work.outputs * ranks[out] * shape[out]
 
-    if work.transposed:
-        core = min(work.inputs, work.outputs)
-    else:
-        core = work.outputs
+    core = min(work.inputs, work.outputs) if work.transposed else work.outputs
 
     core *= ranks[out] * ranks[inner] * math.prod(shape[2:]) * (1 if whole_out else work.groups)
 
@@ -404,10 +389,7 @@ class Plan:
         ]
 
         for way, flops in self.flops.items():
-            if way == fastest:
-                mark = "->"
-            else:
-                mark = "  "
+            mark = "->" if way == fastest else "  "
 
             lines.append(
                 f"{mark} {way:<14} {flops / 1e6:>12,.1f} MFLOP {self.kept[way] / 2**20:>10,.2f} MiB kept"

@@ -174,14 +174,9 @@ def with_update(weight: Tensor, update: Tensor) -> Tensor:
 def _rounded_sum(weight: Tensor, steps: Steps, scale: float) -> Tensor:
     """``_sum`` in half precision, in operations that a compiler fuses; the gradient passes the rounding by."""
     rows, factor = steps.rows[0], steps.factors[0]
-    if factor is None:
-        update = rows.t()
-    else:
-        update = torch.mm(factor, rows.t())
+    update = rows.t() if factor is None else torch.mm(factor, rows.t())
 
-    if scale == 1:
-        update = update
-    else:
+    if scale != 1:
         update = scale * update
 
     return with_update(weight, update.view(weight.shape) if factor is not None else update.reshape(weight.shape))
@@ -230,10 +225,7 @@ class _Summed(torch.autograd.Function):
         steps_taken = (len(saved) - ctx.count) // 2
         steps = Steps(tuple(saved[ctx.count : -steps_taken]), tuple(saved[-steps_taken:]))
         wants_x = ctx.needs_input_grad[0]
-        if wants_x:
-            used = _sum(weight, steps, scale).to(x.dtype)
-        else:
-            used = weight
+        used = _sum(weight, steps, scale).to(x.dtype) if wants_x else weight
 
         grad_x, grad_weight = operation.gradients(grad, x, used, wants_x)
 
@@ -308,10 +300,7 @@ def _steps(core: Tensor, factors: Factors) -> Steps:
         if mode:
             factor = factors[mode]
             # factor @ matrix.T
-            if factor is None:
-                current = matrix.t()
-            else:
-                current = F.linear(factor, matrix)
+            current = matrix.t() if factor is None else F.linear(factor, matrix)
 
     rows.reverse()
 
@@ -339,18 +328,13 @@ def _project(grad: Tensor, steps: Steps, scale: float, dtype: torch.dtype) -> li
             # shape: (I, rest), from (rest of the mode before, its J)
             current = current.reshape(-1, rows.shape[0])
 
-        if mode == 0:
-            times = scale
-        else:
-            times = 1.0
+        times = scale if mode == 0 else 1.0
 
         if factor is None:
             found.append(None)
             current = current.t().to(dtype)
 
-            if times == 1:
-                current = current
-            else:
+            if times != 1:
                 current = times * current
 
             continue

@@ -204,10 +204,7 @@ def load_base(task: Task) -> Any:
     if unet.config.addition_embed_type is not None:
         raise UserError(f"task.model {where!r} takes more than a prompt; give a Stable Diffusion 1 or 2")
 
-    if is_local(where):
-        unet.name_or_path = str(Path(where) / "unet")
-    else:
-        unet.name_or_path = where
+    unet.name_or_path = str(Path(where) / "unet") if is_local(where) else where
 
     return unet
 

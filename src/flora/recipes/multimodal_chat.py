@@ -146,10 +146,7 @@ def load_data(task: Task, seed: int) -> Data:
         FileNotFoundError, ValueError: data or processor cannot be loaded, or entries cannot be used.
     """
     where = locate(task.data)
-    if Path(where).is_dir():
-        beside = Path(where)
-    else:
-        beside = Path(where).parent
+    beside = Path(where) if Path(where).is_dir() else Path(where).parent
 
     check = partial(example, folder=Path(task.images or beside).expanduser())
     items = records(where, (".json", ".jsonl"), name=task.subset)

@@ -234,10 +234,7 @@ def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[
 def compute_metrics(prediction: EvalPrediction, name: str = "rte") -> dict[str, float]:
     """The metrics of a task and, as GLUE counts it, their mean ``score``."""
     kind, outputs = KINDS[name], cast("np.ndarray", prediction.predictions)
-    if kind.labels:
-        answers = outputs.argmax(-1)
-    else:
-        answers = outputs.reshape(-1)
+    answers = outputs.argmax(-1) if kind.labels else outputs.reshape(-1)
 
     found = {key: float(METRICS[key](cast("np.ndarray", prediction.label_ids), answers)) for key in kind.metrics}
 

@@ -107,9 +107,7 @@ def prepare(example: Example, draw: Random | None, labels: list[str], processor:
     """The image as the model takes it, where there are draws cropped and mirrored first."""
     image = read_image(example.image).convert("RGB")
 
-    if draw is None:
-        image = image
-    else:
+    if draw is not None:
         image = crop_and_mirror([image], CROP, draw)[0]
 
     pixels = processor(image, return_tensors="pt")["pixel_values"][0]

@@ -133,10 +133,7 @@ def prepare(example: Example, draw: Random | None, processor: Any) -> dict[str, 
     """Image and label map as the model takes them, where there are draws cropped and mirrored first."""
     pair = [read_image(example.image).convert("RGB"), read_image(example.labels)]
 
-    if draw is None:
-        image, labels = pair
-    else:
-        image, labels = crop_and_mirror(pair, CROP, draw)
+    image, labels = pair if draw is None else crop_and_mirror(pair, CROP, draw)
 
     batch = processor(image, segmentation_maps=np.array(labels), return_tensors="pt")
 

@@ -26,10 +26,7 @@ def comparison_table(rows: Sequence[Row], metric: str, style: str = "github") ->
         style: a format of tabulate.
     """
     lines = [_line(row, rows, metric) for row in rows if "refused" not in row]
-    if lines:
-        align = ("left", *["right"] * (len(lines[0]) - 1))
-    else:
-        align = ()
+    align = ("left", *["right"] * (len(lines[0]) - 1)) if lines else ()
     return str(tabulate(lines, headers="keys", tablefmt=style, colalign=align, disable_numparse=True))
 
 

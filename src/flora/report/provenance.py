@@ -20,10 +20,7 @@ def provenance() -> dict[str, object]:
 
 def machine() -> dict[str, object]:
     """The processor, its cores and the accelerator."""
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    else:
-        device = "cpu"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
     return {
         "system": f"{platform.system()} {platform.machine()}",

@@ -143,10 +143,7 @@ def known_keys(groups: Mapping[str, Any]) -> list[str]:
     """Every key that a config with these groups may have."""
     keys = ["recipe", "output", "seed"]
     for group, kind in groups.items():
-        if is_dataclass(kind):
-            own = fields(kind)
-        else:
-            own = ()
+        own = fields(kind) if is_dataclass(kind) else ()
 
         keys += [f"{group}.{item.name}" for item in own if item.name not in HIDDEN.get(group, ())]
 
@@ -265,10 +262,7 @@ def _key_in(message: str) -> str | None:
 def _lookup(values: Mapping[str, Any], key: str) -> Any:
     value: Any = values
     for name in key.split("."):
-        if not isinstance(value, dict):
-            value = None
-        else:
-            value = value.get(name)
+        value = value.get(name) if isinstance(value, dict) else None
 
     return value
 

@@ -143,15 +143,9 @@ def merge(
 
 def _check_request(adapters: Path | Sequence[Path], weights: Sequence[float] | None) -> list[_Source]:
     """The adapters, each checked to be there: below, no path is asked again."""
-    if isinstance(adapters, Path):
-        paths = [adapters]
-    else:
-        paths = list(adapters)
+    paths = [adapters] if isinstance(adapters, Path) else list(adapters)
 
-    if weights is None:
-        numbers = [1.0] * len(paths)
-    else:
-        numbers = list(weights)
+    numbers = [1.0] * len(paths) if weights is None else list(weights)
 
     if len(numbers) != len(paths):
         raise UserError(f"--weights has {len(numbers)} numbers for {len(paths)} adapters; give one for each")

@@ -44,9 +44,6 @@ def install_hint(module: str, config: str = "") -> str:
         )
 
     field = FIELDS.get(config.partition("_")[0].partition("-")[0])
-    if field in bringing:
-        extra = field
-    else:
-        extra = bringing[0]
+    extra = field if field in bringing else bringing[0]
 
     return f'{package}, which is not installed: pip install "flora-peft[{extra}]"'

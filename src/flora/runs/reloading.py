@@ -58,10 +58,7 @@ def _recipe_file(path: Path) -> str | None:
         # Whoever reads it next says what is wrong.
         return None
 
-    if not isinstance(given, dict):
-        name = None
-    else:
-        name = given.get("recipe")
+    name = given.get("recipe") if isinstance(given, dict) else None
 
     if not (isinstance(name, str) and name.endswith(".py")):
         return None
@@ -124,10 +121,7 @@ def load_base(folder: Path, base: str | None = None, *, run_recipe_file: bool = 
         if absent:
             return settings.load_recipe().load_base(settings.task)
 
-    if labels is None:
-        head = {}
-    else:
-        head = head_options(labels)
+    head = head_options(labels) if labels is not None else {}
 
     try:
         # A download has a bar.

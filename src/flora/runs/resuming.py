@@ -89,10 +89,7 @@ def _is_shorter(run: RunFolder, before: Mapping[str, Any], now: Mapping[str, Any
 
 def _number(training: Mapping[str, Any], name: str) -> float:
     """The epochs, or steps, that are asked for; those of the Trainer where none are given."""
-    if name == "num_train_epochs":
-        default = 3.0
-    else:
-        default = -1
+    default = 3.0 if name == "num_train_epochs" else -1
     return float(training.get(name) or default)
 
 

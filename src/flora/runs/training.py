@@ -193,10 +193,7 @@ def train(settings: Settings, *, resume: bool = False, overwrite: bool = False) 
         # What is not given cannot be wrong: the settings are looked at before anything is loaded.
         arguments = training_arguments(settings, run.path)
 
-        if not resume:
-            checkpoint = None
-        else:
-            checkpoint = run.last_checkpoint()
+        checkpoint = run.last_checkpoint() if resume else None
 
         try:
             metrics = _train(settings, run, arguments, checkpoint, fresh=not resume)
@@ -320,10 +317,7 @@ def _write(
         loss_curve(staged / CURVE, trainer.state.log_history, f"{settings.recipe}: loss")
 
         labels = run.labels()
-        if labels is None:
-            classes = None
-        else:
-            classes = len(labels)
+        classes = len(labels) if labels is not None else None
 
         card = model_card(metrics, read_json(staged / ADAPTER_CONFIG), str(settings.output), classes)
         write_text(staged / CARD, card)
@@ -373,10 +367,7 @@ def evaluate(
     arguments = training_arguments(settings, folder, save_strategy="no")
     metrics = measure(make_trainer(model, recipe, data, arguments), dataset)
 
-    if overrides:
-        stored = {}
-    else:
-        stored = run.metrics()
+    stored = {} if overrides else run.metrics()
 
     before = dict(stored.get(split, {}))
 

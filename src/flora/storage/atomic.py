@@ -241,10 +241,7 @@ def put(source: Path, place: Claim) -> None:
     if not os.path.lexists(target):
         source.rename(target)
     elif source.is_dir() != target.is_dir():
-        if target.is_dir():
-            code = errno.EISDIR
-        else:
-            code = errno.ENOTDIR
+        code = errno.EISDIR if target.is_dir() else errno.ENOTDIR
 
         raise OSError(code, os.strerror(code), str(target))
     elif source.is_file() and target.is_file():

@@ -94,15 +94,9 @@ def _how_to_load(config: Mapping[str, Any], base: str, options: str) -> tuple[st
         )
         module = "transformers"
 
-    if module.startswith("flora."):
-        library = module
-    else:
-        library = module.partition(".")[0]
+    library = module if module.startswith("flora.") else module.partition(".")[0]
 
-    if is_hub_id(base):
-        where = base
-    else:
-        where = "path/to/the/base/model"
+    where = base if is_hub_id(base) else "path/to/the/base/model"
 
     return f"from {library} import {name}\n", f'base = {name}.from_pretrained("{where}"{options})'
 

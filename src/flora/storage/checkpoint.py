@@ -38,10 +38,7 @@ class Checkpoint:
         self.path = check_exists(Path(path), "model")
         self.index: Path | None = None
 
-        if self.path.is_file():
-            files = [self.path]
-        else:
-            files = self._find_files()
+        files = [self.path] if self.path.is_file() else self._find_files()
 
         self.folder = files[0].parent
         self.shards: dict[str, list[str]] = {}

@@ -44,10 +44,7 @@ def check_replaceable(place: Path, target: Path, kind: Kind, also: Collection[st
     remedy = "it is left as it is; give another output, or move it away"
 
     if place.is_dir() != bool(kind.names):
-        if place.is_dir():
-            found = "a folder"
-        else:
-            found = "a file"
+        found = "a folder" if place.is_dir() else "a file"
 
         raise UserError(f"{target} exists and is {found}, not {kind.what} that flora has written; {remedy}")
 

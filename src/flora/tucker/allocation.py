@@ -41,17 +41,12 @@ def choices(tensor: Tensor, shape: Sequence[int] | None = None, *, most: int | N
         shape: where ``tensor`` stands for a larger one, in orthonormal coordinates: the shape that counts.
         most: the largest rank of a mode that is tried, by default all; a few cost much less than all of a large tensor.
     """
-    if shape is None:
-        shape = tuple(tensor.shape)
-    else:
-        shape = tuple(shape)
+    shape = tuple(tensor.shape) if shape is None else tuple(shape)
 
     total = float(tensor.double().square().sum())
 
     if most is None:
         most = max(tensor.shape)
-    else:
-        most = most
 
     found = (_of_matrix if tensor.ndim == 2 else _of_tensor)(tensor, shape, total, most)
 
@@ -108,10 +103,7 @@ def _of_matrix(tensor: Tensor, shape: tuple[int, ...], total: float, most: int) 
 
 
 def _of_tensor(tensor: Tensor, shape: tuple[int, ...], total: float, most: int) -> list[Choice]:
-    if tensor.dtype != torch.float64:
-        core = tensor.float()
-    else:
-        core = tensor
+    core = tensor.float() if tensor.dtype != torch.float64 else tensor
 
     for mode in range(tensor.ndim):
         core = mode_product(core, leading(tensor, mode, most)[1].T.to(core.dtype), mode)

@@ -62,15 +62,9 @@ class TuckerDelta(nn.Module):
         self.scale = scale
         self.fold: Fold | None
 
-        if isinstance(fold, str):
-            self.fold = parse_fold(fold, shape)
-        else:
-            self.fold = fold
+        self.fold = parse_fold(fold, shape) if isinstance(fold, str) else fold
 
-        if self.fold is None:
-            sizes = tuple(shape)
-        else:
-            sizes = self.fold.shape
+        sizes = tuple(shape) if self.fold is None else self.fold.shape
 
         if len(ranks) != len(sizes) or any(not 1 <= rank <= size for rank, size in zip(ranks, sizes, strict=True)):
             raise UserError(f"ranks {tuple(ranks)} do not fit the shape {sizes}: one from 1 to the size per dimension")

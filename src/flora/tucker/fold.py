@@ -48,9 +48,7 @@ class Fold:
             if len(group) > 1 and math.prod(ranks) >= math.prod([self.shape[axis] for axis in group]):
                 for axis in group:
                     factor = factors[axis]
-                    if factor is None:
-                        core = core
-                    else:
+                    if factor is not None:
                         core = mode_product(core, factor, axis)
 
                     factors[axis] = None

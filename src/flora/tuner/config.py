@@ -41,10 +41,7 @@ def one_of(value: object, allowed: Iterable[str], what: str) -> None:
     allowed = list(allowed)
     if value not in allowed:
         near = difflib.get_close_matches(str(value), allowed, n=1)
-        if near:
-            hint = f"; did you mean {near[0]!r}?"
-        else:
-            hint = ""
+        hint = f"; did you mean {near[0]!r}?" if near else ""
 
         raise UserError(f"{what} is {value!r}, expected one of {', '.join(allowed)}{hint}")
 

@@ -77,10 +77,7 @@ def expected_choice(layer: AdaptedLayer, adapter: str, positions: int, cpu: bool
 
     if layer.row.kind in KINDS:
         transposed, stride = _strides(layer.get_base_layer())
-        if transposed:
-            inputs = positions // stride
-        else:
-            inputs = positions * stride
+        inputs = positions // stride if transposed else positions * stride
 
         work = _shaped(layer, adapter, inputs, positions, cpu, 4, False)
 
@@ -90,10 +87,7 @@ def expected_choice(layer: AdaptedLayer, adapter: str, positions: int, cpu: bool
 def _choose(layer: AdaptedLayer, active: list[str], work: Work) -> Choice:
     row, settings = layer.row, [layer.settings[name] for name in active]
     ways = {each.way for each in settings}
-    if "beside" in ways:
-        wanted = "beside"
-    else:
-        wanted = "auto"
+    wanted = "beside" if "beside" in ways else "auto"
 
     if len(ways) == 1:
         wanted = settings[0].way
@@ -126,10 +120,7 @@ def _work(layer: AdaptedLayer, active: list[str], x: Tensor, *, compiled: bool) 
         inputs = x.numel() // max(1, base.in_channels)
 
     transposed, stride = _strides(base)
-    if transposed:
-        outputs = inputs * stride
-    else:
-        outputs = inputs // stride
+    outputs = inputs * stride if transposed else inputs // stride
 
     size = (x if x.is_floating_point() else base.weight).element_size()
 
@@ -202,10 +193,7 @@ def _beside(choice: Choice, layer: AdaptedLayer, active: list[str], *args: Any, 
 
     if layer.row.fused is not None and readable(layer) and not _drops(layer, active[0]):
         out = layer.row.fused(choice, layer.base_layer, layer.delta(active[0]), *args, **kwargs)
-        if out is None:
-            remaining = active
-        else:
-            remaining = active[1:]
+        remaining = active if out is None else active[1:]
 
     if out is None:
         out = layer.base_layer(*args, **kwargs)
@@ -240,15 +228,9 @@ def _drop(
     if not rate or not layer.training:
         return args, kwargs
 
-    if args:
-        key = None
-    else:
-        key = next(iter(kwargs))
+    key = None if args else next(iter(kwargs))
 
-    if key is None:
-        x = args[0]
-    else:
-        x = kwargs[key]
+    x = args[0] if key is None else kwargs[key]
 
     if not x.is_floating_point():
         return args, kwargs

@@ -115,10 +115,7 @@ class FloraModel(BaseTuner):
         if parameter_name is not None:
             site = find.raw_parameter(current_key.rpartition(".")[0], base, parameter_name)
             same = isinstance(target, ParamWrapper) and target.parameter_name == parameter_name
-            if same:
-                layer = target
-            else:
-                layer = ParamWrapper(target, parameter_name)
+            layer = target if same else ParamWrapper(target, parameter_name)
         else:
             quantization = get_quantization_kwargs(self.model)
 
@@ -239,8 +236,6 @@ class FloraModel(BaseTuner):
         for config in configs:
             if config.bias == BIAS_OF_LAYERS:
                 config.bias = "none"
-            else:
-                config.bias = config.bias
 
         try:
             super()._mark_only_adapters_as_trainable(model)

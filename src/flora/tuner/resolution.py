@@ -108,15 +108,9 @@ class Resolution:
             default_fold = site.row.folds(site.module).get(weight)
 
         pattern = own_fold or default_fold
-        if not pattern:
-            fold = None
-        else:
-            fold = parse_fold(pattern, shape, names[0])
+        fold = parse_fold(pattern, shape, names[0]) if pattern else None
 
-        if fold:
-            sizes, shown = (fold.shape, fold.axes)
-        else:
-            sizes, shown = (shape, axes)
+        sizes, shown = (fold.shape, fold.axes) if fold else (shape, axes)
 
         roles = roles_of(axes, fold)
 
@@ -148,10 +142,7 @@ class Resolution:
         # ZeRO-3 has partitioned what has a ds_shape.
         total = sum(math.prod(getattr(value, "ds_shape", value.shape)) for value in model.parameters())
 
-        if budget < 1:
-            left = int(budget * total)
-        else:
-            left = int(budget)
+        left = int(budget * total) if budget < 1 else int(budget)
 
         free: dict[str, Weight] = {}
         for name, found in self.weights.items():

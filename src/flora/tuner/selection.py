@@ -70,10 +70,7 @@ class Selection:
         indices = config.get("layers_to_transform")
         self.indices: frozenset[int] = frozenset([indices] if isinstance(indices, int) else indices or ())
         patterns: Any = config.get("layers_pattern") or ()
-        if isinstance(patterns, str):
-            listed = [patterns]
-        else:
-            listed = list(patterns)
+        listed = [patterns] if isinstance(patterns, str) else list(patterns)
 
         self.layers = [_INDEX]
 

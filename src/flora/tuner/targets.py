@@ -308,8 +308,6 @@ def _inside_attention(name: str, model: nn.Module) -> bool:
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, BaseTunerLayer):
         parent = parent.get_base_layer()
-    else:
-        parent = parent
     return isinstance(parent, nn.MultiheadAttention)
 
 

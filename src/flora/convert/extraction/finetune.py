@@ -334,10 +334,7 @@ def _extract_layer(
 ) -> None:
     layout = job.layouts.get(name)
 
-    if store is None:
-        kept = None
-    else:
-        kept = store.read_layer(name)
+    kept = store.read_layer(name) if store is not None else None
 
     if kept is None:
         delta = job.delta(name)

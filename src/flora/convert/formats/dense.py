@@ -57,9 +57,7 @@ def read(path: Path, layouts: Mapping[str, Layout] | None = None) -> Adapter:
     noted = read_note(metadata, MARK, path) or {}
     known = {name: layout_from_json(name, value) for name, value in noted.items()}
 
-    if layouts is None:
-        known = known
-    else:
+    if layouts is not None:
         known = dict(layouts)
 
     weights, extras = {}, {}
@@ -68,10 +66,7 @@ def read(path: Path, layouts: Mapping[str, Layout] | None = None) -> Adapter:
             extras[name.removeprefix(_WHOLE)] = value
         else:
             layout = known.get(name)
-            if layout is None:
-                plain = None
-            else:
-                plain = replace(layout, fold=None)
+            plain = replace(layout, fold=None) if layout is not None else None
 
             weights[name] = Entry(Tucker(value, (None,) * value.ndim), 1.0, plain)
 

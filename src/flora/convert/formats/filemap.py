@@ -137,8 +137,6 @@ class FileMap:
         """
         if source is None:
             source = self.checkpoint
-        else:
-            source = source
 
         key = self.entry(name)
         if key is not None:

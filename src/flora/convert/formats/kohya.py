@@ -113,9 +113,7 @@ def _parts(name: str, entry: Entry, layout: Layout, mid: bool) -> dict[str, Tens
 def _with_mid(form: Tucker, scale: float) -> dict[str, Tensor]:
     core = form.core.double()
     for mode, factor in enumerate(form.factors[2:], start=2):
-        if factor is None:
-            core = core
-        else:
+        if factor is not None:
             core = mode_product(core, factor.double(), mode)
 
     up, down = (
@@ -256,10 +254,7 @@ def _entry(stem: str, parts: Mapping[str, Tensor], layout: Layout) -> Entry:
     if alpha.numel() != 1:
         raise UserError(f"{stem}.alpha has shape {tuple(alpha.shape)}, expected one number; the file was edited")
 
-    if float(alpha):
-        scale = float(alpha) / rank
-    else:
-        scale = 1.0
+    scale = float(alpha) / rank if float(alpha) else 1.0
 
     if (
         up.ndim < 2
@@ -274,8 +269,6 @@ def _entry(stem: str, parts: Mapping[str, Tensor], layout: Layout) -> Entry:
     else:
         if _is_pointwise(down, layout):
             down = down.reshape(*down.shape[:2], *(1,) * (len(layout.axes) - 2))
-        else:
-            down = down
 
         form = Tucker(down, (up.reshape(up.shape[:2]), *(None,) * (down.ndim - 1)))
 

@@ -135,10 +135,7 @@ def _check(adapter: Adapter, layouts: Mapping[str, Layout]) -> None:
 
     biases = lone_biases(adapter) + [name for name in adapter.extras if name.endswith(TOKEN_ROWS)]
     if biases:
-        if biases[1:]:
-            more = f" and {len(biases) - 1} more"
-        else:
-            more = ""
+        more = f" and {len(biases) - 1} more" if biases[1:] else ""
 
         raise UserError(
             f"the adapter also trained {biases[0]}{more}, which portable "
@@ -162,9 +159,7 @@ def _pair(entry: Entry, layout: Layout) -> _Pair:
     form = entry.stored_form()
 
     if layout.kind == "experts":
-        if layout.axes == ("expert", "out", "in"):
-            form = form
-        else:
+        if layout.axes != ("expert", "out", "in"):
             form = swap(form, 1, 2)
 
         return _Pair("experts", *split_stack(form, entry.scale))

@@ -56,10 +56,7 @@ def read(path: Path) -> Adapter:
 
     tensors, metadata = read_tensors(path / WEIGHTS)
     noted = read_note(metadata, NOTE, path / WEIGHTS)
-    if noted is None:
-        recorded = config.get("layout")
-    else:
-        recorded = noted
+    recorded = config.get("layout") if noted is None else noted
 
     check_prefix(tensors, path / WEIGHTS)
     check_form_tensors({key: value for key, value in tensors.items() if _KEY.search(key)}, path / WEIGHTS)
@@ -231,16 +228,10 @@ def _owner_module(name: str, layout: Layout | None) -> str:
 
 
 def _config(adapter: Adapter, forms: Mapping[str, Tucker]) -> dict[str, Any]:
-    if adapter.config.get("peft_type") == "TUCKER":
-        kept = adapter.config
-    else:
-        kept = {}
+    kept = adapter.config if adapter.config.get("peft_type") == "TUCKER" else {}
 
     scales = {name: entry.scale for name, entry in adapter.weights.items()}
-    if scales:
-        common = Counter(scales.values()).most_common(1)[0][0]
-    else:
-        common = 1.0
+    common = Counter(scales.values()).most_common(1)[0][0] if scales else 1.0
 
     layouts = {name: entry.layout for name, entry in adapter.weights.items()}
     rows = {name for name, layout in layouts.items() if layout is not None and layout.kind in _ROWS}

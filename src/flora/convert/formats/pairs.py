@@ -30,25 +30,19 @@ def split(form: Tucker, scale: float) -> tuple[Tensor, Tensor]:
 
         down = core
         for mode, factor in enumerate(rest, start=1):
-            if factor is None:
-                down = down
-            else:
+            if factor is not None:
                 down = mode_product(down, factor.double(), mode)
 
         return scale * up, down
 
     up = core.reshape(left, others)
 
-    if first is None:
-        up = up
-    else:
+    if first is not None:
         up = first.double() @ up
 
     down = torch.eye(others, dtype=torch.float64).reshape(others, *core.shape[1:])
     for mode, factor in enumerate(rest, start=1):
-        if factor is None:
-            down = down
-        else:
+        if factor is not None:
             down = mode_product(down, factor.double(), mode)
 
     return scale * up, down
@@ -60,17 +54,12 @@ def split_stack(form: Tucker, scale: float) -> tuple[Tensor, Tensor]:
     core = form.core.double()
 
     # (E, J_out, J_in)
-    if experts is None:
-        core = core
-    else:
+    if experts is not None:
         core = mode_product(core, experts.double(), 0)
 
     count, left, right = core.shape
 
-    if out is None:
-        up = torch.eye(left, dtype=torch.float64)
-    else:
-        up = out.double()
+    up = torch.eye(left, dtype=torch.float64) if out is None else out.double()
 
     if inner is None:
         down = torch.eye(right, dtype=torch.float64)

@@ -52,10 +52,7 @@ def _run(choice: Choice, module: Any, delta: TuckerDelta, placed: Placed) -> Ten
 
 def _ready(choice: Choice, weight: Tensor, delta: TuckerDelta, ready: Ready, geometry: Geometry) -> Tensor | None:
     if choice.gradient == "dense":
-        if ready.fused:
-            run = summed.run
-        else:
-            run = summed.run_plain
+        run = summed.run if ready.fused else summed.run_plain
 
         core, factors = delta.tensors()
         return run(geometry, ready.x, weight, ready.bias, core, factors, delta.scale)
@@ -66,19 +63,13 @@ def _ready(choice: Choice, weight: Tensor, delta: TuckerDelta, ready: Ready, geo
     form, sums = delta.stored_form.scaled(delta.scale), choice.way == "summed"
     first, second = form.factors[:2]
 
-    if geometry.transposed:
-        out, inner = (second, first)
-    else:
-        out, inner = (first, second)
+    out, inner = (second, first) if geometry.transposed else (first, second)
 
     weight = weight.to(ready.x.dtype)
     if weight[0, 0].numel() == 1 and not geometry.transposed and not any(geometry.padding):
         core = form.core.flatten(1)
 
-        if inner is None:
-            down = core
-        else:
-            down = core @ inner.T
+        down = core if inner is None else core @ inner.T
 
         return pointwise(ready.x, weight, ready.bias, down, out, geometry.stride, sums)
 
@@ -118,10 +109,7 @@ class _Conv(torch.autograd.Function):
         y = geometry.run(x, weight, bias)
 
         # shape: (B, Ji, *S), then (B, Jo, *S')
-        if inner is None:
-            few = x
-        else:
-            few = project(inner, x)
+        few = project(inner, x) if inner is not None else x
 
         hidden = geometry.run(few, small_core, None)
 
@@ -144,10 +132,7 @@ class _Conv(torch.autograd.Function):
         # The forward's narrow tensors are computed once more: that costs less than keeping them.
         small_core = _small_core(core, kernel, weight)
 
-        if inner is None:
-            few = x
-        else:
-            few = project(inner, x)
+        few = project(inner, x) if inner is not None else x
 
         grad_out, grad_hidden = None, grad
 
@@ -206,10 +191,7 @@ def _changed(
     weight: Tensor, small_core: Tensor, inner: Tensor | None, out: Tensor | None, geometry: Geometry
 ) -> Tensor:
     """``W + dW`` in the order of the weight."""
-    if geometry.transposed:
-        first, second = (inner, out)
-    else:
-        first, second = (out, inner)
+    first, second = (inner, out) if geometry.transposed else (out, inner)
 
     # shape: (J1, I2, *K)
     if second is None:

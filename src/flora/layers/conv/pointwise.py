@@ -80,8 +80,6 @@ class _Pointwise(torch.autograd.Function):
 
         if rows(x) is None:
             seen = seen.contiguous()
-        else:
-            seen = seen
 
         grad_out, grad_hidden = None, grad
 

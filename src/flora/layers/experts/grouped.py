@@ -57,10 +57,7 @@ class _Grouped(torch.autograd.Function):
         ctx.run = run
         y = run(x, weight, offs=offs)
 
-        if left is None:
-            small = x
-        else:
-            small = device.project(x, left.to(x.dtype))
+        small = device.project(x, left.to(x.dtype)) if left is not None else x
 
         hidden = _each(small, middle.to(x.dtype), offs)
 
@@ -84,10 +81,7 @@ class _Grouped(torch.autograd.Function):
 
         grad, run = grad.contiguous(), ctx.run
 
-        if right is None:
-            back = grad
-        else:
-            back = device.project(grad, right.to(x.dtype))
+        back = grad if right is None else device.project(grad, right.to(x.dtype))
 
         grad_small = _each(back, middle.to(x.dtype).mT, offs)
         grad_middle = _sums(x if small is None else small, back, middle, offs)
@@ -148,9 +142,6 @@ def _sizes(rows: Tensor, offs: Tensor) -> list[int] | None:
 def _plain_grouped(
     x: Tensor, weight: Tensor, left: Tensor | None, middle: Tensor, right: Tensor | None, offs: Tensor, run: Run
 ) -> Tensor:
-    if left is None:
-        small = x
-    else:
-        small = x @ left.to(x.dtype)
+    small = x @ left.to(x.dtype) if left is not None else x
     hidden = one_by_one(small, middle.to(x.dtype), offs)
     return run(x, weight, offs=offs) + (hidden if right is None else hidden @ right.to(x.dtype).T)

@@ -40,10 +40,7 @@ class Term:
 
     def dense(self) -> Tensor:
         """(..., m, n)."""
-        if self.left is None:
-            out = self.middle
-        else:
-            out = self.left @ self.middle
+        out = self.middle if self.left is None else self.left @ self.middle
 
         if self.right is None:
             return out
@@ -124,9 +121,7 @@ class ExpertStack:
         if out is None:
             out, beside = x @ self.weight, self.terms
 
-            if bias is None:
-                out = out
-            else:
+            if bias is not None:
                 out = out + bias
 
         for term in beside:

@@ -66,10 +66,7 @@ class _Linear(torch.autograd.Function):
         wants_x, wants_bias = ctx.wanted
         grad_x, grad_up, grad_down = torch.ops.flora.linear_backward(grad, *ctx.saved_tensors, wants_x)
 
-        if not wants_bias:
-            grad_bias = None
-        else:
-            grad_bias = grad.sum(0)
+        grad_bias = grad.sum(0) if wants_bias else None
 
         return grad_x if wants_x else None, None, grad_bias, grad_up, grad_down, None, None
 
@@ -86,10 +83,7 @@ def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, up: Tensor, down: Tensor, hidden: Tensor, wants_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, empty if it is not wanted, of up and of down."""
-    if not wants_x:
-        beside = None
-    else:
-        beside = weight
+    beside = weight if wants_x else None
 
     found = gradients_of_products(grad.contiguous(), x, None, beside, up, down, hidden, up.dtype)
     if found.up is None:

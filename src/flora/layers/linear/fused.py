@@ -41,10 +41,7 @@ class Product(NamedTuple):
         # shape: (T, out), (T, in)
         grad_rows, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
 
-        if self.transposed:
-            left, right = (rows, grad_rows)
-        else:
-            left, right = (grad_rows, rows)
+        left, right = (rows, grad_rows) if self.transposed else (grad_rows, rows)
 
         grad_weight = torch.mm(left.t(), right)
 
@@ -91,10 +88,7 @@ def _dense(
     if ready is None:
         return None
 
-    if ready.fused:
-        run = summed.run
-    else:
-        run = summed.run_plain
+    run = summed.run if ready.fused else summed.run_plain
 
     if ready.autocast is None:
         return run(operation, ready.x, weight, ready.bias, core, factors, scale)
@@ -138,10 +132,7 @@ def _small(
 
     out, inner = form.factors
 
-    if x.ndim == 2:
-        rows = x
-    else:
-        rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
     sums = choice.way == "summed"
     y: Tensor = _Linear.apply(rows, weight, bias, form.core, inner, out, scale, sums)  # type: ignore[no-untyped-call]
@@ -207,10 +198,7 @@ class _Linear(torch.autograd.Function):
         found = gradients_of_products(grad.contiguous(), x, changed, beside, up, down, hidden, core.dtype)
         grad_core, grad_inner, grad_out = _unfold(scaled, inner, out, found.down, found.up)
 
-        if not ctx.needs_input_grad[2]:
-            grad_bias = None
-        else:
-            grad_bias = grad.sum(0)
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
 
         return found.x, None, grad_bias, _scaled(grad_core, scale), grad_inner, grad_out, None, None
 

@@ -51,9 +51,7 @@ def products(
     if up is None:
         y = torch.mm(x, down.t())
 
-        if bias is None:
-            y = y
-        else:
+        if bias is not None:
             y = y.add_(bias)
     else:
         hidden = device.project(x, down.t())
@@ -108,8 +106,6 @@ def _narrow_gradients(
 
     if hidden is None:
         hidden = device.project(x, down.t())
-    else:
-        hidden = hidden
 
     grad_hidden = device.project(grad, up)
 
