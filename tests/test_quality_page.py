@@ -52,7 +52,7 @@ def test_the_rate_is_chosen_on_validation_and_by_enough_seeds() -> None:
 def test_the_page_says_who_is_ahead() -> None:
     page = render([*LINES, {**line("pissa", 0, 0.0), "refused": "no layer"} | {"test": None}])
     assert "± 0.027 (n=4, 0.01)" in " ".join(page.split())
-    assert "| +0.070 ± 0.050 |" in " ".join(page.split())
-    assert "better" in page
+    assert "| **+0.070 ± 0.050, n=4, p=0.021** |" in " ".join(page.split())
+    assert "over the 1 pairs" in page
     assert "4 trainings" not in page
     assert "commit abc" in page

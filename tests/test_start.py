@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import flora
 from flora.tucker.allocation import choices_of_energy
+from flora.tuner.gradient import forms
 from flora.tuner.gradient import sketch as sketches
 from flora.tuner.gradient.start import adapt_and_tell, smallest_good_step
 from flora.tuner.layer import FloraLayer
@@ -143,6 +144,36 @@ def test_the_first_change_is_the_projected_gradient(
     size_of_step = begun.step * float(weight.norm())
     assert torch.allclose(change, -size_of_step * expected / expected.norm(), rtol=1e-3, atol=1e-4 * size_of_step)
     assert torch.equal(model.base_model.model[0].base_layer.weight, weight)
+
+
+@pytest.mark.parametrize("ranks", [[3, 2], [13, 2]], ids=["factored", "whole first mode"])
+def test_a_step_of_the_optimiser_does_not_change_the_outputs_much_more(
+    ranks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(97, 13, bias=False))
+    inputs = [8 * torch.ones(5, 97) + torch.randn(5, 97) for _ in range(5)]  # most of it is in one direction
+    batches = [(x, torch.randn(5, 13)) for x in inputs]
+    config = flora.FloraConfig(r=ranks, target_modules=["0"])
+
+    def let_through(model: Any) -> float:
+        """How large what meets the moving tensor is, for these inputs."""
+        form = model.base_model.model[0].delta("default", "weight").form
+        inner = torch.cat(inputs) @ form.factors[1]
+        if form.factors[0] is not None:
+            inner = inner @ form.core.T
+        return float(inner.detach().norm())
+
+    usual = sum(let_through(get_peft_model(copy.deepcopy(base), config)) ** 2 for _ in range(20)) / 20
+    found = {}
+    for most in (2.0, math.inf):
+        monkeypatch.setattr(forms, "MOST_GAIN", most)
+        model = get_peft_model(copy.deepcopy(base), config)
+        assert flora.start(model, batches, loss=squares).step > 0
+        found[most] = let_through(model) / math.sqrt(usual)
+
+    assert 1.5 < found[2.0] < 2.6
+    assert found[math.inf] > 4
 
 
 def test_a_wide_mode_is_found_in_two_passes(monkeypatch: pytest.MonkeyPatch) -> None:

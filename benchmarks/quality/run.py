@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
-TASKS = ("cifar", "hippocampus", "spoken", "sst2", "digits", "experts")
+TASKS = ("cifar", "hippocampus", "spoken", "sst2", "digits")
 METHODS = ("lora", "lora-gradient", "lycoris", "flora", "flora-gradient", "full", "bitfit")
 RATE = 0.01  # of the setting without tuning
 
@@ -51,7 +51,7 @@ def settings_of(task: str, data: str, model: str) -> Any:
 
     if task == "digits":
         return read("digits", ["training.save_strategy=no"])
-    overrides = [f"task.data={data}"] if task != "experts" else []
+    overrides = [f"task.data={data}"]
     overrides += [f"task.model={model}"] if task == "sst2" else []
     return read(str(FOLDER / f"{task}.yaml"), overrides)
 

@@ -22,6 +22,7 @@ from flora.tuner.layer import FloraLayer
 
 Loss = Callable[[nn.Module, Any], Tensor]
 JUDGING = 4  # one batch in so many is kept for judging the step
+RANGES = 3  # batches at least that the ranges of wide modes come from
 
 
 class Place(NamedTuple):
@@ -43,6 +44,20 @@ class Batches(NamedTuple):
 
     gradient: list[Any]
     judging: list[Any]
+
+
+class Pass(NamedTuple):
+    """One pass over batches.
+
+    Attributes:
+        method: of the sketches that take the gradients.
+        places: whose gradients are taken.
+        batches: each with its number.
+    """
+
+    method: str
+    places: list[Place]
+    batches: list[tuple[int, Any]]
 
 
 def places_of(model: nn.Module, adapter: str) -> list[Place]:
@@ -175,23 +190,26 @@ def collect(
     Raises:
         ValueError: no adapted weight has a gradient.
     """
-    passes = [("add", list(places))]
+    passes = [Pass("add", list(places), list(enumerate(batches)))]
     wide = [place for place in places if sketches[place.name].needs_ranges]
     if wide:
-        passes.insert(0, ("add_to_ranges", wide))
+        # The leading directions are common to the batches, so that a few of them show the ranges.
+        spread = list(enumerate(batches))[:: max(1, len(batches) // RANGES)]
+        passes.insert(0, Pass("add_to_ranges", wide, spread))
 
     kept = {value: value.grad for value in model.parameters()}
-    bar = tqdm(total=len(passes) * len(batches), desc="start: gradients", unit="batch", disable=None, leave=False)
+    count = sum(len(each.batches) for each in passes)
+    bar = tqdm(total=count, desc="start: gradients", unit="batch", disable=None, leave=False)
 
     with bar, at_rest(model), without_adapters(places):
         try:
-            for method, members in passes:
-                receivers = [(place, getattr(sketches[place.name], method)) for place in members]
-                for number, batch in enumerate(batches):
+            for each in passes:
+                receivers = [(place, getattr(sketches[place.name], each.method)) for place in each.places]
+                for number, batch in each.batches:
                     _one_batch(model, receivers, number, batch, loss)
                     bar.update()
 
-                for place in members:
+                for place in each.places:
                     sketches[place.name].close_ranges()
         finally:
             for parameter, gradient in kept.items():

@@ -3,6 +3,10 @@
 With the leading singular vectors A_n of the modes n >= 2 and the mean gradient g, ``C = g x2 A2' ... xN AN'`` and its
 first unfolding is ``P S Q'``. The core is ``Q'`` and the first factor ``-kappa P S``: the first change is minus kappa
 times the projected gradient. Where the first mode is whole, the core itself is ``-kappa C``.
+
+Such factors let through more of what goes into the layer than random ones of the same size, so that a step of the
+optimiser changes the layer more. Where that is more than ``MOST_GAIN`` times, they are made smaller, and what moves
+larger by the same: the first change stays, and a learning rate keeps its meaning.
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ from torch import Tensor
 from flora.tucker.delta import TuckerDelta
 from flora.tucker.form import Tucker, mode_product
 from flora.tuner.gradient.sketch import Directions, complete
+
+MOST_GAIN = 3.0  # times what random factors of the same size let through, at most
 
 
 class Ray(NamedTuple):
@@ -37,8 +43,8 @@ class Ray(NamedTuple):
 def ray(delta: TuckerDelta, found: Directions, norm: float) -> Ray | None:
     """The projected gradient as a direction in the space of the adapter, None where it is zero.
 
-    The lengths of the tensors that stay are those that the configured start gave them, so that the usual learning rates
-    fit.
+    The lengths of the tensors that stay are those that the configured start gave them, less where the factors let
+    through much more than random ones, so that the usual learning rates fit.
     """
     form = delta.form
     ranks, shape = form.ranks, form.shape
@@ -54,10 +60,12 @@ def ray(delta: TuckerDelta, found: Directions, norm: float) -> Ray | None:
         reached = core.narrow(mode, 0, min(ranks[mode], core.shape[mode]))
         core = _padded(reached, mode, ranks[mode])
 
+    excess = max(1.0, gain_of(core, found, factors) / MOST_GAIN)
+
     if form.factors[0] is None:
         moving = -mode_product(core, found.vectors[0], 0)
         still = core.new_zeros(ranks)
-        return _scaled(delta, still, factors, moving, norm)
+        return _scaled(delta, still, factors, moving, norm, excess)
 
     left, values, right = torch.linalg.svd(core.flatten(1), full_matrices=False)
     count = min(ranks[0], values.numel())
@@ -72,7 +80,19 @@ def ray(delta: TuckerDelta, found: Directions, norm: float) -> Ray | None:
     still = core.new_zeros(ranks[0], right.shape[1])
     still[: min(len(rows), ranks[0])] = rows[: ranks[0]]
 
-    return _scaled(delta, still.reshape(ranks), factors, moving, norm)
+    return _scaled(delta, still.reshape(ranks), factors, moving, norm, excess)
+
+
+def gain_of(core: Tensor, found: Directions, factors: list[Tensor | None]) -> float:
+    """How much more of the gradient the factors keep than random ones of their size do on average; 1 without any.
+
+    A gradient's directions are those of the layer's inputs, so this is also how much more of the inputs they keep.
+    """
+    random = math.prod(factor.shape[1] / factor.shape[0] for factor in factors if factor is not None)
+    whole = float(found.mean.norm())
+    if not whole:
+        return 1.0
+    return float(core.norm()) / (whole * math.sqrt(random))
 
 
 def _padded(tensor: Tensor, mode: int, size: int) -> Tensor:
@@ -83,24 +103,34 @@ def _padded(tensor: Tensor, mode: int, size: int) -> Tensor:
     return tensor
 
 
-def _scaled(delta: TuckerDelta, core: Tensor, factors: list[Tensor | None], moving: Tensor, norm: float) -> Ray | None:
-    """The lengths of the start as configured; ``moving`` divided by them, by the scale and by its norm."""
+def _scaled(
+    delta: TuckerDelta, core: Tensor, factors: list[Tensor | None], moving: Tensor, norm: float, excess: float
+) -> Ray | None:
+    """The lengths of the start as configured, their product divided by ``excess``; ``moving`` made up for them."""
     size = float(moving.norm())
     if not size or not math.isfinite(size):
         return None
 
     form, gain = delta.form, float(delta.scale)
+    count = sum(factor is not None for factor in factors)
+
+    # A core that does not move takes the excess; where the core moves, the factors share it.
+    if form.factors[0] is None:
+        shrink = excess ** (1 / max(1, count))
+    else:
+        shrink = 1.0
+
     for mode, factor in enumerate(factors):
         given = form.factors[mode]
         if factor is None or given is None:
             continue
 
         length = float(given.detach().double().norm()) / math.sqrt(factor.shape[1]) or 1.0
-        factors[mode], gain = factor * length, gain * length
+        factors[mode], gain = factor * length / shrink, gain * length / shrink
 
     if form.factors[0] is not None:
         rows = min(core.shape[0], core[0].numel())
-        length = float(form.core.detach().double().norm()) / math.sqrt(rows) or 1.0
+        length = (float(form.core.detach().double().norm()) / math.sqrt(rows) or 1.0) / excess
         core, gain = core * length, gain * length
 
     return Ray(delta, Tucker(core, tuple(factors)), moving / (size * gain), norm)

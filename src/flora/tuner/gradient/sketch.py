@@ -19,7 +19,7 @@ from torch import distributed as dist
 from flora.tucker.decomposition import spectrum
 from flora.tucker.form import mode_product
 
-NARROW = 128  # a mode up to this size is kept as it is
+NARROW = 192  # a mode up to this size is kept as it is
 SPARE = 8  # columns of a range beyond twice the rank that is wanted
 
 

@@ -357,7 +357,7 @@ def _ray_of(place: Place, found: Directions | None) -> Ray | None:
 
 
 def _try_steps(model: nn.Module, rays: Sequence[Ray], parts: Batches, loss: Loss) -> dict[float, float]:
-    """The loss for each size of the step."""
+    """The loss for each size of the step, up to the first that does not lower it."""
     for one in rays:
         place_directions(one)
 
@@ -367,6 +367,10 @@ def _try_steps(model: nn.Module, rays: Sequence[Ray], parts: Batches, loss: Loss
             place_step(one, size)
 
         losses[size] = mean_loss(model, parts.judging, loss)
+
+        # Along a line the loss falls and then rises: still larger steps do not lower it either.
+        if size and not losses[size] < losses[0.0]:
+            break
 
     return losses
 

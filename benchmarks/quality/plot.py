@@ -1,0 +1,76 @@
+"""The picture of the page: test scores without tuning over trainable parameters, a panel for each task."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+
+from benchmarks.quality.pairs import OURS, Cell, interval
+from flora.comparison.methods import METHODS
+
+# A method has one colour and one mark in all panels; those that are not here are told in the tables only.
+LOOKS = {
+    "bitfit": ("C4", "X"),
+    "lora": ("C0", "^"),
+    "lycoris": ("C2", "P"),
+    "flora": ("C1", "D"),
+    OURS: ("C3", "o"),
+    "full": ("0.4", "s"),
+}
+BESIDE = 1.12  # between neighbours that have the same number of parameters
+
+
+def quality_over_parameters(
+    path: Path, chosen: Mapping[tuple[str, str], Cell], tasks: Sequence[str], titles: Mapping[str, str]
+) -> None:
+    """Writes the picture.
+
+    Args:
+        path: the PNG to write.
+        chosen: (task, method) -> its trainings.
+        tasks: a panel each, in this order.
+        titles: of the panels.
+    """
+    figure = Figure(figsize=(3.1 * len(tasks), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    for panel, task in zip(panels, tasks, strict=True):
+        _draw(panel, {method: chosen[task, method] for method in LOOKS if (task, method) in chosen})
+        panel.set_title(titles[task], fontsize="medium")
+
+    panels[0].set_ylabel("test score, no tuning")
+    marks = {label: mark for panel in panels for mark, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(marks.values(), marks.keys(), loc="outside lower center", ncols=len(marks), frameon=False)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def _draw(panel: Axes, found: Mapping[str, Cell]) -> None:
+    """The mean of each method with its interval; ours in front."""
+    sizes = {method: statistics.median(line["parameters"] for line in cell.lines) for method, cell in found.items()}
+    for method, cell in found.items():
+        same = [other for other, size in sizes.items() if abs(math.log(size / sizes[method])) < 0.1]
+        place = sizes[method] * BESIDE ** (same.index(method) - (len(same) - 1) / 2)
+        mean, half = interval(cell.test)
+        colour, mark = LOOKS[method]
+        panel.errorbar(
+            place,
+            mean,
+            yerr=half,
+            fmt=mark,
+            capsize=3,
+            color=colour,
+            label=METHODS[method].title,
+            markersize=8,
+            zorder=3 if method == OURS else 2,
+        )
+
+    panel.set_xscale("log")
+    panel.margins(x=0.12)
+    panel.set_xlabel("trainable parameters")
+    panel.xaxis.set_minor_formatter(NullFormatter())
+    panel.grid(alpha=0.3)
