@@ -134,8 +134,8 @@ def _difference_table(chosen: Chosen, tasks: Sequence[str], methods: Sequence[st
         if any((task, method) in cells for task in tasks)
     ]
     note = (
-        f"Bold: told apart from zero at 5 %, p by Holm's correction over the {len(pairs)} pairs of this table. Where it "
-        "is not bold, the seeds do not tell which is better."
+        f"Bold: told apart from zero at 5 %, p by Holm's correction over the {len(pairs)} pairs of this table. The other "
+        "pairs are not told apart."
     )
 
     return [_markdown(rows), note]
