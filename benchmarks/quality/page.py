@@ -52,9 +52,9 @@ samples and the order, the same for all methods.
 ![test score against trainable parameters](quality.png)
 """
 AWAY = "2c697203"  # begins the commit of the lines that another machine made
-AWAY_NOTE = """The lines of the commit 2c69720 were made on another machine, whose tree may have been that of the commit before or
-after. MiniLM-L6 was sent there in half precision, with the embeddings of unused words set to zero. Its lines of the methods
-that begin along the gradient are older than the limit on what the factors let through."""
+AWAY_NOTE = """The lines of the commit 2c69720 were made on another machine, whose tree may have been that of the commit
+before or after. MiniLM-L6 was sent there in half precision, with the embeddings of unused words set to zero. Its lines
+of the methods that begin along the gradient are older than the limit on what the factors let through."""
 RIVALS = ("lora", "lycoris", "full")  # what the method is claimed to be better than, or level with
 Found = Mapping[tuple[str, str], Sequence[Cell]]
 Chosen = Mapping[tuple[str, str], Cell]
@@ -134,8 +134,8 @@ def _difference_table(chosen: Chosen, tasks: Sequence[str], methods: Sequence[st
         if any((task, method) in cells for task in tasks)
     ]
     note = (
-        f"Bold: told apart from zero at 5 %, p by Holm's correction over the {len(pairs)} pairs of this table. The other "
-        "pairs are not told apart."
+        f"Bold: told apart from zero at 5 %, p by Holm's correction over the {len(pairs)} pairs of this table. The "
+        "other pairs are not told apart."
     )
 
     return [_markdown(rows), note]
