@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -11,6 +12,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from matplotlib.figure import Figure
 
 import flora_cli
 
@@ -29,19 +34,101 @@ class Ended(NamedTuple):
     printed: str
 
 
-def run_command(argv: list[str], place: Path, *, kill_at: int = 0) -> Ended:
+class Disk:
+    """The file system as a running command changes it.
+
+    Args:
+        place: the folder in which changes count.
+        kill_at: the number of the change before which the process is killed; 0 for none.
+        power_cut: with the process goes what it has not flushed: such files are left with half of their bytes. A disk
+            writes in an order of its own, so at every other change the file that was written last is whole.
+
+    Attributes:
+        changes: made so far.
+        dirty: files that were written and not flushed since, the latest last.
+    """
+
+    def __init__(self, place: Path, kill_at: int, power_cut: bool) -> None:
+        self.inside, self.kill_at, self.power_cut = os.path.realpath(place), kill_at, power_cut
+        self.changes = 0
+        self.dirty: list[str] = []
+        self.over = False
+
+    def audit(self, event: str, args: tuple[Any, ...]) -> None:
+        """Python's audit hook."""
+        if self.over or not is_change(event, args) or not any(is_inside(value, self.inside) for value in args):
+            return
+
+        self.change()
+
+        if event == "open":
+            self.written(os.fsdecode(args[0]))
+        elif event in ("os.rename", "flora.exchange"):
+            old, new = (os.path.abspath(os.fsdecode(value)) for value in args[:2])  # noqa: PTH100 (no link is followed)
+            self.move(old, new, both=event == "flora.exchange")
+
+    def change(self) -> None:
+        """One more; the end, if it is the one."""
+        self.changes += 1
+        if self.changes != self.kill_at:
+            return
+
+        self.over = True
+        lost = self.dirty[: len(self.dirty) - self.changes % 2] if self.power_cut else []
+        for path in lost:
+            if Path(path).is_file():
+                os.truncate(path, Path(path).stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def move(self, old: str, new: str, *, both: bool) -> None:
+        """What was written under one name has another now."""
+        names = {old: new, new: old} if both else {old: new}
+        gone = [] if both else [path for path in self.dirty if is_below(path, new)]
+        self.dirty = [renamed(path, names) for path in self.dirty if path not in gone]
+
+    def written(self, path: str) -> None:
+        """A file whose bytes are not on the disk yet."""
+        real = os.path.realpath(path)
+        self.dirty = [*(other for other in self.dirty if other != real), real]
+
+    def flush(self, handle: int) -> None:
+        """Stands for ``os.fsync``: a killed process loses nothing of what the system has in memory."""
+        path = os.readlink(f"/proc/self/fd/{handle}")  # noqa: PTH115 (as a string)
+        if is_below(path, self.inside):
+            self.change()
+            self.dirty = [other for other in self.dirty if other != path]
+
+    def telling(self, write: Callable[..., Any], at: int) -> Callable[..., Any]:
+        """A function of compiled code that writes the file which an argument names: a change that Python cannot see."""
+
+        def writes(*args: Any, **kwargs: Any) -> Any:
+            path = args[at] if len(args) > at else None
+            if not isinstance(path, (str, os.PathLike)) or not is_inside(path, self.inside):
+                return write(*args, **kwargs)
+
+            self.change()
+            done = write(*args, **kwargs)
+            self.written(os.fsdecode(path))
+            self.change()
+            return done
+
+        return writes
+
+
+def run_command(argv: list[str], place: Path, *, kill_at: int = 0, power_cut: bool = False) -> Ended:
     """Runs ``flora ARGV`` in a fork whose working directory is ``place``.
 
     Args:
         argv: of the command.
         place: everything that it reads and writes; only changes in there count.
         kill_at: the number of the change before which it is killed; 0 for none.
+        power_cut: what was not flushed is lost too.
     """
     printed = place.parent / f"{place.name}.printed"
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
-        _be_the_command(argv, place, kill_at, writer, printed)
+        _be_the_command(argv, Disk(place, kill_at, power_cut), place, writer, printed)
 
     os.close(writer)
     with os.fdopen(reader) as pipe:
@@ -51,17 +138,12 @@ def run_command(argv: list[str], place: Path, *, kill_at: int = 0) -> Ended:
     return Ended(code, changes, printed.read_text(errors="replace"))
 
 
-def _be_the_command(argv: list[str], place: Path, kill_at: int, writer: int, printed: Path) -> None:
+def _be_the_command(argv: list[str], disk: Disk, place: Path, writer: int, printed: Path) -> None:
     """Never returns: a fork must not come back into the tests."""
-    changes, code = 0, 1
-    inside = os.path.realpath(place)
+    code = 1
 
-    def hook(event: str, args: tuple[Any, ...]) -> None:
-        nonlocal changes
-        if is_change(event, args) and any(is_inside(value, inside) for value in args):
-            changes += 1
-            if changes == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
+    # The next full collection would walk through all that the tests have imported.
+    gc.freeze()
 
     try:
         handle = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -70,15 +152,18 @@ def _be_the_command(argv: list[str], place: Path, kill_at: int, writer: int, pri
         sys.stdout = os.fdopen(os.dup(1), "w")  # pytest's own would not write there
         sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
         os.chdir(place)
-        os.fsync = lambda handle: None  # a killed process loses nothing of what the system has in memory
-        sys.addaudithook(hook)
+        os.fsync = disk.flush  # type: ignore[assignment]
+        Figure.savefig = draw_nothing  # type: ignore[method-assign, assignment]
+        torch.save = disk.telling(torch.save, 1)
+        safetensors.torch.serialize_file = disk.telling(safetensors.torch.serialize_file, 1)
+        sys.addaudithook(disk.audit)
         code = flora_cli.main(argv)
     except SystemExit as end:
         code = int(end.code or 0)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os.write(writer, json.dumps([code, changes]).encode())
+        os.write(writer, json.dumps([code, disk.changes]).encode())
         os._exit(0)
 
 
@@ -95,6 +180,25 @@ def is_inside(value: object, folder: str) -> bool:
         return False
     path = os.path.join(os.getcwd(), os.fsdecode(value))  # noqa: PTH109, PTH118 (inside an audit hook)
     return path.startswith((folder + os.sep, os.path.realpath(folder) + os.sep))
+
+
+def is_below(path: str, folder: str) -> bool:
+    """Whether a path is the folder, or in it; both whole and without links."""
+    return path == folder or path.startswith(folder + os.sep)
+
+
+def renamed(path: str, names: dict[str, str]) -> str:
+    """The path of a file after the folder that it is in, or the file itself, has got another name."""
+    for old, new in names.items():
+        if is_below(path, old):
+            return new + path.removeprefix(old)
+    return path
+
+
+def draw_nothing(figure: Figure, path: Path, **options: Any) -> None:
+    """Stands for drawing a picture, which takes longer than the trainings here."""
+    with Path(path).open("wb") as stream:
+        stream.write(b"a picture")
 
 
 def contents(place: Path, name: str = "", ignore: Callable[[str], bool] = lambda name: False) -> dict[str, str]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from killing import Ended, contents, copy_of, run_command
 
+import flora_cli
 from convert_cases import random_adapter
 from flora.convert import save
 from foreign_models import build
@@ -24,11 +29,13 @@ class Case(NamedTuple):
         argv: of the command.
         out: what it writes.
         before: commands whose outputs are there when it starts.
+        again: the command that comes after a kill; the same by default.
     """
 
     argv: str
     out: str
     before: tuple[str, ...] = ()
+    again: str = ""
 
 
 LORA = "convert adapter --to lora --out out"
@@ -54,6 +61,27 @@ CASES = {
     "copy": Case("recipes copy digits", "digits.yaml"),
 }
 
+# Trainings, which write what takes time beside what they learn.
+TRAIN = "train tiny.yaml output=out"
+COMPARE = "compare tiny.yaml output=out --methods frozen,flora --seeds 0"
+TRAININGS = {
+    "train": Case(TRAIN, "out", again=f"{TRAIN} --resume"),
+    "train over": Case(f"{TRAIN} --overwrite", "out", (f"{TRAIN} seed=5",)),
+    "train further": Case(f"{TRAIN} --resume", "out", (f"{TRAIN} training.max_steps=1",)),
+    "compare": Case(COMPARE, "out-compare"),
+}
+CONFIG = """
+recipe: tiny_recipe.py
+adapter: {target_modules: [conv], r: 2, scale: 0.5, modules_to_save: [head]}
+training: {max_steps: 2, save_steps: 1, logging_steps: 1, save_total_limit: 2, per_device_train_batch_size: 3,
+  learning_rate: 0.01, disable_tqdm: true}
+compare: {learning_rates: [0.01], budgets: [60]}
+"""
+TIMES = ("seconds", "seconds_per_step", "resumed_at", "date", "peak_memory", "growth")
+
+
+Found = dict[str, Any]
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -66,41 +94,129 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def check_kills(case: Case, world: Path, scratch: Path, every: int) -> int:
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config and the recipe that it names."""
+    root = tmp_path_factory.mktemp("workshop") / "workshop"
+    root.mkdir()
+    (root / "tiny.yaml").write_text(CONFIG)
+    shutil.copy(Path(__file__).with_name("tiny_recipe.py"), root)
+    return root
+
+
+def digests(place: Path) -> dict[str, str]:
+    """What is in a folder, but for what is being written."""
+    return contents(place, ignore=lambda name: "flora-part" in name)
+
+
+def results(place: Path) -> dict[str, Any]:
+    """What a training has left, without the times that it took: names, weights and what was measured."""
+    found: dict[str, Any] = dict.fromkeys(digests(place))
+
+    for name in found:
+        if name.endswith((".safetensors", ".yaml")) or "adapter_config" in name:
+            found[name] = (place / name).read_bytes()
+        elif name.endswith(("metrics.json", "compare.json")) or "/runs/" in name:
+            found[name] = timeless(json.loads((place / name).read_text()))
+
+    return found
+
+
+def is_old_or_new(old: Found, new: Found, left: Found) -> bool:
+    """Whether everything is as it was, or as it was to become."""
+    return left in (old, new, *with_parents(old, new))
+
+
+def is_run_safe(old: Found, new: Found, left: Found) -> bool:
+    """Whether the run in ``out`` is the old or the new one, the inputs untouched, and what calls itself finished is."""
+    inputs = [name for name in old if not name.startswith("out")]
+    before, after, now = (run_in(found) for found in (old, new, left))
+    finished = "out/metrics.json" in left
+    return all(left[name] == old[name] for name in inputs) and (not finished or now in (before, after))
+
+
+def is_replacement_safe(old: Found, new: Found, left: Found) -> bool:
+    """Whether a run is there, and is the old or the new one."""
+    return run_in(left) != {} and is_run_safe(old, new, left)
+
+
+def run_in(found: Found) -> Found:
+    """What is in a run but for its settings and checkpoints, which a run that goes on adds to."""
+    passing = ("config.yaml", "checkpoint-")
+    names = [name for name in found if name.startswith("out/") and not any(part in name for part in passing)]
+    return {name: found[name] for name in names}
+
+
+def timeless(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: timeless(item) for key, item in value.items() if key not in TIMES}
+    if isinstance(value, list):
+        return [timeless(item) for item in value]
+    return value
+
+
+def warm(case: Case, start: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a command in this process, so that its forks need not import anything."""
+    place = copy_of(start, scratch / "warm")
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.chdir(place)
+        assert flora_cli.main(case.argv.split()) == 0
+
+
+class Kills(NamedTuple):
+    """How a command is killed.
+
+    Attributes:
+        every: one of so many changes.
+        power_cut: what was not flushed is lost as well.
+        look: what a folder is held against another by.
+        is_safe: whether nothing is lost, from what was there before, what an undisturbed run leaves, and what is there.
+    """
+
+    every: int
+    power_cut: bool = False
+    look: Callable[[Path], Found] = digests
+    is_safe: Callable[[Found, Found, Found], bool] = is_old_or_new
+
+
+def check_kills(case: Case, world: Path, scratch: Path, kills: Kills) -> int:
     """Kills the command again and again; how often."""
-    argv = case.argv.split()
+    argv, again = case.argv.split(), (case.again or case.argv).split()
     start = copy_of(world, scratch / "start")
     for command in case.before:
         assert run_command(command.split(), start).code == 0
-    old = contents(start)
+    old = kills.look(start)
 
     place = copy_of(start, scratch / "place")
     whole = run_command(argv, place)
     assert whole.code == 0, whole.printed
-    new = contents(place)
+    new = kills.look(place)
     assert set(new) >= set(old)
 
-    kills = range(1 + hash_of(case) % min(every, whole.changes), whole.changes + 1, every)
-    for at in kills:
+    chosen = range(1 + hash_of(case) % min(kills.every, whole.changes), whole.changes + 1, kills.every)
+    for at in chosen:
         place = copy_of(start, scratch / "place")
-        ended = run_command(argv, place, kill_at=at)
+        ended = run_command(argv, place, kill_at=at, power_cut=kills.power_cut)
         assert ended == Ended(None, at, ended.printed), f"{case}, change {at}: {ended}"
 
         # Nothing is lost: the output is what it was, or what it was to become, and the inputs are untouched.
-        left = contents(place, ignore=lambda name: "flora-part" in name)
-        assert left in (old, new, *with_parents(old, new)), f"{case}, change {at}: {left}"
+        left = kills.look(place)
+        assert kills.is_safe(old, new, left), f"{case}, change {at}: {left}"
 
         # Nothing is left over: the next run gives what an undisturbed one gives, and only that.
-        again = run_command(argv, place)
-        if again.code != 0:
-            assert again.code == 2
-            assert "exist" in again.printed
-        assert contents(place) == new, f"{case}, change {at}: {again.printed}"
-    assert kills, case
-    return len(kills)
+        second = run_command(again, place)
+        if second.code != 0:
+            assert second.code == 2, second.printed
+            assert "exist" in second.printed
+        assert kills.look(place) == new, f"{case}, change {at}: {second.printed}"
+        assert set(contents(place)) == set(new), f"{case}, change {at}: {second.printed}"
+
+    assert chosen, case
+    return len(chosen)
 
 
-def with_parents(old: dict[str, str], new: dict[str, str]) -> list[dict[str, str]]:
+def with_parents(old: Found, new: Found) -> list[Found]:
     """The old state with one or more of the folders that are made for the output, the outer ones first."""
     names = sorted(name for name, digest in new.items() if not digest and name not in old)
     return [{**old, **dict.fromkeys(names[:count], "")} for count in range(len(names))]
@@ -113,12 +229,43 @@ def hash_of(case: Case) -> int:
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_killed_command_loses_nothing_and_leaves_nothing(name: str, world: Path, tmp_path: Path) -> None:
-    assert check_kills(CASES[name], world, tmp_path, SPARSE) > 0
+    assert check_kills(CASES[name], world, tmp_path, Kills(SPARSE)) > 0
+
+
+SAFE = {"train": is_run_safe, "train over": is_replacement_safe, "train further": is_run_safe, "compare": is_run_safe}
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_killed_training_loses_nothing_and_leaves_nothing(
+    name: str, workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warm(TRAININGS[name], workshop, tmp_path, monkeypatch)
+    kills = Kills(3 * SPARSE, power_cut=True, look=results, is_safe=SAFE[name])
+    assert check_kills(TRAININGS[name], workshop, tmp_path, kills) > 0
 
 
 @pytest.mark.slow
-def test_every_change_of_every_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made = {name: check_kills(case, world, tmp_path, 1) for name, case in CASES.items()}
-    with capsys.disabled():
-        print(f"\n{sum(made.values())} kills: {made}")
-    assert sum(made.values()) >= 1000
+@pytest.mark.parametrize("power_cut", [True, False])
+def test_every_change_of_every_command(
+    world: Path,
+    workshop: Path,
+    tmp_path: Path,
+    power_cut: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Without a power cut one change of five, since what is lost then is a part of what a power cut takes."""
+    every, made = 1 if power_cut else 5, {}
+
+    for name, case in CASES.items():
+        warm(case, world, tmp_path, monkeypatch)
+        made[name] = check_kills(case, world, tmp_path, Kills(every, power_cut))
+
+    for name, case in TRAININGS.items():
+        warm(case, workshop, tmp_path, monkeypatch)
+        made[name] = check_kills(case, workshop, tmp_path, Kills(every, power_cut, results, SAFE[name]))
+
+    with capfd.disabled():
+        print(f"\n{sum(made.values())} kills{' with power cuts' * power_cut}: {made}")
+
+    assert sum(made.values()) >= 1000 / every

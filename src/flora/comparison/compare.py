@@ -35,7 +35,7 @@ from flora.runs.merging import verified_merge
 from flora.runs.run_folder import ADAPTER, ADAPTER_CONFIG, LABELS, METRICS
 from flora.runs.settings import Settings
 from flora.runs.training import measure
-from flora.storage.atomic import claim, clear_parts, read_json, staged_folder, write_json, write_text
+from flora.storage.atomic import claim, clear_parts, read_json, staged, staged_folder, write_json, write_text
 
 KEPT = "flora"  # the method whose first adapter is kept, ready to load
 SEARCH_SEEDS = 3  # that the learning rate is chosen on
@@ -45,11 +45,21 @@ Place = tuple[str, int | None]  # a method and its budget
 
 @dataclass(frozen=True)
 class Bench:
-    """What all runs share."""
+    """What all runs share.
+
+    Args:
+        settings: of the task.
+        recipe: of it.
+        folder: of the comparison.
+        scratch: a folder for what is thrown away, which goes with the claim on the comparison.
+        kept: the budget at which FLoRA's adapter is kept.
+    """
 
     settings: Settings
     recipe: Recipe
     folder: Path
+    scratch: Path
+    kept: int | None = None
 
     def result(self, run: Run) -> dict[str, Any]:
         """The run's result: the stored one if all its settings are the same, else that of running it now."""
@@ -77,7 +87,7 @@ class Bench:
         return {"run": asdict(run), **shared, "scale": self.settings.comparison.scale, "versions": versions()}
 
     def _run(self, run: Run) -> dict[str, Any]:
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory(dir=self.scratch) as scratch:
             trainer, data, result = train_once(self.settings, self.recipe, run, Path(scratch))
             if run.final:
                 return {**result, **self._final(run, trainer, data, result)}
@@ -87,11 +97,11 @@ class Bench:
         """The test metrics, the size of the file, and how far the merged model is from the unmerged one."""
         model = cast("nn.Module", trainer.model)
         found: dict[str, Any] = {"test": measure(trainer, data.test)}
-        found["file_bytes"] = _file_bytes(model)
+        found["file_bytes"] = _file_bytes(model, self.scratch)
 
         if not isinstance(model, PeftModel):
             return found
-        if run.method == KEPT and run.seed == self.settings.seed and not (self.folder / KEPT / ADAPTER).is_file():
+        if (run.method, run.seed, run.budget) == (KEPT, self.settings.seed, self.kept):
             self._keep(run, model, data, {**result, **found})
 
         batch = next(iter(trainer.get_eval_dataloader(data.test)))
@@ -112,27 +122,27 @@ class Bench:
         adapter = {**self.settings.adapter, "budget": run.budget}
         target = self.folder / run.method
 
-        with staged_folder(target) as staged:
-            model.save_pretrained(str(staged))
+        with staged_folder(target) as new:
+            model.save_pretrained(str(new))
 
             if data.processor is not None:
-                data.processor.save_pretrained(staged)
+                data.processor.save_pretrained(new)
             if data.labels is not None:
-                write_json(staged / LABELS, data.labels)
+                write_json(new / LABELS, data.labels)
 
-            replace(self.settings, training=training, adapter=adapter, output=target).save(staged)
+            replace(self.settings, training=training, adapter=adapter, output=target).save(new)
             metrics = {"recipe": self.settings.recipe, **result, "adapter_bytes": result["file_bytes"]}
 
             classes = len(data.labels) if data.labels is not None else None
 
-            card = model_card(metrics, read_json(staged / ADAPTER_CONFIG), str(target), classes)
-            write_text(staged / "README.md", card)
-            write_json(staged / METRICS, {**metrics, **provenance()})
+            card = model_card(metrics, read_json(new / ADAPTER_CONFIG), str(target), classes)
+            write_text(new / "README.md", card)
+            write_json(new / METRICS, {**metrics, **provenance()})
 
 
-def _file_bytes(model: nn.Module) -> int:
+def _file_bytes(model: nn.Module, folder: Path) -> int:
     """The size of the file that holds what was trained: the adapter, or the trained parameters of the model."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
         path = Path(scratch) / ADAPTER
 
         if isinstance(model, PeftModel):
@@ -174,14 +184,17 @@ def compare(
     folder = settings.output.with_name(f"{settings.output.name}-compare")
     _check_ours(folder)
 
-    with claim(folder):
+    with claim(folder) as place:
         clear_parts(folder)
         clear_parts(folder / "runs")
 
         if overwrite:
             _remove_results(folder)
 
-        return _compare(replace(settings, seed=seeds[0]), methods, seeds, folder)
+        recipe = settings.load_recipe()
+        budgets = _budgets(settings, recipe)
+        bench = Bench(replace(settings, seed=seeds[0]), recipe, folder, place.folder, budgets[0])
+        return _compare(bench, methods, seeds, budgets)
 
 
 def _check_ours(folder: Path) -> None:
@@ -201,9 +214,8 @@ def _remove_results(folder: Path) -> None:
             shutil.rmtree(folder / name)
 
 
-def _compare(settings: Settings, methods: Sequence[str], seeds: Sequence[int], folder: Path) -> dict[str, Any]:
-    recipe = settings.load_recipe()
-    bench, budgets = Bench(settings, recipe, folder), _budgets(settings, recipe)
+def _compare(bench: Bench, methods: Sequence[str], seeds: Sequence[int], budgets: Sequence[int]) -> dict[str, Any]:
+    settings, recipe = bench.settings, bench.recipe
     places = [(method, budget) for method in methods for budget in (budgets if METHODS[method].matched else [None])]
 
     with tqdm(unit="run") as bar:
@@ -218,15 +230,15 @@ def _compare(settings: Settings, methods: Sequence[str], seeds: Sequence[int], f
 
     report = {
         "recipe": settings.recipe,
-        "folder": str(folder),
+        "folder": str(bench.folder),
         "metric": recipe.METRIC,
         "seeds": list(seeds),
-        "budgets": budgets,
+        "budgets": list(budgets),
         "rows": rows,
         "settings": settings.as_dict(),
         **provenance(),
     }
-    _write(folder, report)
+    _write(bench.folder, report)
 
     return report
 
@@ -328,8 +340,9 @@ def _row(metric: str, search: dict[float, float], best: float, finals: list[dict
 
 def _write(folder: Path, report: dict[str, Any]) -> None:
     title = f"{Path(report['recipe']).stem}: {report['metric']} over {len(report['seeds'])} seeds"
-    staged = folder / ".compare.staged.png"
-    quality_against_parameters(staged, report["rows"], report["metric"], title)
-    staged.replace(folder / "compare.png")
+
+    with staged(folder / "compare.png", overwrite=True, wait=True) as picture:
+        quality_against_parameters(picture, report["rows"], report["metric"], title)
+
     write_text(folder / "README.md", comparison_page(report))
     write_json(folder / "compare.json", report)

@@ -28,6 +28,7 @@ from flora.storage.atomic import (
 )
 from flora.storage.replacing import Kind, check_replaceable
 from flora.storage.system import sync
+from flora.storage.tensors import is_whole
 
 CONFIG = "config.yaml"
 LABELS = "labels.json"  # the names of the classes, where the base model's head was made new for them
@@ -41,6 +42,7 @@ PREDICTIONS = "predictions"
 CHECKPOINTS = "checkpoint-*"
 
 WEIGHTS = (ADAPTER, "model.safetensors", "model.safetensors.index.json")
+TENSOR_FILES = (".safetensors", ".pt", ".pth")
 CHECKPOINT_FILES = ("optimizer.pt", "scheduler.pt", STATE)
 REPLACED = "replaced"  # in the folder of a claim: which folder is the old run, while the new one takes its place
 
@@ -138,9 +140,16 @@ def _is_complete(checkpoint: Path) -> bool:
         return False
 
     try:
-        return "global_step" in read_json(checkpoint / STATE)
+        state = read_json(checkpoint / STATE)
     except UserError:
         return False
+
+    # A power cut may take the end of any file that was not on the disk yet.
+    return (
+        isinstance(state, dict)
+        and "global_step" in state
+        and all(is_whole(path) for path in checkpoint.iterdir() if path.suffix in TENSOR_FILES)
+    )
 
 
 def partial_of(output: Path) -> Path:

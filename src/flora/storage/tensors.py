@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -74,6 +75,19 @@ def open_tensors(path: Path) -> Iterator[Any]:
 
     with handle:
         yield handle
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file of tensors, of safetensors or torch, has its end; nothing in it is read but what says so."""
+    if path.suffix != ".safetensors":
+        # torch writes archives, whose list of contents stands at their end.
+        return is_zipfile(path)
+
+    try:
+        with safe_open(str(path), framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
