@@ -7,19 +7,36 @@ it needs itself.
 from __future__ import annotations
 
 import argparse
+import difflib
 import inspect as introspection
 import json
 import os
+import shlex
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+
+from flora_arguments import (
+    Argument,
+    Parser,
+    argument,
+    fraction_or_count,
+    nearest,
+    number,
+    numbers,
+    positive,
+    whole,
+    words,
+)
 
 DESCRIPTION = "FLoRA: parameter-efficient fine-tuning for weights of any number of dimensions."
-EPILOG = "`flora VERB --help` explains a verb, with examples. Errors of use end with exit code 2."
+EPILOG = """`flora VERB --help` explains a verb, with examples; `flora train RECIPE --help` the settings of a recipe.
+Errors of use end with exit code 2."""
+TOP_OPTIONS = ("-h", "--help", "--version")
+READER_ENDED = 128 + 13  # what a shell reports of a program that a broken pipe ended, as in `flora recipes | head`
 
 
 def train(args: argparse.Namespace) -> int:
@@ -275,7 +292,7 @@ def extract(args: argparse.Namespace) -> int:
 
 
 def recipes(args: argparse.Namespace) -> int:
-    """List the packaged configs, copy one to edit it, or explain its task keys.
+    """List the packaged configs, copy one to edit it, or explain the keys of one.
 
     Examples:
       flora recipes
@@ -283,8 +300,9 @@ def recipes(args: argparse.Namespace) -> int:
       flora recipes keys vision_classify
     """
     from flora.errors import UserError
-    from flora.recipes import config_names, config_path
-    from flora.report.recipe_list import recipe_table, task_keys
+    from flora.recipes import config_names, config_path, nearest
+    from flora.report.recipe_list import recipe_table
+    from flora.runs.recipe_keys import task_keys
     from flora.storage.atomic import write_text
 
     if args.action == "list":
@@ -293,12 +311,13 @@ def recipes(args: argparse.Namespace) -> int:
 
     if args.name is None:
         raise UserError(f"missing NAME: flora recipes {args.action} NAME, with NAME one of {', '.join(config_names())}")
-    if args.name not in config_names():
-        raise UserError(f"no config {args.name!r} is packaged; there are {', '.join(config_names())}")
-
     if args.action == "keys":
         print(task_keys(args.name))
         return 0
+
+    names = config_names()
+    if args.name not in names:
+        raise UserError(f"no config {args.name!r} is packaged{nearest(args.name, names)}; there are {', '.join(names)}")
 
     target = Path(f"{args.name}.yaml")
     if target.exists() and not args.overwrite:
@@ -314,35 +333,6 @@ def _line(metrics: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
-Argument = tuple[tuple[str, ...], dict[str, Any]]
-
-
-def argument(*names: str, **options: Any) -> Argument:
-    """An argument of a verb: what ``ArgumentParser.add_argument`` takes."""
-    return names, options
-
-
-def numbers(text: str) -> list[int]:
-    """``"0,1,2"`` as a list of ints."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 0,1,2") from None
-
-
-def fraction_or_count(text: str) -> float | int:
-    """A budget: a count of parameters, or a fraction of the model."""
-    value = float(text)
-    if value.is_integer():
-        return int(value)
-    return value
-
-
-def words(text: str) -> list[str]:
-    """``"a,b"`` as a list."""
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 CONFIG = argument("config", metavar="CONFIG", help="a YAML file or the name of a packaged config")
 FOLDER = argument("folder", metavar="FOLDER", help="the folder of an adapter")
 RUN_RECIPE_FILE = argument(
@@ -350,7 +340,9 @@ RUN_RECIPE_FILE = argument(
     action="store_true",
     help="run the Python file that FOLDER names as its recipe; only for folders that you trust",
 )
-OVERRIDES = argument("overrides", nargs="*", metavar="key=value", help="replaces a value of the config")
+OVERRIDES = argument(
+    "overrides", nargs="*", default=[], metavar="key=value", help="replaces what the config says, such as adapter.r=4"
+)
 
 
 def overwrite(what: str) -> Argument:
@@ -399,14 +391,16 @@ ARGUMENTS: dict[str, list[Argument]] = {
     ],
     "plan": [
         argument("model", metavar="MODEL", help="a hub id, a local folder, or a config.json"),
-        argument("--r", type=int, default=8, help="rank of the channel modes (default: 8)"),
-        argument("--kernel-r", type=int, default=2, help="rank of each kernel mode (default: 2)"),
+        argument("--r", type=whole, default=8, help="rank of the channel modes (default: 8)"),
+        argument("--kernel-r", type=whole, default=2, help="rank of each kernel mode (default: 2)"),
         argument(
             "--target-modules", type=words, help="all (the default), all-linear, all-conv, or names: q_proj,v_proj"
         ),
         argument("--target-parameters", type=words, metavar="NAMES", help="raw parameters: experts.down_proj,..."),
         argument("--budget", type=fraction_or_count, help="parameters to spend: a fraction below 1, or a count"),
-        argument("--positions", type=int, default=4096, help="output positions per step for the costs (default: 4096)"),
+        argument(
+            "--positions", type=positive, default=4096, help="output positions per step for the costs (default: 4096)"
+        ),
         argument("--json", action="store_true", help="print JSON"),
     ],
     "inspect": [FOLDER, argument("--html", metavar="FILE", help="also write a page"), overwrite("FILE")],
@@ -415,7 +409,7 @@ ARGUMENTS: dict[str, list[Argument]] = {
         argument("--out", required=True, metavar="DIR", help="the folder to write"),
         argument("--base", help="a local folder or hub id instead of the base model that the adapter names"),
         overwrite("DIR"),
-        argument("--weights", type=float, nargs="+", metavar="W", help="one factor for each adapter"),
+        argument("--weights", type=number, nargs="+", metavar="W", help="one factor for each adapter"),
         RUN_RECIPE_FILE,
     ],
     "convert": [
@@ -425,7 +419,7 @@ ARGUMENTS: dict[str, list[Argument]] = {
             "--out", required=True, metavar="DST", help="a folder (flora, lora) or .safetensors file (kohya, dense)"
         ),
         argument("--base", help="the base model's folder, where the adapter does not record what its layers are"),
-        argument("--scale", type=float, help="of the authors' checkpoints, which do not store it"),
+        argument("--scale", type=number, help="of the authors' checkpoints, which do not store it"),
         argument("--prefix", help="of Kohya keys: lycoris (the default), lora_unet, lora_te, ..."),
         argument("--no-mid", action="store_true", help="no lora_mid in Kohya files, for sd-scripts and diffusers"),
         argument("--drop-extras", action="store_true", help="leave out biases and modules_to_save"),
@@ -434,10 +428,10 @@ ARGUMENTS: dict[str, list[Argument]] = {
     "extract": [
         argument("base", metavar="BASE", help="the base model's folder"),
         argument("tuned", metavar="TUNED", help="the fine-tuned model's folder"),
-        argument("--rank", type=int, help="the rank of every channel mode"),
-        argument("--energy", type=float, help="instead of --rank: the fraction of each change's squared norm to keep"),
-        argument("--budget", type=int, help="instead of --rank: parameters to spend where they lower the error most"),
-        argument("--kernel-r", type=int, help="with --rank, the rank of the kernel modes (default: kept whole)"),
+        argument("--rank", type=whole, help="the rank of every channel mode"),
+        argument("--energy", type=number, help="instead of --rank: the fraction of each change's squared norm to keep"),
+        argument("--budget", type=whole, help="instead of --rank: parameters to spend where they lower the error most"),
+        argument("--kernel-r", type=whole, help="with --rank, the rank of the kernel modes (default: kept whole)"),
         argument("--carry", action="store_true", help="also store biases, norms and new tensors that differ, in full"),
         argument("--out", required=True, metavar="DIR", help="the folder to write"),
         overwrite("DIR"),
@@ -453,7 +447,7 @@ ARGUMENTS: dict[str, list[Argument]] = {
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("flora", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
+    parser = Parser("flora", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
     parser.add_argument("--version", action="version", version=_versions())
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, command in COMMANDS.items():
@@ -481,21 +475,52 @@ def _version_of(package: str) -> str:
         return "is not installed"
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
     """The arguments; key=value items may also stand behind options, which argparse alone does not allow."""
     parser = build_parser()
+    first = (argv or [""])[0]
+
+    if not first:
+        parser.error(f"which verb? One of {', '.join(COMMANDS)}")
+    if first.startswith("-") and first not in TOP_OPTIONS:
+        parser.error(f"unrecognized arguments: {first}{nearest(first, list(TOP_OPTIONS))}")
+
     args, rest = parser.parse_known_args(argv)
+    parser.prog = f"flora {args.verb}"
+
     if strange := [item for item in rest if item.startswith("-") or not hasattr(args, "overrides")]:
-        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+        parser.error(f"unrecognized arguments: {' '.join(strange)}{_meant(strange[0], args)}")
     if rest:
         args.overrides = [*args.overrides, *rest]
 
     return args
 
 
+def _meant(strange: str, args: argparse.Namespace) -> str:
+    """What an option that the verb does not have was meant to be."""
+    options = [name for names, _ in ARGUMENTS[args.verb] for name in names if name.startswith("--")]
+    word = strange.partition("=")[0]
+    near = difflib.get_close_matches(word, options, n=1) or [name for name in options if word.startswith(name)]
+
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    if hasattr(args, "overrides"):
+        return f"; settings are written without dashes, as {word.lstrip('-')}=VALUE"
+    if options:
+        return f"; flora {args.verb} has {', '.join(options)}"
+    return ""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb. An error of the user or the system is one line and exit code 2; a traceback is a bug of flora."""
-    args = parse(argv)
+    given = sys.argv[1:] if argv is None else argv
+    if _asks_for_keys(given):
+        given = ["recipes", "keys", given[1]]
+
+    args = parse(given)
+
+    if not sys.stderr.isatty():
+        quiet_bars()
 
     # PEFT reads an attribute that transformers has renamed. The user of the command can do nothing about that.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
@@ -505,18 +530,13 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        return _fail("interrupted", code=130)
+        return _fail(f"interrupted{_how_to_go_on(args)}", code=130)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] == "flora":
-            return _report_bug()
-
-        from flora.runs.missing import install_hint
-
-        return _fail(f"{args.verb} needs {install_hint(error.name or '', getattr(args, 'config', ''))}")
+        return _missing(error, args)
     except BrokenPipeError:
         # Python flushes what is left when it ends, which must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _fail("the program that reads the output has ended (broken pipe)")
+        return READER_ENDED
     except OSError as error:  # whatever the system refuses: no such file, no permission, no space left
         return _fail(_system_message(error))
     except MemoryError:
@@ -528,9 +548,41 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(str(error), users_code)
 
 
+def _asks_for_keys(given: list[str]) -> bool:
+    """Whether the help of one recipe is wanted, as ``flora train digits --help`` asks."""
+    asking = len(given) == 3 and given[0] in ("train", "compare") and given[2] in ("-h", "--help")
+    return asking and not given[1].startswith("-")
+
+
+def quiet_bars() -> None:
+    """No progress bars of other packages: in a file or a pipe each of their steps would be a line."""
+    for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(name, "1")
+
+
+def _how_to_go_on(args: argparse.Namespace) -> str:
+    """What to type after an interruption."""
+    if args.verb == "train":
+        items = "".join(f" {shlex.quote(item)}" for item in args.overrides)
+        return f"; `flora train {shlex.quote(args.config)}{items} --resume` continues from the last checkpoint"
+    if args.verb in ("compare", "extract"):
+        return f"; the same `flora {args.verb}` command continues where this one stopped"
+    return ""
+
+
 def _fail(message: str, code: int = 2) -> int:
     print(f"flora: error: {' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+def _missing(error: ModuleNotFoundError, args: argparse.Namespace) -> int:
+    """A package that is not installed; a module of our own is a bug."""
+    if (error.name or "").partition(".")[0] == "flora":
+        return _report_bug()
+
+    from flora.runs.missing import install_hint
+
+    return _fail(f"{args.verb} needs {install_hint(error.name or '', getattr(args, 'config', ''))}")
 
 
 def _system_message(error: OSError) -> str:

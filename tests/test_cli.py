@@ -96,7 +96,7 @@ ERRORS = {
     "no folder": (["eval", "nowhere"], "nowhere/config.yaml does not exist"),
     "no adapter": (["merge", "nowhere", "--out", "x"], "nowhere does not exist"),
     "unknown method": (["compare", "digits", "--methods", "flra"], "did you mean 'flora'?"),
-    "seed twice": (["compare", "digits", "--seeds", "1,1"], "must each be given, and once"),
+    "seed twice": (["compare", "digits", "--seeds", "1,1"], "each of them once"),
     "copy of nothing": (["recipes", "copy"], "with NAME one of audio_classify, audio_classify-tiny, "),
 }
 
@@ -336,4 +336,4 @@ def test_the_task_keys_of_a_recipe_are_explained(capsys: pytest.CaptureFixture[s
     assert "task.data = (must be given)" in out
     assert "task.image_column = 'image'" in out
     assert "labels: The names of the classes" in out
-    assert run(capsys, "recipes", "keys")[2].startswith("flora: error: which one?")
+    assert run(capsys, "recipes", "keys")[2].startswith("flora: error: missing NAME")

@@ -115,7 +115,7 @@ def test_scale_pattern_wins_over_scale() -> None:
 
 def test_scale_is_one_unless_given() -> None:
     assert entries().scale(names_of("lin")) == 1.0
-    assert entries(scale=0.0).scale(names_of("lin")) == 0.0
+    assert entries(scale=0.0, inference_mode=True).scale(names_of("lin")) == 0.0
 
 
 def test_alpha_is_divided_by_the_rank_of_each_layer() -> None:
@@ -214,5 +214,5 @@ def test_the_table_of_refusals_is_whole() -> None:
 
 
 def test_a_field_that_does_not_exist_raises() -> None:
-    with pytest.raises(TypeError, match="unexpected keyword argument 'ranks'"):
-        FloraConfig(ranks=8)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'rangs'"):
+        FloraConfig(rangs=8)  # type: ignore[call-arg]

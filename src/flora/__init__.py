@@ -58,7 +58,13 @@ _LATER = {
 def __getattr__(name: str) -> Any:
     """What works on files is imported when it is first used, so that ``import flora`` adds little to PEFT's."""
     if name not in _LATER:
-        raise AttributeError(f"module 'flora' has no attribute {name!r}")
+        import difflib
+
+        near = difflib.get_close_matches(name.lower(), {word.lower(): word for word in __all__}, n=1)
+        meant = [word for word in __all__ if word.lower() in near]
+        hint = f"; did you mean flora.{meant[0]}?" if meant else ""
+        raise AttributeError(f"module 'flora' has no attribute {name!r}{hint}")
+
     import importlib
 
     return getattr(importlib.import_module(_LATER[name]), name)

@@ -178,8 +178,9 @@ def compare(
         if method not in METHODS:
             raise UserError(f"unknown method {method!r}, expected {', '.join(METHODS)}{nearest(method, list(METHODS))}")
 
-    if not methods or not seeds or len(set(methods)) < len(methods) or len(set(seeds)) < len(seeds):
-        raise UserError(f"methods {list(methods)} and seeds {list(seeds)} must each be given, and once")
+    for option, given in (("--methods", list(methods)), ("--seeds", list(seeds))):
+        if not given or len(set(given)) < len(given):
+            raise UserError(f"{option} is {','.join(map(str, given))!r}: give one or more, each of them once")
 
     folder = settings.output.with_name(f"{settings.output.name}-compare")
     _check_ours(folder)

@@ -19,15 +19,16 @@ from flora.convert.adapter import Adapter, Entry
 from flora.convert.base_model import Base, open_base
 from flora.convert.formats import dense, kohya, lora, native, official
 from flora.convert.report import Report, compare, size_of
-from flora.errors import MALFORMED, UserError, user_errors
+from flora.errors import MALFORMED, UserError, WrongTypeError, user_errors
 from flora.layers.layout import Layout
 from flora.storage.atomic import check_target, staged
 from flora.storage.replacing import ADAPTER, TENSORS, Kind
-from flora.storage.tensors import CONFIG, DTYPES, check_exists, read_object
+from flora.storage.tensors import CONFIG, DTYPES, as_path, check_exists, read_object
 
 FORMATS: dict[str, ModuleType] = {"flora": native, "lora": lora, "kohya": kohya, "dense": dense, "official": official}
 Target = Literal["flora", "lora", "kohya", "dense"]
 FOLDERS = ("flora", "lora")
+READ = (".safetensors", ".pt", ".pth", ".bin")  # endings of the files that can be an adapter
 MOST_DIMENSIONS = 25  # that torch's products of many tensors take
 
 __all__ = ["FORMATS", "Adapter", "Base", "Entry", "Layout", "Report", "convert", "detect", "load", "open_base", "save"]
@@ -41,18 +42,36 @@ def detect(path: str | Path) -> str:
         ValueError: it is none of them; says what it looks like.
     """
     path = check_exists(Path(path), "adapter")
+    _check_kind(path)
+
     # Dense files are told by their metadata, so they come before the formats that are told by key names.
     for name in ("flora", "lora", "dense", "official", "kohya"):
         if FORMATS[name].detect(path):
             return name
 
     if path.is_file():
-        raise UserError(f"{path} is not an adapter that can be read: none of its keys belongs to {', '.join(FORMATS)}")
+        raise UserError(
+            f"{path} is not an adapter that can be read: none of its keys belongs to {', '.join(FORMATS)}. Whole "
+            "models are for `flora extract BASE TUNED`"
+        )
 
     kind = read_object(path / CONFIG).get("peft_type")
     raise UserError(
         f"{path / CONFIG} has peft_type {kind!r}; only TUCKER (ours) and LORA can be read, merge others with PEFT"
     )
+
+
+def _check_kind(path: Path) -> None:
+    """Refuses what is plainly no adapter: the weights without their folder, another kind of file, a whole model."""
+    if path.is_file():
+        if path.suffix not in READ:
+            raise UserError(f"{path} is no file of tensors ({', '.join(READ)}); give an adapter's folder or file")
+        if path.suffix == ".safetensors" and (path.parent / CONFIG).is_file():
+            raise UserError(
+                f"{path} is only the weights of an adapter; give its folder, {path.parent}, which has {CONFIG}"
+            )
+    elif not (path / CONFIG).is_file() and (path / "config.json").is_file():
+        raise UserError(f"{path} is the folder of a whole model, expected that of an adapter, with {CONFIG}")
 
 
 def load(path: str | Path, *, base: Base | nn.Module | str | Path | None = None, scale: float | None = None) -> Adapter:
@@ -71,6 +90,7 @@ def load(path: str | Path, *, base: Base | nn.Module | str | Path | None = None,
         FileNotFoundError: the path, or a file of the folder, does not exist.
         ValueError: no format matches, or the file is truncated, corrupt, foreign, has NaN or does not fit together.
     """
+    path = as_path(path, "an adapter")
     with user_errors(*MALFORMED, about=f"{path} cannot be read as an adapter"):
         return _load(Path(path), base, scale)
 
@@ -159,7 +179,13 @@ def save(
         ValueError: the format cannot hold the adapter; names the weight, the reason and the remedy.
         OSError: it cannot be written; nothing is left behind.
     """
-    path = Path(path)
+    if not isinstance(adapter, Adapter):
+        raise WrongTypeError(
+            f"save needs an Adapter, as load and extract give it, got a {type(adapter).__name__}; an adapted model is "
+            "saved with model.save_pretrained(folder), a file or folder is converted with flora convert"
+        )
+
+    path = as_path(path, "the output")
     _check_options(adapter, path, format, prefix, mid)
 
     if drop_extras:

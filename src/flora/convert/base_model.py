@@ -135,8 +135,7 @@ def meta_model(source: str) -> nn.Module:
     try:
         config = _transformers_config(source)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"no config of a transformers model in {source!r}: {reason}") from None
+        raise UserError(f"no config of a transformers model in {source!r}: {_why(source, error)}") from None
 
     found = stored_class({"architectures": config.architectures})
     build: Any = found
@@ -147,6 +146,23 @@ def meta_model(source: str) -> nn.Module:
 
     with torch.device("meta"), user_errors(Exception, about=f"no model can be built from the config in {source!r}"):
         return cast("nn.Module", build(config))
+
+
+def _why(source: str, error: Exception) -> str:
+    """What is wrong with what stands for a model, and what to give instead."""
+    path = Path(source)
+    if path.suffix == ".py":
+        return "it is a Python file; a network of your own is planned in Python, with flora.plan_model(model, config)"
+    if (path / "adapter_config.json").is_file():
+        return "it is an adapter; give the folder or the hub id of its base model"
+    if path.is_dir() and not (path / "config.json").is_file():
+        return "the folder has no config.json; give one that save_pretrained wrote, or a hub id"
+    if path.is_file():
+        return f"the file is not its config.json or YAML ({' '.join(str(error).split())[:80]})"
+    if not path.exists():
+        return f"there is no such file or folder here, and on the hub: {' '.join(str(error).split())[:120]}"
+
+    return " ".join(str(error).split())[:200]
 
 
 def _only_class_of(config: Any, source: str) -> Any:
@@ -303,4 +319,7 @@ def local_folder(named: str) -> Path:
         return Path(snapshot_download(named, allow_patterns=list(DOWNLOADED)))
     except (OSError, ValueError) as error:  # not there, no network, or no name that the hub could have
         reason = str(error).strip().partition("\n")[0]
-        raise FileNotFoundError(f"the base model {named!r} cannot be loaded ({reason}); give --base") from None
+        raise FileNotFoundError(
+            f"the base model {named!r} is no folder here and cannot be had from the hub ({reason}); give its folder "
+            "with --base"
+        ) from None

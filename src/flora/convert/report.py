@@ -14,6 +14,7 @@ from flora.convert.adapter import Adapter, Entry
 from flora.convert.arithmetic import core_in_orthonormal_basis, in_dtype
 from flora.errors import UserError
 from flora.storage.size import size
+from flora.storage.tensors import CONFIG, WEIGHTS
 from flora.tucker.form import concatenate
 
 
@@ -47,6 +48,7 @@ class Report:
         target_bytes: size of what was written.
         source_bytes: size of the source, if it was a file.
         remarks: what the user should know, such as readers that will not take the file.
+        claim: what holds of the change itself: a conversion is exact, an extraction is as near as its ranks allow.
     """
 
     target: Path
@@ -58,6 +60,7 @@ class Report:
     target_bytes: int
     source_bytes: int | None = None
     remarks: tuple[str, ...] = ()
+    claim: str = "exact (no SVD)"
 
     def __str__(self) -> str:
         if self.source_bytes is None:
@@ -67,8 +70,7 @@ class Report:
 
         lines = [
             f"{self.target}: {self.format}, {self.weights} weights, {size(self.target_bytes)}{source}",
-            f"exact (no SVD): largest error {self.largest_error:.1e}, "
-            f"relative {self.relative_error:.1e} ({self.worst})",
+            f"{self.claim}: largest error {self.largest_error:.1e}, relative {self.relative_error:.1e} ({self.worst})",
         ]
         return "\n".join([*lines, *(f"note: {remark}" for remark in self.remarks)])
 
@@ -135,10 +137,10 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder."""
+    """Bytes of an adapter: of its file, or of the two files that it has in a folder with checkpoints and tokenizers."""
     if path.is_file():
         return path.stat().st_size
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return sum((path / name).stat().st_size for name in (CONFIG, WEIGHTS) if (path / name).is_file())
 
 
 def table(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:

@@ -283,6 +283,9 @@ def load_pretrained(kind: Any, where: str, **options: Any) -> Any:
                 f'.save_pretrained("{where}") writes'
             )
 
+        if not Path(where).exists():
+            remedy = "; it is no folder here, and the hub has to be reached for an id ORG/NAME"
+
         raise FileNotFoundError(f"task.model is {where!r}: {kind.__name__} cannot load it ({reason}){remedy}") from None
 
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from flora.errors import UserError
 from flora.layers import device
 from flora.tucker.form import count_params
-from flora.tucker.ranks import check_rank
+from flora.tucker.ranks import Ranks, Role, check_request, check_shape, resolve
 
 KINDS = ("linear", "conv", "embedding")  # whose ways have a cost; other kinds run beside where they can
 SUM_PAYS_FROM = 1.5  # activations per weight from which a layer of one group runs summed on a CPU
@@ -403,7 +403,7 @@ class Plan:
 
 def plan(
     shape: Sequence[int],
-    ranks: Sequence[int],
+    ranks: Ranks,
     *,
     kind: str | None = None,
     positions: int = 4096,
@@ -417,7 +417,8 @@ def plan(
     Args:
         shape: of the weight: (out, in) for a linear, (out, in / groups, *kernel) for a convolution, (vocab, dim) for an
             embedding.
-        ranks: one per dimension; a rank equal to its size keeps the mode whole.
+        ranks: one per dimension; a rank equal to its size keeps the mode whole. Or one int, as ``r`` of FloraConfig
+            with its ``kernel_r`` of 2.
         kind: "linear", "conv" or "embedding"; by default linear for 2-D shapes and conv above.
         positions: output positions per step: tokens, or batch times output pixels.
         stride: input positions per output position of a convolution (the product of its strides).
@@ -434,20 +435,27 @@ def plan(
         >>> plan((768, 3072), (8, 8), positions=77).way
         'beside'
     """
-    shape, ranks = tuple(shape), tuple(ranks)
+    shape = check_shape(shape)
+    check_request(ranks, "ranks")
     kind = kind or ("linear" if len(shape) == 2 else "conv")
     if kind not in KINDS:
         raise UserError(f"unknown kind {kind!r}, expected one of {', '.join(KINDS)}")
     if device not in ("cpu", "gpu"):
         raise UserError(f"unknown device {device!r}, expected 'cpu' or 'gpu'")
+    if isinstance(ranks, int):
+        kernel: list[Role] = ["kernel"] * (len(shape) - 2)
+        ranks = resolve(shape, ranks, roles=["output", "summed", *kernel] if kind == "conv" else None)
+
+    ranks = tuple(ranks)
+
     if len(shape) < 2 or len(ranks) != len(shape):
         raise UserError(f"ranks {ranks} and shape {shape} do not fit; give one rank per dimension, at least two")
 
     for mode, (rank, size) in enumerate(zip(ranks, shape, strict=True)):
-        check_rank(rank, f"ranks[{mode}]")
-
         if rank > size:
-            raise UserError(f"rank {rank} of mode {mode} is above its size {size} in shape {shape}")
+            raise UserError(
+                f"rank {rank} of mode {mode} is above its size {size} in shape {shape}; give at most {size}"
+            )
 
     cpu = device == "cpu"
     work = Work(kind, shape, ranks, positions * stride, positions, groups, cpu=cpu, element_size=element_size)

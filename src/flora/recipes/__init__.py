@@ -87,6 +87,7 @@ class Recipe(Protocol):
         preprocess_logits: optional, ``(logits, labels) -> what is kept of them`` for ``compute_metrics``.
         predictor: optional, ``(task, model, folder) -> (Request -> result)`` for ``flora predict``.
         INPUT_FILES: optional, the endings of the files that it predicts on; none where it takes text.
+        TAKES_PROMPT: optional, whether a question belongs to each input.
     """
 
     Task: Callable[..., Any]
@@ -112,6 +113,7 @@ OPTIONAL: dict[str, Any] = {
     "preprocess_logits": None,
     "predictor": None,
     "INPUT_FILES": (),
+    "TAKES_PROMPT": False,
 }
 
 
@@ -188,8 +190,15 @@ def config_path(config: str) -> Path:
         return packaged
 
     names = config_names()
+    if path.is_dir():
+        raise UserError(
+            f"{config!r} is a folder, expected a YAML file or a packaged config. Data are given to a config, as in "
+            f"`flora train vision_classify task.data={config}`; `flora eval` and `flora predict` take a trained folder"
+        )
+
+    hint = nearest(config, names) or "."
     raise FileNotFoundError(
-        f"no config {config!r}: it is neither a file nor a packaged config ({', '.join(names)}){nearest(config, names)}"
+        f"no config {config!r}{hint} It is neither a file nor a packaged config ({', '.join(names)})"
     )
 
 

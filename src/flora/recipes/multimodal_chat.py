@@ -168,6 +168,7 @@ def load_base(task: Task) -> PreTrainedModel:
 
 
 INPUT_FILES = IMAGES
+TAKES_PROMPT = True
 
 
 def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[str, Any]]:

@@ -98,6 +98,9 @@ def read_parts(task: Task) -> dict[str, list[Item[Example]]]:
 
 def local_parts(root: Path) -> dict[str, list[Item[Example]]]:
     """The pairs of a folder laid out as ADE20K is."""
+    if root.is_dir() and not (root / "images").is_dir():
+        raise UserError(f"{root} has no folder `images`, with a folder `annotations` of PNG label maps beside it")
+
     found = {}
     for split, folder in split_paths(root / "images").items():
         paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES)

@@ -172,7 +172,10 @@ def find_pairs(root: Path) -> dict[str, list[Item[Pair]]]:
             parts[part] = [Item(str(path), (path, labels / path.name)) for path in files]
 
     if not parts.get("train"):
-        raise FileNotFoundError(f"{root} has no volumes in imagesTr with labels in labelsTr; check task.data")
+        raise FileNotFoundError(
+            f"{root} has no volumes in imagesTr with labels of the same names in labelsTr "
+            "(.nii, .nii.gz); rename its folders, or set task.data"
+        )
 
     return parts
 

@@ -14,7 +14,7 @@ from tabulate import tabulate
 from torch import nn
 
 from flora.convert.base_model import meta_model
-from flora.errors import user_errors
+from flora.errors import WrongTypeError, user_errors
 from flora.layers.names import PREFIX, module_of
 from flora.layers.planning import costs
 from flora.layers.table import find_layer, refusal
@@ -81,6 +81,16 @@ def plan_model(model: nn.Module, config: FloraConfig, *, positions: int = 4096, 
         >>> [row["ranks"] for row in plan.report["rows"]]
         [(8, 3, 2, 2), (8, 8, 2, 2)]
     """
+    if not isinstance(model, nn.Module):
+        raise WrongTypeError(
+            f"plan_model needs a model in memory, got a {type(model).__name__}; for a folder or a hub id: "
+            f"flora plan {model}"
+        )
+    if not isinstance(config, FloraConfig):
+        raise WrongTypeError(
+            f"plan_model needs a FloraConfig, got {config!r}; write FloraConfig(r=8, target_modules='all')"
+        )
+
     # A copy whose parameters and buffers are on the meta device: deepcopy takes what the memo has for them.
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:

@@ -1,14 +1,10 @@
-"""``flora recipes``: the packaged configs, and the settings of a recipe's task."""
+"""``flora recipes``: the packaged configs."""
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import MISSING, fields
-from typing import Any
-
 from tabulate import tabulate
 
-from flora.recipes import CONFIGS, config_names, config_path, load_recipe
+from flora.recipes import CONFIGS, config_names
 
 
 def recipe_table() -> str:
@@ -27,27 +23,3 @@ def _description(config: str) -> str:
         return paragraph
 
     return paragraph[: end + 1]
-
-
-def task_keys(config: str) -> str:
-    """The ``task`` keys of a config's recipe: what each means, and its default.
-
-    Args:
-        config: The name of a packaged config, or of a recipe.
-
-    Raises:
-        FileNotFoundError: There is no such config.
-    """
-    text = config_path(config).read_text(encoding="utf-8")
-    name = next(line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("recipe:"))
-    task: Any = load_recipe(name).Task
-    defaults = [f"  task.{item.name} = {_default(item)}" for item in fields(task)]
-    return "\n".join([f"The task keys of {name}:", *defaults, "", inspect.getdoc(task) or ""])
-
-
-def _default(item: Any) -> str:
-    if item.default is not MISSING:
-        return repr(item.default)
-    if item.default_factory is not MISSING:
-        return repr(item.default_factory())
-    return "(must be given)"

@@ -6,9 +6,10 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import UnionType
-from typing import Any, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
@@ -26,9 +27,14 @@ HIDDEN = {
 SPOKEN = {  # what people call a setting -> its name
     "batch_size": "per_device_train_batch_size",
     "epochs": "num_train_epochs",
+    "grad_accum": "gradient_accumulation_steps",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
     "lr": "learning_rate",
     "rank": "r",
     "steps": "max_steps",
+    "warmup_ratio": "warmup_steps",
+    "workers": "dataloader_num_workers",
 }
 MOST_VALUES = 100_000  # a config of a few hundred characters can repeat its parts into billions
 
@@ -115,14 +121,7 @@ class Config:
         Raises:
             UserError: a value has another type than its setting.
         """
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_argument("--recipe", type=str)
-        parser.add_argument("--output", type=str)
-        parser.add_argument("--seed", type=int, default=0)
-
-        for group, kind in groups.items():
-            parser.add_class_arguments(kind, group, skip=HIDDEN.get(group, set()), instantiate=False)
-
+        parser = _type_checker(tuple(groups.items()))
         given = {key: value for key, value in self.values.items() if value is not None}
 
         try:
@@ -137,6 +136,20 @@ class Config:
             raise UserError(
                 f"{self.place_of(key)}: {key} is {_short(value)}, expected {_type_name(key, groups)}"
             ) from None
+
+
+@lru_cache(maxsize=32)
+def _type_checker(groups: tuple[tuple[str, Any], ...]) -> ArgumentParser:
+    """Knows the type of each setting; building one takes longer than everything else that is checked."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--recipe", type=str)
+    parser.add_argument("--output", type=str)
+    parser.add_argument("--seed", type=int, default=0)
+
+    for group, kind in groups:
+        parser.add_class_arguments(kind, group, skip=HIDDEN.get(group, set()), instantiate=False)
+
+    return parser
 
 
 def known_keys(groups: Mapping[str, Any]) -> list[str]:
@@ -217,9 +230,14 @@ def _value(item: Item, kind: Any) -> Any:
             return None
         return item.text
 
+    text = item.text
+    # On a command line people leave the space out that YAML needs behind a colon.
+    if text.startswith("{"):
+        text = re.sub(r":(?=[^\s/])", ": ", text)
+
     try:
         with user_errors(*MALFORMED, about=f"the value of {_short(str(item))}"):
-            return yaml.safe_load(item.text)
+            return yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(f"the value of {item} is not valid YAML") from None
 
@@ -235,7 +253,7 @@ def _flatten(given: Mapping[str, Any], groups: Mapping[str, Any]) -> Iterator[st
 
 
 def _nearest_key(key: str, known: list[str], groups: Mapping[str, Any]) -> str:
-    """What people call it, then the same name in another group, the nearest spelling in this group, or anywhere."""
+    """What people call it, a slip of the pen, the same name in another group, or the nearest spelling."""
     group, _, leaf = key.rpartition(".")
     spoken = [name for name in known if name.rpartition(".")[2] == SPOKEN.get(leaf)]
     same = [name for name in known if name.rpartition(".")[2] == leaf]
@@ -244,7 +262,9 @@ def _nearest_key(key: str, known: list[str], groups: Mapping[str, Any]) -> str:
     if group in groups:
         inside = [name for name in known if name.startswith(f"{group}.")]
 
-    near = spoken or same or difflib.get_close_matches(key, inside, n=1) or difflib.get_close_matches(key, known, n=1)
+    slip = difflib.get_close_matches(key, inside, n=1, cutoff=0.9)
+    spelt = difflib.get_close_matches(key, inside, n=1) or difflib.get_close_matches(key, known, n=1)
+    near = spoken or slip or same or spelt
     if near:
         return f"; did you mean {near[0]!r}?"
 
@@ -275,7 +295,14 @@ def _type_name(key: str, groups: Mapping[str, Any]) -> str:
     else:
         choices = (kind,)
 
-    names = ["null" if choice is type(None) else _plain_name(choice) for choice in choices]
+    names = []
+    for choice in choices:
+        if choice is type(None):
+            names.append("null")
+        elif get_origin(choice) is Literal:
+            names += [str(word) for word in get_args(choice)]
+        else:
+            names.append(_plain_name(choice))
 
     return " or ".join(dict.fromkeys(names))
 

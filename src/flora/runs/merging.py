@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from flora.convert import Adapter, load, save
+from flora.convert import Adapter, detect, load, save
 from flora.convert.arithmetic import add
 from flora.convert.base_model import adapted_class, is_stored_as, local_folder, try_base
 from flora.convert.report import ROUNDING
@@ -215,6 +215,8 @@ def _base_folder(source: _Source, base: str | None, scratch: Path, run_recipe_fi
     """
     named = base or source.config.get("base_model_name_or_path")
     if not named:
+        # What is no adapter is named as such.
+        detect(source.path)
         raise UserError(f"{source.path} names no base model; give it with --base")
 
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 EXTRAS: dict[str, set[str]] = {  # an extra of pyproject.toml -> the modules that it brings, the smallest extra first
     "recipes": {"PIL", "matplotlib", "scipy", "sklearn"},
     "medical": {"monai", "nibabel"},
@@ -35,6 +37,11 @@ def install_hint(module: str, config: str = "") -> str:
         >>> install_hint("datasets", "text_causal-tiny")
         'datasets, which is not installed: pip install "flora-peft[text]"'
     """
+    # importlib.metadata puts a whole sentence here, with what is required in quotes.
+    required = re.search(r"'([\w-]+)[^']*' distribution was not found", module)
+    if required:
+        return f"{required[1]}, which is not installed: pip install {required[1]}"
+
     package = module.partition(".")[0]
     bringing = [extra for extra, modules in EXTRAS.items() if package in modules]
     if not bringing:

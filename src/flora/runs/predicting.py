@@ -50,6 +50,9 @@ def predict(
     if make is None:
         raise UserError(f"the recipe {settings.recipe} cannot predict: it has no function `predictor`")
 
+    if prompt is not None and not optional(recipe, "TAKES_PROMPT"):
+        raise UserError(f"--prompt is {prompt!r}, but the recipe {settings.recipe} takes no question; leave it out")
+
     endings = optional(recipe, "INPUT_FILES")
     given = expand(inputs, endings)
     names = file_names(given, endings)

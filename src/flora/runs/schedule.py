@@ -12,6 +12,16 @@ from flora.errors import UserError
 
 FEW_STEPS = 50  # a shorter run has hardly learnt anything, and its curve says nothing
 LARGEST_RATE = 1.0  # beyond this every optimiser of the Trainer diverges at once
+LEAST = {  # of arguments that the Trainer takes as they come, or refuses in the middle of a run
+    "dataloader_num_workers": 0,
+    "gradient_accumulation_steps": 1,
+    "max_grad_norm": 0,
+    "max_length": 1,
+    "per_device_eval_batch_size": 1,
+    "per_device_train_batch_size": 1,
+    "warmup_steps": 0,
+    "weight_decay": 0,
+}
 
 
 def check_schedule(arguments: TrainingArguments) -> None:
@@ -34,9 +44,14 @@ def check_schedule(arguments: TrainingArguments) -> None:
     if arguments.max_steps == -1 and not arguments.num_train_epochs > 0:
         raise UserError(f"training.num_train_epochs is {arguments.num_train_epochs:g}, expected above 0")
 
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"training.{name} is {getattr(arguments, name)}, expected 1 or more")
+    for name, least in LEAST.items():
+        given = getattr(arguments, name, None)
+        if given is not None and given < least:
+            raise UserError(f"training.{name} is {given}, expected {least} or more")
+    for name in ("logging_steps", "save_steps", "eval_steps"):
+        given = getattr(arguments, name)
+        if given is not None and not given > 0:
+            raise UserError(f"training.{name} is {given}, expected steps from 1, or a share of the run such as 0.1")
 
     known = get_available_reporting_integrations()
     for name in arguments.report_to or []:

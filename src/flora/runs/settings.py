@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -124,14 +125,14 @@ def read(config: str, overrides: Iterable[str] = ()) -> Settings:
         "compare": Comparison,
     }
     given.apply(groups)
-    start = _take_start(given.values, path)
+    start = _take_start(given)
     given.check_keys(groups)
     checked = given.check_types(groups)
     adapter = _given_only(checked.adapter, given.values.get("adapter"))
     training = _given_only(checked.training, given.values.get("training"))
 
     with user_errors(*MALFORMED):
-        FloraConfig(**adapter)
+        _checked_adapter(given, adapter)
         task = recipe.Task(**vars(checked.task))
         comparison = Comparison(**vars(checked.compare))
 
@@ -139,6 +140,18 @@ def read(config: str, overrides: Iterable[str] = ()) -> Settings:
         raise UserError(f"seed is {checked.seed}, expected 0 to {LARGEST_SEED}")
 
     return Settings(name, _output(given, path), checked.seed, task, adapter, training, comparison, start)
+
+
+def _checked_adapter(given: Config, adapter: dict[str, Any]) -> None:
+    """Lets the adapter's own config refuse what does not go together, and says where it was given."""
+    try:
+        FloraConfig(**adapter)
+    except UserError as error:
+        field = re.split(r"\W", str(error))[0]
+        if field in adapter:
+            raise type(error)(f"{given.place_of(f'adapter.{field}')}: adapter.{error}") from None
+
+        raise type(error)(f"{given.path}: adapter: {error}") from None
 
 
 def _given_only(checked: Namespace, given: dict[str, Any] | None) -> dict[str, Any]:
@@ -158,16 +171,17 @@ def _output(given: Config, path: Path) -> Path:
     return Path(text)
 
 
-def _take_start(given: dict[str, Any], path: Path) -> str:
+def _take_start(given: Config) -> str:
     """Takes ``adapter.start`` out, which is about the run and no field of the adapter that is saved."""
-    adapter = given.get("adapter")
+    adapter = given.values.get("adapter")
     if isinstance(adapter, dict):
         start = adapter.pop("start", STARTS[0])
     else:
         start = STARTS[0]
 
     if start not in STARTS:
-        raise UserError(f"{path}: adapter.start is {start!r}, expected one of {', '.join(STARTS)}")
+        where = given.place_of("adapter.start")
+        raise UserError(f"{where}: adapter.start is {start!r}, expected one of {', '.join(STARTS)}")
 
     return str(start)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -15,7 +16,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from flora.errors import UserError, user_errors
-from flora.recipes import Data, Recipe, optional
+from flora.recipes import Data, Recipe, nearest, optional
 from flora.report.card import model_card
 from flora.report.plots import loss_curve
 from flora.report.provenance import provenance
@@ -142,6 +143,8 @@ def training_arguments(settings: Settings, output: Path, **changes: Any) -> Trai
     except ValueError as error:
         if "bf16" in str(error):
             remedy = "; this machine cannot train in bfloat16: set training.bf16=false"
+        elif "load_best_model_at_end" in str(error):
+            remedy = "; set training.eval_strategy=epoch and training.save_strategy=epoch"
         else:
             remedy = ""
 
@@ -237,7 +240,9 @@ def _train(
 
     trainer = make_trainer(model, recipe, data, arguments)
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with _naming_unknown_metric():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
     seconds = time.perf_counter() - started
     check_weights(trainer)
 
@@ -266,6 +271,24 @@ def _train(
     _write(trainer, state, metrics, run, settings)
 
     return metrics
+
+
+@contextmanager
+def _naming_unknown_metric() -> Iterator[None]:
+    """The Trainer looks for ``metric_for_best_model`` at the first evaluation; what it does not find was misspelt."""
+    try:
+        yield
+    except KeyError as error:
+        if "metric_for_best_model" not in str(error):
+            raise
+
+        found = re.search(r"set to 'eval_(\w+)'.*available evaluation metrics are: \[(.*?)\]", str(error))
+        if not found:
+            raise UserError(str(error.args[0])) from None
+
+        known = [name for name in re.findall(r"eval_(\w+)", found[2]) if not name.endswith(("runtime", "per_second"))]
+        expected = f"expected one of {', '.join(known)}{nearest(found[1], known)}"
+        raise UserError(f"training.metric_for_best_model is {found[1]!r}, {expected}") from None
 
 
 def _adapt(

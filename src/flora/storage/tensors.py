@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from flora.errors import UserError
+from flora.errors import UserError, WrongTypeError
 from flora.storage.atomic import read_json
 
 CONFIG = "adapter_config.json"
@@ -49,6 +50,19 @@ def check_exists(path: Path, what: str) -> Path:
     return path
 
 
+def as_path(given: object, what: str) -> Path:
+    """The path of something.
+
+    Raises:
+        WrongTypeError: It is no path, such as the model itself.
+    """
+    if isinstance(given, (str, os.PathLike)):
+        return Path(given)
+    raise WrongTypeError(
+        f"{what} is given by its path, got a {type(given).__name__}; save it first and give the folder"
+    )
+
+
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
     """A safetensors file, opened without reading its tensors.
@@ -69,6 +83,11 @@ def open_tensors(path: Path) -> Iterator[Any]:
 
         handle = safe_open(str(path), framework="pt")
     except SafetensorError as error:
+        if path.suffix != ".safetensors":
+            raise UserError(
+                f"{path} is not a safetensors file; give a model's folder, or a file .safetensors"
+            ) from None
+
         raise UserError(f"{path} is truncated or corrupt: {error}; copy or download it again") from None
     except OSError as error:
         raise OSError(f"{path} cannot be read: {error.strerror or error}") from None

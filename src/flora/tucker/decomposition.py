@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flora.errors import UserError
+from flora.errors import UserError, WrongTypeError
 from flora.tucker.form import Tucker, mode_product
 from flora.tucker.ranks import Ranks, resolve
 
@@ -58,6 +58,13 @@ def decompose(tensor: Tensor, ranks: Ranks, *, sweeps: int = 50, tolerance: floa
         >>> form.ranks, form.error < 1e-6
         ((1, 1, 1), True)
     """
+    if not isinstance(tensor, Tensor):
+        raise WrongTypeError(
+            f"decompose needs a tensor, got a {type(tensor).__name__}; give layer.weight or torch.as_tensor(x)"
+        )
+    if tensor.ndim == 0:
+        raise UserError("decompose needs a tensor of one dimension or more, got a single number")
+
     ranks = resolve(tensor.shape, ranks, name="tensor")
 
     if not torch.isfinite(tensor).all():

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from flora.errors import UserError
+from flora.errors import UserError, WrongTypeError
 from flora.tucker.fold import Fold, parse_fold
 from flora.tucker.form import Tucker
-from flora.tucker.initialize import initialize
-from flora.tucker.ranks import Role
+from flora.tucker.initialize import INITIALIZERS, initialize
+from flora.tucker.ranks import Role, check_request, check_shape
 
 
 class TuckerDelta(nn.Module):
@@ -59,6 +59,14 @@ class TuckerDelta(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        shape = check_shape(shape)
+        check_request(ranks, "ranks")
+
+        if not isinstance(scale, (int, float)):
+            raise WrongTypeError(f"scale must be a number, got {scale!r} of type {type(scale).__name__}")
+        if init not in INITIALIZERS:
+            raise UserError(f"init is {init!r}, expected one of {', '.join(INITIALIZERS)}")
+
         self.scale = scale
         self.fold: Fold | None
 
@@ -66,6 +74,10 @@ class TuckerDelta(nn.Module):
 
         sizes = tuple(shape) if self.fold is None else self.fold.shape
 
+        if isinstance(ranks, int):
+            raise WrongTypeError(
+                f"ranks is {ranks}, expected one rank per dimension of {sizes}; FloraConfig(r=...) takes one int"
+            )
         if len(ranks) != len(sizes) or any(not 1 <= rank <= size for rank, size in zip(ranks, sizes, strict=True)):
             raise UserError(f"ranks {tuple(ranks)} do not fit the shape {sizes}: one from 1 to the size per dimension")
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flora.errors import UserError
+from flora.errors import UserError, WrongTypeError
 
 
 def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
@@ -97,6 +97,11 @@ class Tucker:
     factors: tuple[Tensor | None, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.core, Tensor):
+            raise WrongTypeError(
+                f"the core must be a tensor, got a {type(self.core).__name__}; give torch.as_tensor(core)"
+            )
+
         if len(self.factors) != self.core.ndim:
             raise UserError(
                 f"a core of {self.core.ndim} dimensions {tuple(self.core.shape)} needs {self.core.ndim} factors, "

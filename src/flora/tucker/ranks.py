@@ -31,6 +31,23 @@ def check_rank(value: object, what: str) -> None:
         raise UserError(f"{what} must be at least 1, got {value}")
 
 
+def check_shape(shape: object) -> tuple[int, ...]:
+    """The shape of a weight as a tuple.
+
+    Raises:
+        WrongTypeError: It is something else, such as the weight itself; says what to give.
+    """
+    kind = type(shape).__name__
+    if isinstance(shape, Sequence) and not isinstance(shape, str):
+        for mode, size in enumerate(shape):
+            check_rank(size, f"shape[{mode}]")
+        return tuple(shape)
+
+    if hasattr(shape, "shape"):
+        raise WrongTypeError(f"shape is a {kind}, expected the sizes of its dimensions; give weight.shape")
+    raise WrongTypeError(f"shape must be the sizes of a weight's dimensions, such as (64, 3, 7, 7), got a {kind}")
+
+
 def check_request(r: object, what: str = "r") -> None:
     """Raises unless ``r`` is a rank (an int of at least 1) or a non-empty list of them."""
     if isinstance(r, (list, tuple)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import InitVar, dataclass, field
@@ -30,7 +31,9 @@ FOREIGN = {  # what configs of other methods call it
     "rank": "r",
     "alpha_pattern": "scale_pattern, with scales",
     "use_rslora": "scale, which takes any constant",
-    "use_dora": "none of it: FLoRA has no magnitude",
+    "use_dora": "nothing instead, since FLoRA has no magnitude",
+    "ranks": "r, which takes a list too",
+    "lr": "nothing instead: the learning rate belongs to your optimiser",
     "init_lora_weights": "init",
 }
 BIASES = ("none", "all", "tucker_only")
@@ -156,6 +159,10 @@ class FloraConfig(PeftConfig):
         self._read_way(path)
         one_of(self.bias, BIASES, "bias")
 
+        if self.r is None:
+            raise WrongTypeError("r must be an int or a list with one rank per dimension, got None")
+        if not self.inference_mode and (self.scale == 0 or self.alpha == 0):
+            raise UserError("scale and alpha must not be 0: the adapter would change nothing and learn nothing")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout must be at least 0 and below 1, got {self.dropout}")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -221,6 +228,8 @@ class FloraConfig(PeftConfig):
 
             if not self.budget > 0:
                 raise UserError(f"budget must be a fraction below 1 or a count from 1, got {self.budget}")
+            if self.budget > 1 and self.budget != int(self.budget):
+                raise UserError(f"budget above 1 is a count of parameters and must be whole, got {self.budget}")
 
         listed = isinstance(self.r, list) or any(isinstance(rank, list) for rank in self.rank_pattern.values())
         if self.alpha is not None and (listed or self.budget is not None):
@@ -265,7 +274,13 @@ def _check_names(value: object, field: str, *, or_one: bool) -> None:
         wanted = "a list of names"
 
     listed = isinstance(value, (list, tuple, set, frozenset))
-    if not listed or not all(isinstance(name, str) and name for name in cast(Iterable[Any], value)):
+    wrong = [name for name in cast(Iterable[Any], value) if not isinstance(name, str) or not name] if listed else []
+    if wrong and isinstance(wrong[0], type):
+        raise WrongTypeError(
+            f"{field} must be {wanted}, got the class {wrong[0].__name__}; names are those of print(model), and "
+            "'all-linear', 'all-conv' and 'all' stand for kinds of layers"
+        )
+    if not listed or wrong:
         raise WrongTypeError(f"{field} must be {wanted}, got {value!r} of type {type(value).__name__}")
 
 
@@ -278,7 +293,7 @@ def _check_indices(value: object, field: str) -> None:
 
 
 def _refuse_foreign_names(made: Callable[..., None]) -> Callable[..., None]:
-    """Refuses the field names of other methods, with our own name for the same thing.
+    """Refuses the field names of other methods, with our own name for the same thing, and names the nearest to a slip.
 
     Around ``__init__`` and not in ``__new__``: what reads the signature, such as the parser of configs, must find the
     fields.
@@ -286,8 +301,21 @@ def _refuse_foreign_names(made: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(made)
     def checked(self: FloraConfig, *args: Any, **kwargs: Any) -> None:
+        if args:
+            raise WrongTypeError(f"FloraConfig takes its fields by name, got {args[0]!r}; write FloraConfig(r=8)")
+
         for name in FOREIGN.keys() & kwargs.keys():
             raise WrongTypeError(f"FloraConfig has no {name}; write {FOREIGN[name]}")
+
+        known = [*inspect.signature(made).parameters][1:]
+        for name in kwargs:
+            near = difflib.get_close_matches(name, known, n=1)
+            if name not in known and near:
+                # PEFT looks for its middle part where a config was written by a newer version.
+                raise WrongTypeError(
+                    f"FloraConfig got an unexpected keyword argument {name!r}; did you mean {near[0]!r}?"
+                )
+
         made(self, *args, **kwargs)
 
     return checked

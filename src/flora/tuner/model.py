@@ -65,6 +65,12 @@ class FloraModel(BaseTuner):
         if wanted is None and peft_config.target_parameters:
             return peft_config
 
+        if wanted is None and model_config.get("model_type") not in self.target_module_mapping:
+            raise UserError(
+                "target_modules is not set, and no layers are known for this kind of model. Please specify "
+                "`target_modules` in `peft_config`: 'all', 'all-linear', 'all-conv', or names, as in print(model)"
+            )
+
         return cast(FloraConfig, super()._prepare_adapter_config(peft_config, model_config))
 
     def _prepare_model(self, peft_config: FloraConfig, model: nn.Module) -> None:
@@ -182,9 +188,16 @@ class FloraModel(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """PEFT's own; a safe merge looks at every layer before it writes to the first."""
+        self._check_names(adapter_names)
         if safe_merge:
             self._check_merge(adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
+
+    def _check_names(self, adapter_names: list[str] | None) -> None:
+        """PEFT merges nothing for a name that it does not know, and says nothing."""
+        unknown = sorted(set(adapter_names or ()) - set(self.peft_config))
+        if unknown:
+            raise UserError(f"adapter_names has unknown adapters {unknown}; there are {sorted(self.peft_config)}")
 
     def _check_merge(self, adapter_names: list[str] | None) -> None:
         for layer in self._layers():
@@ -205,6 +218,8 @@ class FloraModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        if merge:
+            self._check_names(adapter_names)
         if merge and safe_merge:
             self._check_merge(adapter_names)
         if merge:

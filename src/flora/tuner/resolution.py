@@ -162,6 +162,14 @@ class Resolution:
             found = self.weights[name]
             self.weights[name] = replace(found, target=replace(found.target, ranks=ranks), rank=list(ranks))
 
+        spent = sum(self.weights[name].num_params for name in free.weights)
+        if 2 * spent < free.budget:
+            warnings.warn(
+                f"the budget of {free.budget:,} parameters is more than the targeted weights take: with every rank at "
+                f"its largest they spend {spent:,}; target more modules, or lower the budget",
+                stacklevel=2,
+            )
+
     # ---- what is said of it ----------------------------------------------------------------------------------------
 
     def record(self, config: FloraConfig) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from peft.tuners.tuners_utils import BaseTunerLayer, NoMatchingPeftModuleError
@@ -177,14 +177,60 @@ def _raw_sites(config: FloraConfig, model: nn.Module, selection: Selection) -> l
 
 def explain_no_match(config: FloraConfig, model: nn.Module) -> None:
     """Raises with the nearest names when targets are plainly misspelt; otherwise PEFT's own error follows."""
-    if not isinstance(config.target_modules, set) or config.exclude_modules or config.layers_to_transform is not None:
+    wanted = config.target_modules
+    if config.exclude_modules or config.layers_to_transform is not None:
         return
 
-    unmatched = sorted(config.target_modules)
+    if isinstance(wanted, str):
+        listed, said = [wanted], wanted
+    else:
+        listed = sorted(wanted or ())
+        said = str(listed)
+
+    if not listed and config.target_parameters:
+        raise NoMatchingPeftModuleError(
+            f"target_parameters {config.target_parameters} match no parameter of {type(model).__name__}"
+            f"{_near_parameters(config.target_parameters, model)}; "
+            "[name for name, _ in model.named_parameters()] lists the names"
+        )
+    if not listed:
+        return
+
+    if config.inference_mode:
+        remedy = "The adapter was trained on another model: load it on that one"
+    else:
+        remedy = (
+            "Please check the target modules; print(model) lists the names, and 'all' takes every layer that can be "
+            "adapted"
+        )
+
     raise NoMatchingPeftModuleError(
-        f"Target modules {unmatched} not found in the base model {type(model).__name__}{near_names(unmatched, model)}. "
-        "Please check the target modules; print(model) lists the names, and 'all' takes every layer that can be adapted"
+        f"Target modules {said} not found in the base model {type(model).__name__}"
+        f"{_near_shorthand(wanted) or near_names(listed, model)}. {remedy}"
     )
+
+
+def _near_shorthand(wanted: str | set[str] | list[str] | None) -> str:
+    """The shorthand that was meant, where a lone word is nearly one."""
+    if isinstance(wanted, str):
+        words = [wanted]
+    else:
+        words = list(wanted or ())
+
+    found = difflib.get_close_matches(words[0].lower(), SHORTHANDS, n=1, cutoff=0.8) if len(words) == 1 else []
+    if found:
+        return f"; did you mean target_modules={found[0]!r}, without brackets?"
+    return ""
+
+
+def _near_parameters(wanted: Iterable[str], model: nn.Module) -> str:
+    """The nearest names of raw parameters."""
+    names = [name for name, _ in model.named_parameters()]
+    ends = {".".join(name.split(".")[-2:]): name for name in names}
+    near = [found for word in wanted for found in difflib.get_close_matches(word, ends, n=1)]
+    if near:
+        return f"; did you mean {' or '.join(map(repr, near))}?"
+    return ""
 
 
 def warn_unmatched(config: FloraConfig, model: nn.Module) -> None:

@@ -24,6 +24,7 @@ from flora.errors import UserError
 from flora.layers.axes import roles_of
 from flora.layers.layout import Layout, from_shape, is_raw
 from flora.storage.checkpoint import Checkpoint
+from flora.storage.tensors import CONFIG, as_path
 from flora.tucker.allocation import FIRST, Choice, choices, for_energy, is_cut, spend
 from flora.tucker.decomposition import decompose
 from flora.tucker.fold import parse_fold
@@ -124,6 +125,7 @@ def extract(
             or nothing differs.
     """
     check_request(rank, energy, budget)
+    base, tuned = as_path(base, "the base model"), as_path(tuned, "the fine-tuned model")
     job = _Job(Checkpoint(base), Checkpoint(tuned), try_base(Path(base)), progress)
     request = {"rank": rank, "energy": energy, "budget": budget, "kernel_r": kernel_r}
 
@@ -156,6 +158,11 @@ def extract(
     _whole(job, result, carry)
 
     if not result.weights and not result.extras:
+        if budget is not None and result.rows:
+            raise UserError(
+                f"budget of {budget} parameters is too small for any layer of {tuned}; raise it, to thousands or more"
+            )
+
         raise UserError(
             f"{tuned} does not differ from {base} in any weight that is decomposed; there is nothing to extract"
         )
@@ -167,7 +174,8 @@ def check_request(rank: Ranks | None, energy: float | None, budget: int | None) 
     """Raises unless exactly one of the three is given, and in range."""
     given = [name for name, value in (("rank", rank), ("energy", energy), ("budget", budget)) if value is not None]
     if len(given) != 1:
-        raise UserError(f"give exactly one of rank, energy and budget, got {' and '.join(given) or 'none'}")
+        got = " and ".join(given) or "none"
+        raise UserError(f"give exactly one of rank, energy and budget (--rank, --energy, --budget), got {got}")
     if energy is not None and not 0 < energy <= 1:
         raise UserError(f"energy is the fraction of the squared norm to keep, above 0 and at most 1, got {energy}")
     if budget is not None and budget < 1:
@@ -185,6 +193,13 @@ class _Job:
 
     def __post_init__(self) -> None:
         missing = [name for name in self.base if name not in self.tuned]
+        for model in (self.base, self.tuned):
+            if missing and (model.path / CONFIG).is_file():
+                raise UserError(
+                    f"{model.path} is an adapter, expected a whole model; flora extract compares a base model with its "
+                    "fine-tune (flora merge makes one of an adapter)"
+                )
+
         if missing:
             raise UserError(
                 f"{self.tuned.path} lacks {len(missing)} tensors of {self.base.path} (first: {missing[0]}); it is not "

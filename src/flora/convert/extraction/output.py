@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,4 +54,4 @@ def extract_to(base: str | Path, tuned: str | Path, out: Path, *, overwrite: boo
 
         report = save(found, out, overwrite=overwrite)
 
-    return Written(found, report)
+    return Written(found, replace(report, claim="the file holds what was extracted"))

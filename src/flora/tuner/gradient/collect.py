@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from tqdm import tqdm
 
-from flora.errors import UserError
+from flora.errors import UserError, WrongTypeError, user_errors
 from flora.tucker.delta import TuckerDelta
 from flora.tuner.gradient.sketch import Sketch, add_up, is_distributed
 from flora.tuner.layer import FloraLayer
@@ -79,6 +79,9 @@ def first_batches(batches: Iterable[Any], count: int) -> Batches:
     Raises:
         ValueError: there are fewer than two.
     """
+    if not isinstance(batches, Iterable):
+        raise WrongTypeError(f"batches must be a loader or a list of batches, got a {type(batches).__name__}")
+
     taken = list(islice(batches, count))
     if len(taken) < 2:
         raise UserError(
@@ -97,12 +100,14 @@ def loss_of(model: nn.Module, batch: Any) -> Tensor:
         ValueError: it returns none.
     """
     batch = to_device(batch, next(model.parameters()).device)
-    if isinstance(batch, Mapping):
-        output = model(**batch)
-    elif isinstance(batch, (tuple, list)):
-        output = model(*batch)
-    else:
-        output = model(batch)
+    about = "the model cannot be called with a batch as it is; give loss=lambda model, batch: ..."
+    with user_errors(TypeError, about=about):
+        if isinstance(batch, Mapping):
+            output = model(**batch)
+        elif isinstance(batch, (tuple, list)):
+            output = model(*batch)
+        else:
+            output = model(batch)
 
     if isinstance(output, Mapping):
         loss = output.get("loss")
@@ -227,6 +232,16 @@ def _one_batch(model: nn.Module, receivers: Sequence[Any], number: int, batch: A
             handles.append(_watch(place, partial(receive, batch=number)))
 
         found = loss(model, batch)
+        if not isinstance(found, Tensor) or found.numel() != 1:
+            shape = tuple(getattr(found, "shape", ()))
+            raise UserError(
+                f"the loss must be one number in a tensor, got a {type(found).__name__} of shape {shape}; "
+                "return its mean()"
+            )
+        if not torch.isfinite(found):
+            raise UserError(
+                f"the loss is {float(found.detach())} before any training; check the data and the dtype of the model"
+            )
         if not found.requires_grad:
             raise UserError(
                 "the loss does not depend on the adapted weights; is it computed under no_grad, or is every block "

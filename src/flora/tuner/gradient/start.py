@@ -20,7 +20,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from tqdm import tqdm
 
-from flora.errors import UserError
+from flora.errors import UserError, WrongTypeError
 from flora.tucker.ranks import solve_budget
 from flora.tuner import targets
 from flora.tuner.config import FloraConfig
@@ -130,10 +130,16 @@ def start(
         (3, 1)
     """
     began = time.perf_counter()
+    _check_loss(loss)
     places = _fresh_places(model, adapter_name)
     parts, loss = first_batches(batches, count), loss or loss_of
     found = _measure(model, places, parts, loss, _reach(places))
     return _begin(model, places, found, parts, loss, began)
+
+
+def _check_loss(loss: object) -> None:
+    if loss is not None and not callable(loss):
+        raise WrongTypeError(f"loss must be a function (model, batch) -> loss, got {loss!r}")
 
 
 def adapt(
@@ -186,6 +192,15 @@ def adapt_and_tell(
 ) -> Adapted:
     """:func:`adapt`, with how the adapter began."""
     began = time.perf_counter()
+    if not isinstance(config, FloraConfig):
+        raise WrongTypeError(f"adapt needs a FloraConfig, got {config!r}; write FloraConfig(r=8, target_modules='all')")
+    if isinstance(base, PeftModel):
+        raise UserError(
+            "the model has an adapter already, and adapt attaches one itself; give the base model, or call "
+            "flora.start(model, batches) for the adapter that is there"
+        )
+
+    _check_loss(loss)
     config, loss = copy.deepcopy(config), loss or loss_of
     trained = {value for value in base.parameters() if value.requires_grad}
     parts = first_batches(batches, count)
