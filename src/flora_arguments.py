@@ -1,4 +1,4 @@
-"""What the arguments of the ``flora`` command may be, and what is said of one that is something else.
+"""The words around the verbs of ``flora``: what arguments may be, versions, and what to type after a mistake.
 
 Outside the package for the same reason as ``flora_cli``: help must not wait for PEFT.
 """
@@ -7,7 +7,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
+import shlex
+import sys
+from importlib import metadata
+from pathlib import Path
 from typing import Any, NoReturn
 
 Argument = tuple[tuple[str, ...], dict[str, Any]]
@@ -87,3 +92,55 @@ def nearest(word: str, known: list[str]) -> str:
     if found:
         return f"; did you mean {found[0]!r}?"
     return ""
+
+
+def versions() -> str:
+    """The versions of this package and of those that it stands on, without importing any of them."""
+    text = Path(__file__).with_name("flora").joinpath("__init__.py").read_text(encoding="utf-8")
+    own = text.partition('__version__ = "')[2].partition('"')[0]
+    others = ", ".join(f"{name} {_version_of(name)}" for name in ("torch", "peft", "transformers"))
+    return f"flora {own} ({others}, Python {sys.version.split()[0]})"
+
+
+def _version_of(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "is not installed"
+
+
+def meant(strange: str, known: list[Argument], *, overrides: bool) -> str:
+    """What an option that the verb does not have was meant to be."""
+    options = [name for names, _ in known for name in names if name.startswith("--")]
+    word = strange.partition("=")[0]
+    near = difflib.get_close_matches(word, options, n=1) or [name for name in options if word.startswith(name)]
+
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    if overrides:
+        return f"; settings are written without dashes, as {word.lstrip('-')}=VALUE"
+    if options:
+        return f"; its options are {', '.join(options)}"
+    return ""
+
+
+def quiet_bars() -> None:
+    """No progress bars of other packages: in a file or a pipe each of their steps would be a line."""
+    for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(name, "1")
+
+
+def how_to_go_on(args: argparse.Namespace) -> str:
+    """What to type after an interruption."""
+    if args.verb == "train":
+        items = "".join(f" {shlex.quote(item)}" for item in args.overrides)
+        return f"; `flora train {shlex.quote(args.config)}{items} --resume` continues from the last checkpoint"
+    if args.verb in ("compare", "extract"):
+        return f"; the same `flora {args.verb}` command continues where this one stopped"
+    return ""
+
+
+def asks_for_keys(given: list[str]) -> bool:
+    """Whether the help of one recipe is wanted, as ``flora train digits --help`` asks."""
+    asking = len(given) == 3 and given[0] in ("train", "compare") and given[2] in ("-h", "--help")
+    return asking and not given[1].startswith("-")

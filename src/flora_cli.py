@@ -7,27 +7,29 @@ it needs itself.
 from __future__ import annotations
 
 import argparse
-import difflib
 import inspect as introspection
 import json
 import os
-import shlex
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 
 from flora_arguments import (
     Argument,
     Parser,
     argument,
+    asks_for_keys,
     fraction_or_count,
+    how_to_go_on,
+    meant,
     nearest,
     number,
     numbers,
     positive,
+    quiet_bars,
+    versions,
     whole,
     words,
 )
@@ -340,9 +342,7 @@ RUN_RECIPE_FILE = argument(
     action="store_true",
     help="run the Python file that FOLDER names as its recipe; only for folders that you trust",
 )
-OVERRIDES = argument(
-    "overrides", nargs="*", default=[], metavar="key=value", help="replaces what the config says, such as adapter.r=4"
-)
+OVERRIDES = argument("overrides", nargs="*", default=[], metavar="key=value", help="replaces a value of the config")
 
 
 def overwrite(what: str) -> Argument:
@@ -448,7 +448,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser("flora", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
-    parser.add_argument("--version", action="version", version=_versions())
+    parser.add_argument("--version", action="version", version=versions())
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, command in COMMANDS.items():
         text = introspection.cleandoc(command.__doc__ or "")
@@ -458,21 +458,6 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument(*names, **options)
 
     return parser
-
-
-def _versions() -> str:
-    """The versions of this package and of those that it stands on, without importing any of them."""
-    text = Path(__file__).with_name("flora").joinpath("__init__.py").read_text(encoding="utf-8")
-    own = text.partition('__version__ = "')[2].partition('"')[0]
-    others = ", ".join(f"{name} {_version_of(name)}" for name in ("torch", "peft", "transformers"))
-    return f"flora {own} ({others}, Python {sys.version.split()[0]})"
-
-
-def _version_of(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "is not installed"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -489,32 +474,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.prog = f"flora {args.verb}"
 
     if strange := [item for item in rest if item.startswith("-") or not hasattr(args, "overrides")]:
-        parser.error(f"unrecognized arguments: {' '.join(strange)}{_meant(strange[0], args)}")
+        hint = meant(strange[0], ARGUMENTS[args.verb], overrides=hasattr(args, "overrides"))
+        parser.error(f"unrecognized arguments: {' '.join(strange)}{hint}")
     if rest:
         args.overrides = [*args.overrides, *rest]
 
     return args
 
 
-def _meant(strange: str, args: argparse.Namespace) -> str:
-    """What an option that the verb does not have was meant to be."""
-    options = [name for names, _ in ARGUMENTS[args.verb] for name in names if name.startswith("--")]
-    word = strange.partition("=")[0]
-    near = difflib.get_close_matches(word, options, n=1) or [name for name in options if word.startswith(name)]
-
-    if near:
-        return f"; did you mean {near[0]!r}?"
-    if hasattr(args, "overrides"):
-        return f"; settings are written without dashes, as {word.lstrip('-')}=VALUE"
-    if options:
-        return f"; flora {args.verb} has {', '.join(options)}"
-    return ""
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb. An error of the user or the system is one line and exit code 2; a traceback is a bug of flora."""
     given = sys.argv[1:] if argv is None else argv
-    if _asks_for_keys(given):
+    if asks_for_keys(given):
         given = ["recipes", "keys", given[1]]
 
     args = parse(given)
@@ -530,7 +501,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        return _fail(f"interrupted{_how_to_go_on(args)}", code=130)
+        return _fail(f"interrupted{how_to_go_on(args)}", code=130)
     except ModuleNotFoundError as error:
         return _missing(error, args)
     except BrokenPipeError:
@@ -546,28 +517,6 @@ def main(argv: list[str] | None = None) -> int:
         if users_code is None:
             return _report_bug()
         return _fail(str(error), users_code)
-
-
-def _asks_for_keys(given: list[str]) -> bool:
-    """Whether the help of one recipe is wanted, as ``flora train digits --help`` asks."""
-    asking = len(given) == 3 and given[0] in ("train", "compare") and given[2] in ("-h", "--help")
-    return asking and not given[1].startswith("-")
-
-
-def quiet_bars() -> None:
-    """No progress bars of other packages: in a file or a pipe each of their steps would be a line."""
-    for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
-        os.environ.setdefault(name, "1")
-
-
-def _how_to_go_on(args: argparse.Namespace) -> str:
-    """What to type after an interruption."""
-    if args.verb == "train":
-        items = "".join(f" {shlex.quote(item)}" for item in args.overrides)
-        return f"; `flora train {shlex.quote(args.config)}{items} --resume` continues from the last checkpoint"
-    if args.verb in ("compare", "extract"):
-        return f"; the same `flora {args.verb}` command continues where this one stopped"
-    return ""
 
 
 def _fail(message: str, code: int = 2) -> int:

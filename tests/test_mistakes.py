@@ -169,7 +169,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "inspect notes.txt": ("notes.txt is no file of tensors (.safetensors, .pt",),
     "inspect lora/adapter_model.safetensors": ("is only the weights of an adapter", "give its folder, lora"),
     "inspect ia3": ("has peft_type 'IA3'", "only TUCKER (ours) and LORA"),
-    "inspect adapter --html notes.txt": ("notes.txt exists and is not a page", "it is left as it is"),
+    "inspect adapter --html notes.txt": ("notes.txt exists", "choose another output", "--overwrite"),
     # ---- merge, convert, extract
     "merge adapter": ("required: --out;", "`flora merge --help`"),
     "merge adapter --out new": ("adapter names no base model", "--base"),
