@@ -13,8 +13,9 @@ import torch
 from transformers import AutoModel, EvalPrediction
 
 from flora.data.samples import locate
+from flora.data.volume_files import Pair, Reading, Volumes
 from flora.data.volume_unet import VolumeUNet, VolumeUNetConfig
-from flora.recipes.volume_segment import Task, Volumes, compute_metrics, load_base, load_data, preprocess_logits
+from flora.recipes.volume_segment import Task, compute_metrics, load_base, load_data, preprocess_logits
 
 
 @pytest.fixture
@@ -30,8 +31,8 @@ def write(path: Path, voxels: np.ndarray, affine: np.ndarray | None = None) -> N
     nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4) if affine is None else affine), path)
 
 
-def pair(root: Path, image: np.ndarray, labels: np.ndarray) -> tuple[Path, Path]:
-    paths = root / "image.nii", root / "labels.nii"
+def pair(root: Path, image: np.ndarray, labels: np.ndarray) -> Pair:
+    paths = Pair(root / "image.nii", root / "labels.nii")
     for path, voxels in zip(paths, (image, labels), strict=True):
         write(path, voxels)
     return paths
@@ -45,7 +46,7 @@ def test_any_size_is_padded_to_what_the_strides_divide(tmp_path: Path, size: tup
         length % 4 == 0 and least <= length < max(least + 4, 9) for length, least in zip(padded, size, strict=True)
     )
     image, labels = np.random.default_rng(0).standard_normal(size).astype(np.float32), np.ones(size, np.uint8)
-    item = Volumes([pair(tmp_path, image, labels)], config, padded)[0]
+    item = Volumes([pair(tmp_path, image, labels)], Reading(1, 3), padded)[0]
     assert item["pixel_values"].shape == (1, *padded)
     assert item["labels"].shape == tuple(padded)
     assert int(item["labels"].sum()) == labels.size  # whole, and the margins are background
@@ -56,9 +57,8 @@ def test_any_size_is_padded_to_what_the_strides_divide(tmp_path: Path, size: tup
 
 def test_image_and_labels_stay_together(tmp_path: Path) -> None:
     labels = np.random.default_rng(0).integers(0, 3, (9, 20, 14)).astype(np.uint8)
-    config = VolumeUNetConfig(channels=[4, 4, 4], strides=[2, 2])
     paths = pair(tmp_path, labels.astype(np.int16) * 10, labels)
-    patches = Volumes([paths], config, [12, 8, 8], patches=6, stream=3)
+    patches = Volumes([paths], Reading(1, 3), [12, 8, 8], patches=6, stream=3)
     seen = set()
     for index in range(6):
         item = patches[index]
@@ -81,9 +81,9 @@ def test_axes_are_turned_and_channels_go_first(tmp_path: Path) -> None:
         folder.mkdir()
         write(folder / "image.nii", image[::flip], affine)
         write(folder / "labels.nii", labels[::flip], affine)
-    config = VolumeUNetConfig(num_channels=2)
     first, second = (
-        Volumes([(folder / "image.nii", folder / "labels.nii")], config, [16, 16, 16])[0] for folder in (plain, turned)
+        Volumes([Pair(folder / "image.nii", folder / "labels.nii")], Reading(2, 3), [16, 16, 16])[0]
+        for folder in (plain, turned)
     )
     assert first["pixel_values"].shape == (2, 16, 16, 16)
     assert torch.equal(first["pixel_values"], second["pixel_values"])

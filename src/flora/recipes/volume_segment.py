@@ -1,34 +1,49 @@
-"""Organs and tissues in volumes: MONAI's 3-D U-Net, its Conv3d and ConvTranspose3d adapted as five-dimensional weights.
+"""Organs and tissues in volumes: a network of MONAI, its Conv3d and ConvTranspose3d adapted as 5-dimensional weights.
 
 Data: NIfTI files as the Medical Segmentation Decathlon lays them, ``imagesTr/NAME.nii.gz`` with
 ``labelsTr/NAME.nii.gz``; ``imagesVal`` and ``imagesTs`` with their labels where there are such. Volumes are turned to
-the same axes, not resampled; each channel gets mean 0 and standard deviation 1. All are padded to one size, a multiple
-of what the strides of the network divide by. The draw of a patch depends on its number and the seed alone.
+the same axes and, on request, resampled to one spacing. In evaluation all are padded to one size. The draw of a patch
+depends on its number and the seed alone.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import nibabel
 import numpy as np
 import torch
 from monai.inferers.utils import sliding_window_inference
 from monai.metrics.meandice import compute_dice
 from torch import Tensor
-from torch.nn.functional import pad
-from torch.utils.data import Dataset
-from transformers import EvalPrediction
+from transformers import AutoConfig, EvalPrediction, PreTrainedModel
 
 from flora.data.records import Bad, Item, is_local, load_pretrained, sift, with_held_out
 from flora.data.samples import locate
+from flora.data.volume_files import (
+    NIFTI,
+    Pair,
+    Reading,
+    Volumes,
+    normalised,
+    read_file,
+    read_pair,
+    resampled,
+    turned,
+    write_classes,
+)
+from flora.data.volume_network import (
+    BUNDLE_WEIGHTS,
+    VolumeNetwork,
+    VolumeNetworkConfig,
+    check_network,
+    load_weights,
+    network_class,
+    read_bundle,
+)
 from flora.data.volume_unet import VolumeUNet, VolumeUNetConfig
 from flora.errors import UserError
 from flora.recipes import Data, Request
@@ -37,9 +52,10 @@ from flora.storage.progress import hidden_bars
 
 METRIC = "dice"
 PARTS = {"train": "Tr", "validation": "Val", "test": "Ts"}
-NIFTI = (".nii", ".nii.gz")
+AXES = ("LR", "PA", "IS")  # each letter is a direction of its axis
 BASE_SEED = 0  # of a network that starts at random
-Pair = tuple[Path, Path]  # files of an image and of its labels
+INPUT_FILES = NIFTI
+Config = VolumeUNetConfig | VolumeNetworkConfig
 
 
 @dataclass
@@ -47,14 +63,31 @@ class Task:
     """Settings of the data and the base model.
 
     Args:
-        model: a folder or hub id that VolumeUNet.save_pretrained wrote; null starts from a random network.
+        network: a segmentation network of MONAI by the name of its class in monai.networks.nets, such as SegResNet, or
+            the folder of a MONAI bundle whose network_def is plain; null takes task.model, or a VolumeUNet.
+        network_args: arguments of that class, as {"init_filters": 8}; they go before those of a bundle.
+        weights: a safetensors file or torch checkpoint with the pretrained weights of the network; null takes those of
+            the bundle, or starts at random.
+        new_layers: layers that start at random, because the weights have another number of classes; name them in
+            adapter.modules_to_save too.
+        model: a folder or hub id that VolumeUNet.save_pretrained or `flora merge` wrote; goes before task.network.
         data: a folder with imagesTr and labelsTr, or the hub id of a data set with these folders.
-        num_channels, classes, channels, strides, res_units: shape of a random network, see VolumeUNetConfig.
+        num_channels, classes: of the volumes and of voxels, the background included.
+        channels, strides, res_units: shape of a random VolumeUNet, see VolumeUNetConfig.
+        spacing: the size of a voxel to resample to, as [1.0, 1.0, 2.5]; null leaves volumes as they are.
+        orientation: of the axes, as MONAI writes it.
+        intensity: lowest and highest intensity, which become 0 and 1, as [-175, 250] for abdominal CT; null gives each
+            channel of each volume the mean 0 and the standard deviation 1.
         patch: size of the training samples, drawn from the volumes; null trains on whole volumes.
         patches: drawn from each volume in an epoch.
+        foreground: share of the patches that are centred on a labelled voxel; 0 draws them anywhere.
         bad_data: "error" stops at volumes that cannot be used, "skip" leaves them out.
     """
 
+    network: str | None = None
+    network_args: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+    new_layers: list[str] = field(default_factory=list)
     model: str | None = None
     data: str = "./Task04_Hippocampus"
     num_channels: int = 1
@@ -62,103 +95,43 @@ class Task:
     channels: list[int] = field(default_factory=lambda: [16, 32, 64, 128])
     strides: list[int] = field(default_factory=lambda: [2, 2, 2])
     res_units: int = 2
+    spacing: list[float] | None = None
+    orientation: str = "RAS"
+    intensity: list[float] | None = None
     patch: list[int] | None = None
     patches: int = 1
+    foreground: float = 0.0
     bad_data: Bad = "error"
 
     def __post_init__(self) -> None:
+        self._check_network()
+        self._check_reading()
+
+    def _check_network(self) -> None:
         if len(self.strides) != len(self.channels) - 1:
             raise UserError(f"task.strides {self.strides} must be one fewer than task.channels {self.channels}")
         if self.classes < 2:
             raise UserError(f"task.classes is {self.classes}, expected 2 or more: the background counts")
-        if self.patch is not None and len(self.patch) != 3:
+        if self.patch is not None and (len(self.patch) != 3 or min(self.patch) < 1):
             raise UserError(f"task.patch is {self.patch}, expected three sizes")
+        if self.network is None and (self.network_args or self.weights or self.new_layers):
+            raise UserError("task.network_args, task.weights and task.new_layers belong to task.network, which is null")
+        if self.network is not None and self.model is None and self.patch is None:
+            raise UserError("task.network needs task.patch, the size that the network takes, such as [96, 96, 96]")
 
+    def _check_reading(self) -> None:
+        if self.spacing is not None and (len(self.spacing) != 3 or min(self.spacing) <= 0):
+            raise UserError(f"task.spacing is {self.spacing}, expected three sizes above 0, in millimetres")
+        if [sum(letter in axis for letter in self.orientation) for axis in AXES] != [1, 1, 1]:
+            raise UserError(f"task.orientation is {self.orientation!r}, expected one of L or R, A or P, S or I: 'RAS'")
+        if self.intensity is not None and (len(self.intensity) != 2 or self.intensity[0] >= self.intensity[1]):
+            raise UserError(f"task.intensity is {self.intensity}, expected the lowest and the highest value")
+        if not 0 <= self.foreground <= 1:
+            raise UserError(f"task.foreground is {self.foreground}, expected a share from 0 to 1")
 
-MOST_VOXELS = 2**30
-
-
-def read_array(path: Path) -> np.ndarray:
-    """The voxels of a NIfTI file, its axes turned to right, anterior, superior."""
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path.name} is not a regular file")
-
-    try:
-        found = cast("Any", nibabel).load(path)
-        # Told by the header, before anything is allocated.
-        if math.prod(found.shape) > MOST_VOXELS:
-            raise UserError(f"{path.name} is said to have the size {found.shape}, which is more than can be read")
-        return np.asanyarray(cast("Any", nibabel).as_closest_canonical(found).dataobj)
-    except (nibabel.filebasedimages.ImageFileError, EOFError, zlib.error) as error:
-        raise UserError(f"{path.name} cannot be read ({error})") from None
-
-
-def read_pair(pair: Pair, config: VolumeUNetConfig) -> tuple[Tensor, Tensor]:
-    """The image (channels, *size), normalised, and its labels (*size); raises where they do not fit each other."""
-    image, labels = (read_array(path) for path in pair)
-    if image.ndim not in (3, 4) or image.shape[:3] != labels.shape:
-        raise UserError(f"the image has size {image.shape}, its labels {labels.shape}")
-
-    volume = normalised(image, config)
-
-    if bad := sorted(set(np.unique(labels).tolist()) - set(range(config.classes))):
-        raise UserError(f"the labels have {bad[0]:g}, expected whole numbers from 0 to {config.classes - 1}")
-
-    return volume, torch.tensor(labels.astype(np.int64))
-
-
-def normalised(image: np.ndarray, config: VolumeUNetConfig) -> Tensor:
-    """The image as the network takes it: each channel with mean 0 and standard deviation 1.
-
-    Args:
-        image: Voxels, shape (*size,) or (*size, channels).
-        config: Of the network.
-
-    Returns:
-        shape (channels, *size).
-
-    Raises:
-        ValueError: The image has other channels than the network takes, or voxels that are no numbers.
-    """
-    if image.ndim not in (3, 4):
-        raise UserError(f"the image has {image.ndim} dimensions, expected 3, or 4 with the channels last")
-
-    volume = torch.tensor(image.astype(np.float32)).reshape(*image.shape[:3], -1).movedim(-1, 0)
-    if len(volume) != config.num_channels:
-        raise UserError(f"the image has {len(volume)} channels, the network takes {config.num_channels}")
-    if not torch.isfinite(volume).all():
-        raise UserError(f"{int((~torch.isfinite(volume)).sum())} voxels are NaN or infinite")
-
-    std, mean = torch.std_mean(volume, dim=(1, 2, 3), correction=0, keepdim=True)
-
-    return (volume - mean) / std.clamp_min(1e-6)
-
-
-class Volumes(Dataset[dict[str, Tensor]]):
-    """Pairs padded to ``size``, or ``patches`` of that size from each, drawn by the seed ``stream`` if it is given."""
-
-    def __init__(
-        self, pairs: list[Pair], config: VolumeUNetConfig, size: list[int], patches: int = 1, stream: int | None = None
-    ) -> None:
-        self.pairs, self.config, self.size, self.patches, self.stream = pairs, config, size, patches, stream
-
-    def __len__(self) -> int:
-        return len(self.pairs) * self.patches
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        image, labels = read_pair(self.pairs[index % len(self.pairs)], self.config)
-
-        if self.stream is not None:
-            random = np.random.default_rng([self.stream, index])
-            room = [max(0, length - most) for length, most in zip(labels.shape, self.size, strict=True)]
-            start = [int(random.integers(free + 1)) for free in room]
-            window = (slice(None), *(slice(at, at + most) for at, most in zip(start, self.size, strict=True)))
-            image, labels = image[window], labels[window[1:]]
-
-        missing = [most - length for length, most in zip(labels.shape, self.size, strict=True)]
-        margins = [width for lack in reversed(missing) for width in (lack // 2, lack - lack // 2)]
-
-        return {"pixel_values": pad(image, margins, value=float(image.min())), "labels": pad(labels, margins)}
+    def reading(self, config: Config) -> Reading:
+        """How volumes are read for a network."""
+        return Reading(config.num_channels, config.classes, self.orientation, self.spacing, self.intensity)
 
 
 def find_pairs(root: Path) -> dict[str, list[Item[Pair]]]:
@@ -169,7 +142,7 @@ def find_pairs(root: Path) -> dict[str, list[Item[Pair]]]:
         # The Decathlon keeps the labels of its test images to itself.
         if labels.is_dir():
             files = sorted(p for p in images.glob("*") if p.name.endswith(NIFTI) and not p.name.startswith("."))
-            parts[part] = [Item(str(path), (path, labels / path.name)) for path in files]
+            parts[part] = [Item(str(path), Pair(path, labels / path.name)) for path in files]
 
     if not parts.get("train"):
         raise FileNotFoundError(
@@ -195,18 +168,67 @@ def data_folder(where: str) -> Path:
 
 
 def network_folder(task: Task) -> str:
-    """Where the network is: the folder or hub id of ``task.model``, or the cache, where a random one is put first."""
+    """Where the network is: the folder or hub id of ``task.model``, or the cache, where a network is put first."""
     if task.model is not None:
         return locate(task.model)
+    if task.network is not None:
+        return _monai_network(task, task.network)
 
     config = VolumeUNetConfig(task.num_channels, task.classes, task.channels, task.strides, task.res_units)
-    folder = cache_folder() / f"volume_unet-{hashlib.sha256(config.to_json_string().encode()).hexdigest()[:12]}"
+    return _cached("volume_unet", config.to_json_string().encode(), lambda: VolumeUNet(config))
+
+
+def _monai_network(task: Task, network: str) -> str:
+    """The folder of a network of MONAI with its weights; the same settings and weights give the same folder."""
+    name, arguments, weights = network, task.network_args, task.weights
+
+    # A bare name is a class even where a folder is called like it.
+    if "/" in network or (Path(network) / "configs").is_dir():
+        bundle = Path(network).expanduser()
+        name, defined = read_bundle(bundle)
+        arguments = {**defined, **arguments}
+        if weights is None and (bundle / BUNDLE_WEIGHTS).is_file():
+            weights = str(bundle / BUNDLE_WEIGHTS)
+
+    network_class(name)
+    config = VolumeNetworkConfig(name, arguments, task.num_channels, task.classes, cast("list[int]", task.patch))
+    key = [config.to_json_string(), *task.new_layers]
+    if weights is not None:
+        file = Path(weights).expanduser()
+        if not file.is_file():
+            raise FileNotFoundError(f"task.weights is {weights!r}, and there is no such file")
+        key.append(hashlib.sha256(file.read_bytes()).hexdigest())
+
+    def make() -> VolumeNetwork:
+        check_network(config)
+        model = VolumeNetwork(config)
+        if weights is not None:
+            load_weights(model.network, file, task.new_layers)
+        return model
+
+    return _cached("volume_network", "\n".join(key).encode(), make)
+
+
+def _cached(kind: str, key: bytes, make: Callable[[], PreTrainedModel]) -> str:
+    folder = cache_folder() / f"{kind}-{hashlib.sha256(key).hexdigest()[:12]}"
     if not folder.is_dir():
         with torch.random.fork_rng(), staged_folder(folder) as staged, hidden_bars():
             torch.manual_seed(BASE_SEED)
-            VolumeUNet(config).save_pretrained(staged)
+            make().save_pretrained(staged)
 
     return str(folder)
+
+
+def network_config(where: str) -> Config:
+    """The config of the network in a folder or on the hub."""
+    found = load_pretrained(AutoConfig, where)
+    if not isinstance(found, (VolumeUNetConfig, VolumeNetworkConfig)):
+        raise UserError(
+            f"task.model {where!r} is a {found.model_type}, expected a network that `flora merge` or "
+            "VolumeUNet.save_pretrained wrote; give a network of MONAI as task.network"
+        )
+
+    return found
 
 
 def load_data(task: Task, seed: int) -> Data:
@@ -215,67 +237,80 @@ def load_data(task: Task, seed: int) -> Data:
     Raises:
         FileNotFoundError, ValueError: volumes or the network cannot be used; names file and reason.
     """
-    config = load_pretrained(VolumeUNetConfig, network_folder(task))
-    if task.patch is not None and config.padded(task.patch) != task.patch:
-        raise UserError(f"task.patch is {task.patch}, the next that the strides divide is {config.padded(task.patch)}")
+    config = network_config(network_folder(task))
+    if isinstance(config, VolumeNetworkConfig):
+        patch: list[int] | None = config.patch
+    else:
+        patch = task.patch
 
-    parts, check = find_pairs(data_folder(locate(task.data))), partial(read_pair, config=config)
+    if patch is not None and config.padded(patch) != patch:
+        raise UserError(f"task.patch is {patch}, the next that the strides divide is {config.padded(patch)}")
+
+    reading = task.reading(config)
+    sizes: dict[Pair, tuple[int, ...]] = {}
+
+    def check(pair: Pair) -> None:
+        sizes[pair] = tuple(read_pair(pair, reading)[1].shape)
+
+    parts = find_pairs(data_folder(locate(task.data)))
     good = {part: sift(items, check, bad=task.bad_data, what=f"{part} volumes") for part, items in parts.items()}
     pairs = with_held_out({part: [item.value for item in items] for part, items in good.items()})
-    sizes = [read_array(labels).shape for part in pairs.values() for _, labels in part]
-    size = config.padded([max(lengths) for lengths in zip(*sizes, strict=True)])
-    whole = {part: Volumes(pairs[part], config, size) for part in PARTS}
+    size = config.padded([max(lengths) for lengths in zip(*(sizes[pair] for pair in sizes), strict=True)])
+    whole = {part: Volumes(pairs[part], reading, size) for part in PARTS}
 
-    if task.patch is not None:
-        whole["train"] = Volumes(pairs["train"], config, task.patch, task.patches, seed)
+    if patch is not None:
+        whole["train"] = Volumes(pairs["train"], reading, patch, task.patches, seed, task.foreground)
 
     return Data(whole["train"], whole["validation"], whole["test"])
 
 
-def load_base(task: Task) -> VolumeUNet:
+def load_base(task: Task) -> PreTrainedModel:
     """The network."""
-    return cast(
-        "VolumeUNet", load_pretrained(VolumeUNet, network_folder(task)).to(memory_format=torch.channels_last_3d)
-    )
+    where = network_folder(task)
+    if isinstance(network_config(where), VolumeNetworkConfig):
+        kind: Any = VolumeNetwork
+    else:
+        kind = VolumeUNet
 
-
-INPUT_FILES = NIFTI
+    return cast("PreTrainedModel", load_pretrained(kind, where).to(memory_format=torch.channels_last_3d))
 
 
 def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[str, Any]]:
     """Writes the labels of a volume as NIfTI, on the very grid and in the orientation of the input."""
-    files = cast("Any", nibabel)
+    reading = task.reading(model.config)
 
     def answer(request: Request) -> dict[str, Any]:
-        source = files.load(request.given)
-        upright = files.as_closest_canonical(source)
-        volume = normalised(read_array(Path(request.given)), model.config)
-        labels = classes_of(model, volume, task.patch)
-
-        # Back from right, anterior, superior to the axes that the file has.
-        there = files.orientations.io_orientation(source.affine)
-        back = files.orientations.ornt_transform(files.orientations.io_orientation(upright.affine), there)
-        mask = files.Nifti1Image(labels.astype(np.uint8), upright.affine).as_reoriented(back)
-        path = request.file(".nii.gz")
-        files.save(mask, path)
-        counts = np.bincount(labels.ravel(), minlength=model.config.classes)
+        source, path = Path(request.given), request.file(".nii.gz")
+        volume = turned(read_file(source), reading)
+        grid = resampled(volume, reading)
+        logits = logits_of(model, normalised(grid, reading), task.patch)
+        classes = write_classes(logits, volume, grid, source, path)
+        counts = np.bincount(classes.ravel(), minlength=model.config.classes)
 
         return {"file": str(path), "voxels": {str(number): int(count) for number, count in enumerate(counts)}}
 
     return answer
 
 
-def classes_of(model: Any, volume: Tensor, patch: list[int] | None) -> np.ndarray:
-    """The class of each voxel.
+def logits_of(model: Any, volume: Tensor, patch: list[int] | None) -> Tensor:
+    """The logits of each voxel.
 
     Args:
         model: The network.
         volume: The image, shape (channels, *size).
-        patch: The size of the windows that are slid over the volume; None takes it in one piece.
+        patch: The size of the windows that are slid over the volume; None takes it in one piece. A ``VolumeNetwork``
+            slides windows itself.
+
+    Returns:
+        shape (classes, *size).
     """
+    batch = volume[None].to(model.device)
+    if isinstance(model.config, VolumeNetworkConfig):
+        return cast("Tensor", model(pixel_values=batch).logits[0].cpu())
+
     window = patch or model.config.padded(list(volume.shape[1:]))
     logits = sliding_window_inference(
-        volume[None].to(model.device),
+        batch,
         window,
         1,
         lambda part: model(pixel_values=part).logits,
@@ -284,7 +319,7 @@ def classes_of(model: Any, volume: Tensor, patch: list[int] | None) -> np.ndarra
         cval=float(volume.min()),
     )
 
-    return logits[0].argmax(0).cpu().numpy()
+    return cast("Tensor", logits[0].cpu())
 
 
 def preprocess_logits(logits: Tensor, labels: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ from flora.storage.atomic import read_json
 
 CONFIG = "adapter_config.json"
 MOST_DIMS = 16  # of a weight
+# Under which a checkpoint keeps the weights; the last is nnU-Net's.
+NESTED = ("state_dict", "model", "module", "network_weights")
 NOTE = "flora"  # the key of a file's metadata under which the layouts are recorded; readers ignore it
 WEIGHTS = "adapter_model.safetensors"
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -137,7 +139,7 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
         ) from None
 
     while isinstance(loaded, Mapping) and not any(isinstance(value, Tensor) for value in loaded.values()):
-        inner = next((loaded[key] for key in ("state_dict", "model", "module") if key in loaded), None)
+        inner = next((loaded[key] for key in NESTED if key in loaded), None)
         if inner is None:
             raise UserError(f"{path} has no tensors; its keys are {', '.join(map(repr, list(loaded)[:5]))}")
 
