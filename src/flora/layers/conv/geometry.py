@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -36,16 +36,14 @@ class Geometry(NamedTuple):
 
     def gradients(self, grad: Tensor, x: Tensor, weight: Tensor, wants_x: bool) -> tuple[Tensor | None, Tensor]:
         """Of the input, None where it is not wanted, and of the weight."""
-        if kernel_gradient.is_slow(self, weight, x):
-            grad_x = None
-
-            if wants_x:
-                grad_x = aten.convolution_backward(grad, x, weight, None, *self, [True, False, False])[0]
-            return grad_x, kernel_gradient.depthwise(x, grad, weight, self.stride, self.padding, self.dilation)
+        # Torch gives both gradients in one call. Where it is slow on the kernel's, that one is computed apart.
+        grad_weight = kernel_gradient.gradient(self, x, grad, weight)
+        if grad_weight is not None:
+            return self.input_gradient(grad, x, weight) if wants_x else None, grad_weight
 
         grad_x, grad_weight, _ = aten.convolution_backward(grad, x, weight, None, *self, [wants_x, True, False])
 
-        return grad_x, grad_weight
+        return grad_x, cast("Tensor", grad_weight)
 
     def input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """Of the input alone."""
@@ -71,6 +69,8 @@ def of_conv(module: Any, x: Tensor) -> Placed:
         module: the layer.
         x: shape (batch, in, *spatial).
     """
+    # ``aten.convolution`` pads with zeros, the same on both sides. "same" of an odd kernel is of that kind; reflection,
+    # a circle, or one more pixel on one side have to be written into the input first.
     padding = module.padding
     if module.padding_mode != "zeros" or isinstance(padding, str):
         # shape: two numbers for each dimension, the last dimension first
