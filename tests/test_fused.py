@@ -225,19 +225,21 @@ def test_the_input_is_kept_and_little_else(name: str, way: str, kind: str) -> No
 
 def test_it_gives_way_where_it_would_not_be_right() -> None:
     layer, x, delta = make("linear", torch.float32)
-    assert gate.can_fuse(x, layer.weight)
-    assert not gate.can_fuse(x.double(), layer.weight)
+    ready = gate.prepare(x, layer.weight, None)
+    assert ready is not None
+    assert ready.fused
+    assert gate.prepare(x.double(), layer.weight, None) is None
     assert row(layer).fused(SUMMED, layer, delta, x.double()) is None
     seen = []
 
     def loss(core: Tensor) -> Tensor:
-        seen.append(gate.can_fuse(x, layer.weight))
+        seen.append(gate.is_plain_eager())
         return row(layer).factored(layer, delta.stored_form, 1.0, x * core.sum()).square().sum()  # type: ignore[no-any-return]
 
     torch.func.grad(loss)(delta.core.detach())
     assert seen == [False]
     layer.weight.requires_grad_(True)
-    assert not gate.can_fuse(x, layer.weight)
+    assert not gate.prepare(x, layer.weight, None).fused  # type: ignore[union-attr]
     assert row(layer).fused(BESIDE, layer, delta, x) is None
 
 
@@ -440,11 +442,32 @@ def test_the_gradient_of_a_depthwise_kernel(
     if last:
         x = x.movedim(1, -1).contiguous().movedim(-1, 1)
     geometry = of_conv(layer, x).geometry
-    assert kernel_gradient.is_slow(geometry, layer.weight, x)
     out = layer(x)
     grad = torch.randn_like(out)
+    assert kernel_gradient.gradient(geometry, x, grad, layer.weight) is not None
     found = geometry.gradients(grad, x, layer.weight, False)[1]
     assert torch.allclose(found, torch.autograd.grad(out, layer.weight, grad)[0], atol=1e-10)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kernel", [(3, 2, 5), (1, 3, 1)])
+def test_the_gradients_of_a_volume_of_few_channels(
+    bias: bool, kernel: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "prefers_volumes_channels_last", lambda x: True)
+    torch.manual_seed(0)
+    layer = nn.Conv3d(3, 5, kernel, padding=(1, 0, 2), bias=bias)
+    x = torch.randn(2, 3, 7, 11, 13).requires_grad_(True)
+    out = layer(x)
+    grad = torch.randn_like(out)
+    geometry = of_conv(layer, x).geometry
+    assert kernel_gradient.gradient(geometry, x.detach(), grad, layer.weight) is not None
+
+    expected = torch.autograd.grad(out, (x, layer.weight), grad)
+    for found, right in zip(geometry.gradients(grad, x.detach(), layer.weight, True), expected, strict=True):
+        assert found is not None
+        assert torch.allclose(found, right, rtol=1e-4, atol=1e-4)
+    assert geometry.gradients(grad, x.detach(), layer.weight, False)[0] is None
 
 
 LEFT_TO_TORCH: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
@@ -452,6 +475,10 @@ LEFT_TO_TORCH: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
     "large, not depthwise": (lambda: nn.Conv2d(5, 5, 7), (2, 5, 11, 13)),
     "half precision": (lambda: nn.Conv2d(5, 5, 7, groups=5).bfloat16(), (2, 5, 11, 13)),
     "several outputs a channel": (lambda: nn.Conv2d(5, 10, 7, groups=5), (2, 5, 11, 13)),
+    "volume of one channel": (lambda: nn.Conv3d(1, 5, 3), (2, 1, 7, 5, 3)),
+    "volume of many channels": (lambda: nn.Conv3d(67, 5, 3), (1, 67, 3, 5, 3)),
+    "volume, strided": (lambda: nn.Conv3d(3, 5, 3, stride=(1, 1, 2)), (2, 3, 7, 5, 3)),
+    "volume, kernel of one pixel": (lambda: nn.Conv3d(3, 5, 1), (2, 3, 7, 5, 3)),
 }
 
 
@@ -460,4 +487,4 @@ def test_where_the_gradient_of_a_kernel_is_left_to_torch(name: str) -> None:
     build, size = LEFT_TO_TORCH[name]
     layer = build()
     x = torch.randn(size).to(layer.weight.dtype)
-    assert not kernel_gradient.is_slow(of_conv(layer, x).geometry, layer.weight, x)
+    assert kernel_gradient.gradient(of_conv(layer, x).geometry, x, layer(x).detach(), layer.weight) is None

@@ -10,7 +10,7 @@ operations.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any, NamedTuple
 
@@ -25,13 +25,16 @@ class Ready(NamedTuple):
         x: the input, under autocast in its dtype.
         bias: likewise.
         fused: whether the autograd functions may be used, rather than plain operations.
-        autocast: None, or what to run it in: off within, so that the small matrices keep the dtype of the adapter.
+        autocast: what to run it in. Autocast is off within, so that the small matrices keep the dtype of the adapter.
     """
 
     x: Tensor
     bias: Tensor | None
     fused: bool
-    autocast: AbstractContextManager[Any] | None
+    autocast: AbstractContextManager[Any]
+
+
+_AS_IT_IS = nullcontext()
 
 
 def prepare(x: Tensor, weight: Tensor, bias: Tensor | None) -> Ready | None:
@@ -42,14 +45,14 @@ def prepare(x: Tensor, weight: Tensor, bias: Tensor | None) -> Ready | None:
     if not casts(kind):
         if x.dtype != weight.dtype:
             return None
-        return Ready(x, bias, fused, None)
+        return Ready(x, bias, fused, _AS_IT_IS)
 
-    # Autocast leaves it alone.
+    # Autocast does not touch float64, so neither does the layer.
     if torch.float64 in (x.dtype, weight.dtype):
         return None
 
+    # The layer itself would be cast by autocast; an autograd function is not, so its input and bias are cast here.
     dtype = torch.get_autocast_dtype(kind)
-
     bias = bias.to(dtype) if bias is not None else None
 
     return Ready(x.to(dtype), bias, fused, torch.autocast(kind, enabled=False))
@@ -69,36 +72,10 @@ def is_plain_eager() -> bool:
     )
 
 
-def can_fuse(x: Tensor, weight: Tensor) -> bool:
-    """Whether an autograd function does what separate operations would: eager mode, one dtype, a frozen weight."""
-    autocast = casts(x.device.type)
-    return not weight.requires_grad and x.dtype == weight.dtype and not autocast and is_plain_eager()
-
-
 def is_exporting() -> bool:
     """Whether an exporter traces the model, which needs operations of torch alone."""
-    # is_exporting() is True under older compilers.
+    # torch.compiler.is_exporting() is True under older compilers as well, which do not export.
     return getattr(torch.compiler, "_is_exporting_flag", False)
-
-
-def in_its_dtype(
-    run: Callable[[Tensor, Tensor, Tensor | None], Tensor | None], x: Tensor, weight: Tensor, bias: Tensor | None
-) -> Tensor | None:
-    """``run(x, weight, bias)``; under autocast with all of them in its dtype, as the layer itself would compute.
-
-    Autocast is off within, so that the small matrices are folded in the dtype of the adapter.
-    """
-    kind = x.device.type
-    if not casts(kind):
-        return run(x, weight, bias)
-    # Autocast leaves it alone.
-    if torch.float64 in (x.dtype, weight.dtype):
-        return None
-
-    dtype = torch.get_autocast_dtype(kind)
-
-    with torch.autocast(kind, enabled=False):
-        return run(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -117,6 +94,9 @@ def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 def again(ctx: Any, plain: Any, inputs: Sequence[Any], rest: Sequence[Any], grad: Tensor) -> Any:
     """The gradient with a graph of its own (double backward): the same step in plain operations."""
+    # autograd calls backward with grad enabled when the gradient itself is to be differentiated (create_graph=True). An
+    # autograd function that calls fused kernels has no graph to offer then, so the layer is run once more in operations
+    # that torch differentiates, and its gradient is taken with a graph.
     wanted = {index: value for index, value in enumerate(inputs) if value is not None and ctx.needs_input_grad[index]}
     with torch.enable_grad():
         y = plain(*inputs, *rest)

@@ -27,6 +27,8 @@ def fold_matrix(form: Tucker, scale: float) -> tuple[Tensor | None, Tensor]:
     Returns:
         ``up`` of shape (I1, J) or None for the identity, and ``down`` of shape (J, I2), J = min(J1, J2).
     """
+    # dW = left @ core @ right.T. The core goes to the side of its larger rank, so that what lies between ``up`` and
+    # ``down`` is the smaller one.
     left, right = form.factors
     core = form.scaled(scale).core
 
@@ -84,6 +86,9 @@ def conv_transpose(
     padding = output_padding(base, input, output_size)
     x = input
 
+    # The inputs of a transposed convolution are the first dimension of its weight, over all groups. So each group has
+    # its own rows of the inner factor, and the core is repeated.
+    # shape: down (groups * Ji, in / groups)
     if inner is not None:
         size, rank = inner.shape
         down = inner.reshape(groups, size // groups, rank).transpose(1, 2).reshape(groups * rank, size // groups)
@@ -140,12 +145,16 @@ def _per_group(weight: Tensor, groups: int) -> Tensor:
 
 def embedding(base: Any, form: Tucker, scale: float, input: Tensor) -> Tensor:
     """Only the rows that are looked up; the padding row gets no gradient. input: ids -> (*ids.shape, dim)."""
+    # Looking rows up in the factor of the vocabulary gives (*ids.shape, J) numbers; only these are multiplied by the
+    # small matrix. So a token costs J * dim operations, however large the vocabulary is.
     rows, small = _rows(form, scale)
     if rows is None:
         return F.embedding(input, small, base.padding_idx)
 
     out = torch.matmul(F.embedding(input, rows), small)
 
+    # torch's embedding gives the padding row no gradient. So positions with that id pass none on, neither to the factor
+    # nor to the small matrix.
     if base.padding_idx is None or not torch.is_grad_enabled():
         return out
 

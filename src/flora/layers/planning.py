@@ -143,6 +143,7 @@ def choose(
         >>> choose(Work("linear", (768, 3072), (8, 8), 4096, 4096), readable=False).way
         'beside'
     """
+    # What the layer rules out, in the order of the table above.
     if not is_function or not (can_sum or can_add):
         return CALLED
     if can_add and (not readable or dropping or wanted == "beside"):
@@ -153,9 +154,12 @@ def choose(
             return CALLED
         return BESIDE
 
+    # On a GPU one large convolution is faster than a small one between two products. The function that runs those two
+    # beside the layer is not made for a compiler.
     if work.kind == "conv" and (work.compiled or not work.cpu):
         return SUMMED
 
+    # What is left is a matter of time. Kinds without figures keep the default.
     only_sums = wanted == "summed" or not can_add
     best, least = (SUMMED if only_sums else BESIDE), math.inf
     for choice, cost in costs(work):
@@ -184,6 +188,7 @@ def costs(work: Work) -> list[tuple[Choice, Cost]]:
     if work.kind == "embedding" or work.compiled:
         return found
 
+    # A narrow gradient with W + dW: on a GPU it is for linear layers alone, since convolutions are summed there.
     narrow = (SUMMED_NARROW, _summed_narrow(work))
 
     if not work.cpu:
@@ -207,6 +212,8 @@ def _summed(work: Work) -> Cost:
     dense, size = math.prod(work.shape), work.element_size
     inputs, outputs = _numbers(work)
 
+    # The gradient of a weight is a product over all positions: two operations for each entry and position. Rows of an
+    # embedding are only added up.
     if work.kind == "embedding":
         gradient = dense
     else:
@@ -215,6 +222,7 @@ def _summed(work: Work) -> Cost:
     if work.kind == "conv" and not work.transposed:
         gradient = 2 * work.outputs * dense
 
+    # dW is formed in the forward and again in the backward, and projecting its gradient back takes as many operations.
     flops = 3 * _build_flops(work.shape, work.ranks) + gradient
     kept = size * (inputs + dense)
 
@@ -257,6 +265,7 @@ def _summed_narrow(work: Work) -> Cost:
 
 def _beside(work: Work) -> Cost:
     """Six narrow products that read or write input, output and their gradients four times, a convolution five."""
+    # Few operations, but each of them reads or writes activations. So the passes over them decide.
     size, hidden = work.element_size, _hidden(work)
     inputs, outputs = _numbers(work)
     flops = _narrow_flops(work)
@@ -281,6 +290,8 @@ def _numbers(work: Work) -> tuple[int, int]:
     if work.kind == "embedding":
         return 0, work.outputs * work.shape[1]
 
+    # A weight is (out, in / groups, *kernel), or transposed (in, out / groups, *kernel): its second dimension is that
+    # of one group.
     out, inner = (1, 0) if work.transposed else (0, 1)
 
     in_groups = inner == 1
@@ -296,6 +307,7 @@ def _activations(work: Work) -> int:
 
 def _build_flops(shape: Sequence[int], ranks: Sequence[int]) -> int:
     """Of forming dW: a product for each mode, the last mode first."""
+    # ``current`` is the size of the tensor so far: the core, with one mode after the other at its full size.
     total, current = 0, math.prod(ranks)
     for size, rank in reversed(list(zip(shape, ranks, strict=True))):
         if rank != size:
@@ -317,6 +329,9 @@ def _narrow_flops(work: Work) -> int:
 
     out, inner = (1, 0) if work.transposed else (0, 1)
 
+    # The chain of a convolution beside the layer: a product down to the inner rank, the core over the kernel, a product
+    # up from the outer rank. A mode kept whole has no product. Each group has its own activations, and all share the
+    # form.
     whole_out, whole_inner = ranks[out] == shape[out], ranks[inner] == shape[inner]
     if whole_inner:
         down = 0

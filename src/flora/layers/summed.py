@@ -7,7 +7,8 @@ in the order of the weight:
 
     core (J1 J2 J3)  ->  (I3 J1 J2)  ->  (I2 I3 J1)  ->  dW (I1 I2 I3)
 
-Backward walks the same steps from the other end, two products for each: one for the factor's gradient, one to go on.
+Backward walks the same steps from the other end, two products for each: one gives the gradient of the factor, the other
+is what the next step starts from.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ def run(
 
 def _formed(weight: Tensor, core: Tensor, factors: Factors, scale: float) -> Tensor:
     """``W + s dW`` in operations that autograd itself differentiates, without a step through Python in backward."""
+    # Three factors of a kernel are one launch as a Kronecker product; of two, torch's own operations are as fast.
     modes = _kernel_modes(core, factors, 3)
     if modes:
         kernel: Tensor = _Kronecker.apply(*_of_modes(factors, modes))  # type: ignore[no-untyped-call]
@@ -87,6 +89,8 @@ def _formed(weight: Tensor, core: Tensor, factors: Factors, scale: float) -> Ten
     if factor is None:
         return _rounded_sum(weight, steps, scale)
 
+    # The last step of the chain, W + s * factor @ rows.T, with its own rounding in half precision.
+    # shape: (I1, rest)
     matrix = weight.reshape(-1, rows.shape[0])
     changed: Tensor = _RoundedSum.apply(matrix, factor, rows, scale)  # type: ignore[no-untyped-call]
 
@@ -107,6 +111,7 @@ class _RoundedSum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         factor, rows = ctx.saved_tensors
 
+        # A gradient of the gradient is wanted: the same two products, as operations that torch differentiates.
         if torch.is_grad_enabled():
             wide = ctx.scale * grad.to(factor.dtype)
             return None, wide @ rows, wide.t() @ factor, None
@@ -166,6 +171,8 @@ def with_update(weight: Tensor, update: Tensor) -> Tensor:
     """
     if weight.dtype not in device.HALF:
         return (weight + update).to(weight.dtype)
+    # Rounding has no useful gradient. ``total + (rounded - exact)`` has the value of the rounded sum, and the gradient
+    # of the sum, because the bracket is a constant to autograd.
     total = weight.float() + update.float()
     exact = total.detach()
     return (total + (device.rounded(exact, weight.dtype) - exact)).to(weight.dtype)
@@ -196,6 +203,8 @@ class _Summed(torch.autograd.Function):
         core: Tensor,
         *factors: Tensor | None,
     ) -> Tensor:
+        # The factors of the kernel's two or three modes are multiplied into one first, so that the chain has three
+        # steps for a convolution of any number of dimensions: kernel, inputs, outputs.
         modes = _kernel_modes(core, factors)
         one_core, one_kernel = core, factors
 
@@ -222,15 +231,19 @@ class _Summed(torch.autograd.Function):
         if torch.is_grad_enabled():
             return again(ctx, _differentiable, (x, weight, bias, operation, scale, core, *factors), (), grad)
 
+        # Saved were the factors as they were given, then the factors and the rows of the steps, equally many of each.
         steps_taken = (len(saved) - ctx.count) // 2
         steps = Steps(tuple(saved[ctx.count : -steps_taken]), tuple(saved[-steps_taken:]))
         wants_x = ctx.needs_input_grad[0]
         used = _sum(weight, steps, scale).to(x.dtype) if wants_x else weight
 
+        # The layer's own backward gives the gradient of the whole weight, as full fine-tuning has it. It lives only
+        # until it is projected onto core and factors.
         grad_x, grad_weight = operation.gradients(grad, x, used, wants_x)
 
         grad_core, *grad_factors = _project(grad_weight, steps, scale, core.dtype)
 
+        # What came back for the one factor of the kernel is split into the gradients of the factors it was made of.
         if ctx.modes:
             of_kernel = device.kronecker_gradients(grad_factors.pop(), _of_modes(factors, ctx.modes))
             grad_factors += [None] * (ctx.count - 2)
@@ -286,6 +299,9 @@ def _merged(core: Tensor, factors: Factors, kernel: Tensor) -> tuple[Tensor, tup
 
 def _steps(core: Tensor, factors: Factors) -> Steps:
     """The products that form dW, all but the last."""
+    # Each step sees what there is as a matrix whose columns are the last mode, still in its rank, and multiplies it by
+    # that mode's factor from the left: (I, J) @ (J, rest) = (I, rest). The mode now has its full size and stands in
+    # front, and the mode before it has become the last one. Nothing is copied between two steps.
     rows: list[Tensor] = []
     current, ranks = core, core.shape
     for mode in range(len(factors) - 1, -1, -1):
@@ -319,6 +335,8 @@ def _project(grad: Tensor, steps: Steps, scale: float, dtype: torch.dtype) -> li
 
     The weight's own gradient is multiplied in its own precision, everything after that in the adapter's.
     """
+    # The chain of ``_steps`` backwards. A step was out = factor @ rows.T, so the gradient of its factor is
+    # grad_out @ rows and that of its rows is grad_out.T @ factor. The rows of a step are the output of the one before.
     found: list[Any] = []
 
     # shape: (I1, rest)

@@ -64,6 +64,8 @@ def choices_of_energy(energy: Tensor, shape: Sequence[int], total: float) -> lis
         shape: ``(I1, ..., IN)``.
         total: the squared norm of all the tensors, the error where the layer is left out.
     """
+    # The form of ranks (r1, ..., rN) keeps the energy of the core's corner [:r1, ..., :rN]. A cumulative sum along
+    # every mode gives that of all corners at once; of each mode only the ranks on its grid are looked at.
     kept = energy.double()
     grids = []
     for mode, size in enumerate(shape):
@@ -103,6 +105,8 @@ def _of_matrix(tensor: Tensor, shape: tuple[int, ...], total: float, most: int) 
 
 
 def _of_tensor(tensor: Tensor, shape: tuple[int, ...], total: float, most: int) -> list[Choice]:
+    # The same as ``choices_of_energy``, for one tensor: its coordinates in the singular vectors of each mode, whose
+    # leading corners are the truncated forms.
     core = tensor.float() if tensor.dtype != torch.float64 else tensor
 
     for mode in range(tensor.ndim):
@@ -148,6 +152,9 @@ def spend(options: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Cho
         options: layer -> its :func:`choices`; what the first of them costs is spent in any case.
         budget: parameters to spend.
     """
+    # Along the lower convex hull of a layer's (parameters, error) points every step removes less error per parameter
+    # than the one before. So taking the steps of all layers from the steepest on is the best use of a budget, up to the
+    # last step that no longer fits.
     chosen = {name: listed[0] for name, listed in options.items()}
     left = budget - sum(choice.params for choice in chosen.values())
     steps = [
@@ -169,11 +176,14 @@ def spend(options: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Cho
 
 
 def _slope(before: Choice, after: Choice) -> float:
+    """The error that each further parameter removes, as a negative number."""
     return (after.error - before.error) / (after.params - before.params)
 
 
 def _hull(listed: Sequence[Choice]) -> list[Choice]:
     """The lower convex hull of the (params, error) points, which come sorted."""
+    # A point is dropped when the next one lies below the line through it: the step to it was less steep than the step
+    # that follows.
     hull: list[Choice] = []
     for choice in listed:
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], choice):

@@ -75,6 +75,10 @@ def decompose(tensor: Tensor, ranks: Ranks, *, sweeps: int = 50, tolerance: floa
     else:
         work = tensor.detach().float()
 
+    # With orthonormal factors |X - form|^2 = |X|^2 - |core|^2, so the best factors are those that keep most of the norm
+    # in the core. HOOI improves one factor at a time: with all others fixed, the best one is the leading singular
+    # vectors of the tensor projected by the others. The kept norm never falls, so the rounds can stop when it no longer
+    # grows.
     modes = [mode for mode, (rank, size) in enumerate(zip(ranks, tensor.shape, strict=True)) if rank < size]
     total = _energy(work)
     factors = _hosvd(work, ranks, modes)
@@ -129,6 +133,10 @@ def leading(tensor: Tensor, mode: int, rank: int) -> tuple[Tensor, Tensor]:
         values, vectors = spectrum(tensor, mode)
         return values[:rank], vectors[:, :rank]
 
+    # Subspace iteration: a random subspace, multiplied by the matrix and its transpose in turn, turns towards the
+    # leading singular vectors. QR after each product keeps its columns apart. It is twice as wide as needed, because
+    # the last columns turn slowly; the SVD of the small product then sorts them.
+    # shape: right (columns, width), left (rows, width)
     random = torch.Generator().manual_seed(0)
     width = 2 * rank + 8
     right = torch.randn(unfolded.shape[1], width, generator=random, dtype=tensor.dtype)
@@ -168,6 +176,8 @@ def spectrum(tensor: Tensor, mode: int) -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(_gram(unfolded))
         return values.flip(0).clamp(min=0), vectors.flip(1)
 
+    # More rows than columns: the eigenvectors of X'X are the right singular vectors V, and the left ones are the
+    # columns of X V, which have the lengths of the singular values.
     values, right = torch.linalg.eigh(_gram(unfolded.T))
     values, right = values.flip(0).clamp(min=0), right.flip(1)
     left = torch.empty(size, others, dtype=torch.float64)

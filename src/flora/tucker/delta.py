@@ -81,6 +81,7 @@ class TuckerDelta(nn.Module):
         if len(ranks) != len(sizes) or any(not 1 <= rank <= size for rank, size in zip(ranks, sizes, strict=True)):
             raise UserError(f"ranks {tuple(ranks)} do not fit the shape {sizes}: one from 1 to the size per dimension")
 
+        # A mode whose rank is its size has no factor: a square one would add parameters and reach nothing new.
         self.core = nn.Parameter(torch.empty(*ranks, device=device, dtype=dtype))
         self._factor_names = tuple(
             None if rank == size else f"factor_{mode}"
@@ -122,6 +123,8 @@ class TuckerDelta(nn.Module):
             pairs = zip(ranks, factors, strict=True)
             return tuple([rank if factor is None else factor.shape[0] for rank, factor in pairs]), ranks
 
+        # The folded modes that make one stored dimension have the Kronecker product of their factors as its factor,
+        # whose rank is the product of theirs; at or above the dimension's size ``stored_form`` keeps it whole.
         shape = self.fold.stored_shape
         sizes = [math.prod([ranks[axis] for axis in group]) for group in self.fold.groups]
 

@@ -40,6 +40,9 @@ class Fold:
         The factors of a composite dimension become one: their Kronecker product where that is narrower than the
         dimension, else they are absorbed into the core.
         """
+        # A stored dimension made of several folded ones runs over all combinations of their indices. Its factor is
+        # therefore the Kronecker product of theirs, and the core's dimensions are flattened in the same order. If that
+        # product has as many columns as rows, it restricts nothing: the factors go into the core and the mode is whole.
         core, factors = form.core, list(form.factors)
         merged: list[Tensor | None] = []
         sizes = []
@@ -85,7 +88,8 @@ def parse_fold(pattern: str, shape: Sequence[int], name: str = "weight") -> Fold
     if "->" in pattern or len(set(names)) != len(names) or re.sub(r"[\w\s=,]", "", sizes):
         raise UserError(f"fold {pattern!r} of {name} is not a list of the stored dimensions and sizes; {example}")
 
-    # einops refuses axes that are Python keywords, such as "in".
+    # einops solves for the sizes that are not given and checks them. It runs on the meta device, so nothing is
+    # allocated. It refuses axes that are Python keywords, such as "in".
     prefixed = re.sub(r"(\w+)", r"axis_\1", left)
 
     try:
@@ -98,6 +102,7 @@ def parse_fold(pattern: str, shape: Sequence[int], name: str = "weight") -> Fold
         reason = str(error).strip().splitlines()[-1].strip().replace("axis_", "")
         raise UserError(f"fold {pattern!r} does not fit {name} of shape {tuple(shape)}: {reason}; {example}") from None
 
+    # Folded dimensions are numbered from left to right; a pair of brackets holds those of one stored dimension.
     groups, count = [], 0
     for text in groups_text:
         width = len(re.findall(r"\w+", text))

@@ -28,6 +28,8 @@ def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
     Returns:
         The tensor with ``In`` in place of ``Jn``.
     """
+    # The dimensions before and after the mode are seen as one each, which is a view. Where there is none before, or
+    # none after, the product is one of two matrices; otherwise one for each index before.
     before, size, after = math.prod(tensor.shape[:mode]), tensor.shape[mode], math.prod(tensor.shape[mode + 1 :])
     shape = (*tensor.shape[:mode], matrix.shape[0], *tensor.shape[mode + 1 :])
 
@@ -59,8 +61,9 @@ def kronecker(parts: Sequence[Tensor | None], ranks: Sequence[int]) -> Tensor | 
         torch.eye(rank, dtype=like.dtype, device=like.device) if part is None else part
         for part, rank in zip(parts, ranks, strict=True)
     ]
-    product = matrices[0]
+    # The outer product of two matrices, with rows beside rows and columns beside columns, is their Kronecker product.
     # torch.kron does the same in many more calls.
+    product = matrices[0]
     for matrix in matrices[1:]:
         (rows, columns), (height, width) = product.shape, matrix.shape
         product = product.reshape(rows, 1, columns, 1) * matrix.reshape(1, height, 1, width)
@@ -166,6 +169,10 @@ def concatenate(forms: Sequence[Tucker], weights: Sequence[float]) -> Tucker:
             f"cannot add Tucker forms of the shapes {[form.shape for form in forms]}; they have to be equal"
         )
 
+    # sum_k w_k G_k x1 A_k ... = G x1 [A_1 A_2 ...] ..., where G has the cores as blocks along its diagonal: block k
+    # starts where the columns of form k start in each mode. In a mode that is kept whole there are no columns to be put
+    # side by side, so every block spans it, after the form's own factor has been multiplied in; blocks then overlap and
+    # add up.
     ranks = [sum(form.ranks[mode] for form in forms) for mode in range(len(shape))]
     whole = [
         ranks[mode] >= size or any(form.factors[mode] is None for form in forms) for mode, size in enumerate(shape)
@@ -191,6 +198,7 @@ def concatenate(forms: Sequence[Tucker], weights: Sequence[float]) -> Tucker:
 
 
 def _factor(form: Tucker, mode: int) -> Tensor:
+    """The factor of a mode, the identity written out where there is none. shape: (In, Jn)."""
     factor = form.factors[mode]
     if factor is not None:
         return factor

@@ -25,6 +25,9 @@ def zero_first(core: Tensor, factors: Sequence[Tensor | None], over: Sequence[bo
     that inputs of rms 1 change the outputs by rms s * sqrt(J1) * rms(first factor) at any width. So the learning rates
     fit that LoRA is used with. If the first mode is whole, the core is zero.
     """
+    # dW is linear in each of its parts, so one part that is zero makes dW zero, and that part alone gets a gradient at
+    # the first step. The core's unfolding (J1, rest) has orthonormal rows, or columns, times a gain that undoes the
+    # spread of the modes that are not summed over.
     if factors[0] is None:
         nn.init.zeros_(core)
     else:

@@ -131,6 +131,8 @@ def resolve(
 
         ranks.append(min(wanted, size))
 
+    # The unfolding of mode n is (In, product of the other sizes), so no tensor of this shape has a higher rank there
+    # than the smaller of the two.
     lowered = _lower_to_reach(ranks, kernel)
     reach = tuple(min(size, math.prod(shape) // size) for size in shape)
     # The form is no restriction, so the weight itself is the cheaper parametrisation.
@@ -150,6 +152,8 @@ def _kernel_modes(shape: Sequence[int], roles: Sequence[Role] | None) -> tuple[b
 
 def _lower_to_reach(ranks: list[int], kernel: Sequence[bool]) -> tuple[int, ...]:
     """Lowers each channel rank to the product of the other ranks, the most that its mode can reach."""
+    # The core's unfolding of mode n is (Jn, product of the other ranks): more rows than columns are never used.
+    # Lowering one rank lowers the product for the others, so it is repeated until nothing changes.
     changed = True
     while changed:
         changed = False
@@ -204,6 +208,8 @@ def solve_budget(weights: Mapping[str, Weight], budget: int, kernel_r: int | Non
         else:
             low, high = (low, middle - 1)
 
+    # What is left buys one more step for single weights. ``min`` takes the lowest level first, and of those the dearest
+    # step, so that no weight runs ahead while another could still be raised.
     level = {name: ladder.best(low) for name, ladder in of.items()}
     left = budget - total(low)
     while steps := [

@@ -27,6 +27,9 @@ def project(matrix: Tensor, x: Tensor) -> Tensor:
         matrix: shape (C, J).
         x: shape (B, C, *S).
     """
+    # Three ways to the same numbers, by the memory layout: channels last is one product of all pixels; otherwise a
+    # product for each sample, with the pixels as rows, or with the pixels as columns and turned around afterwards.
+    # shape: flat (B, pixels, J), or (B * pixels, J)
     matrix = matrix.to(x.dtype)
     lines = rows(x)
     if lines is not None:
@@ -48,6 +51,7 @@ def add_projected(y: Tensor, matrix: Tensor, hidden: Tensor) -> None:
         matrix: shape (C, J).
         hidden: shape (B, J, *S).
     """
+    # ``rows`` and ``view`` share the memory of y, so the product is added into y without another pass over it.
     matrix = matrix.to(y.dtype)
     lines = rows(y)
     if lines is not None:

@@ -43,20 +43,20 @@ def _run(choice: Choice, module: Any, delta: TuckerDelta, placed: Placed) -> Ten
     if ready is None:
         return None
 
-    if ready.autocast is None:
-        return _ready(choice, weight, delta, ready, geometry)
-
     with ready.autocast:
         return _ready(choice, weight, delta, ready, geometry)
 
 
 def _ready(choice: Choice, weight: Tensor, delta: TuckerDelta, ready: Ready, geometry: Geometry) -> Tensor | None:
+    # Through the whole weight: any number of groups, any kernel, in the order of the weight.
     if choice.gradient == "dense":
         run = summed.run if ready.fused else summed.run_plain
 
         core, factors = delta.tensors()
         return run(geometry, ready.x, weight, ready.bias, core, factors, delta.scale)
 
+    # Through narrow tensors: the factors of the channels are applied to the activations, which the groups of a
+    # convolution would each have to do for themselves.
     if not ready.fused or geometry.groups > 1:
         return None
 
@@ -65,6 +65,8 @@ def _ready(choice: Choice, weight: Tensor, delta: TuckerDelta, ready: Ready, geo
 
     out, inner = (second, first) if geometry.transposed else (first, second)
 
+    # A kernel of one pixel without padding is a product on the channels, dW = out @ down, and needs no convolution.
+    # shape: down (Jo, I)
     weight = weight.to(ready.x.dtype)
     if weight[0, 0].numel() == 1 and not geometry.transposed and not any(geometry.padding):
         core = form.core.flatten(1)
@@ -79,8 +81,14 @@ def _ready(choice: Choice, weight: Tensor, delta: TuckerDelta, ready: Ready, geo
     return y
 
 
+# The change of a convolution by a Tucker form is three convolutions in a row:
+#
+#     x (B, I, *S)  --inner.T, 1x1-->  (B, Ji, *S)  --core over the kernel-->  (B, Jo, *S')  --out, 1x1-->  (B, O, *S')
+#
+# The one in the middle has the layer's own stride, padding and dilation, but few channels. The other two are products
+# on the channels. Backward walks the chain from its end. Only x is kept: the narrow tensors are cheap to compute again.
 class _Conv(torch.autograd.Function):
-    """The layer once with W + dW, or beside its change; the gradients of the form in few channels.
+    """The layer once with W + dW, or beside its change; the gradients of the form through few channels.
 
     Shapes: x (B, I, *S), weight as of the layer, core (Jo, Ji, *R) or transposed (Ji, Jo, *R), kernel
     (prod(K), prod(R)) or None where R = K, inner (I, Ji) or None, out (O, Jo) or None -> (B, O, *S').
@@ -140,6 +148,8 @@ class _Conv(torch.autograd.Function):
             grad_out = outer(grad, geometry.run(few, small_core, None), out.dtype)
             grad_hidden = project(out, grad)
 
+        # The convolution in few channels gives the gradient of its input and of its weight. Where ``inner`` is the
+        # identity its input is x itself, whose gradient is wanted only if the layer did not run with W + dW.
         needs_few = inner is not None or (wants_x and not ctx.sums)
         grad_few, grad_small_core = geometry.gradients(grad_hidden, few, small_core, needs_few)
         grad_core, grad_kernel = _unfold_kernel(grad_small_core.to(core.dtype), core, kernel)
@@ -149,6 +159,8 @@ class _Conv(torch.autograd.Function):
         else:
             grad_inner = outer(x, grad_few, inner.dtype)
 
+        # The gradient of x is that of the function which ran: of one convolution with W + dW, or of the frozen one plus
+        # the gradient that came back through the change, added in place.
         grad_x = None
 
         if wants_x and ctx.sums:
@@ -182,6 +194,8 @@ def _unfold_kernel(grad: Tensor, core: Tensor, kernel: Tensor | None) -> tuple[T
     """The gradients of core and kernel from that of the core over the whole kernel."""
     if kernel is None:
         return grad, None
+
+    # The core over the whole kernel is the product  core (J1 * J2, prod(R)) @ kernel.T (prod(R), prod(K)).
     # shape: (J1 * J2, prod(K))
     rows = grad.reshape(-1, len(kernel))
     return (rows @ kernel).view(core.shape), rows.T @ core.reshape(len(rows), -1)
@@ -190,9 +204,10 @@ def _unfold_kernel(grad: Tensor, core: Tensor, kernel: Tensor | None) -> tuple[T
 def _changed(
     weight: Tensor, small_core: Tensor, inner: Tensor | None, out: Tensor | None, geometry: Geometry
 ) -> Tensor:
-    """``W + dW`` in the order of the weight."""
+    """``W + dW`` in the order of the weight: (out, in, *kernel), or (in, out, *kernel) of a transposed convolution."""
     first, second = (inner, out) if geometry.transposed else (out, inner)
 
+    # The core gets the factor of the weight's second dimension; the product with the first factor is then added to W.
     # shape: (J1, I2, *K)
     if second is None:
         part = small_core
@@ -212,6 +227,7 @@ def _plain_conv(
     out: Tensor | None,
     geometry: Geometry,
 ) -> Tensor:
+    """The same in plain operations, for the gradient of a gradient."""
     if inner is None:
         few = x
     else:

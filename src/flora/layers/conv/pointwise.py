@@ -38,8 +38,13 @@ def pointwise(
     return y
 
 
+# With a kernel of one pixel the layer multiplies the channels of each pixel by a matrix, and the change is
+#
+#     x (B, I, *S)  --down-->  (B, J, *S')  --out-->  (B, O, *S')
+#
+# A stride skips pixels: the change sees the same pixels as the layer, through a strided view of x.
 class _Pointwise(torch.autograd.Function):
-    """Shapes as of ``pointwise``."""
+    """Arguments and shapes as of ``pointwise``."""
 
     @staticmethod
     def forward(
@@ -76,6 +81,7 @@ class _Pointwise(torch.autograd.Function):
         if torch.is_grad_enabled():
             return again(ctx, _plain_pointwise, (x, weight, bias, down, out), (ctx.stride,), grad)
 
+        # A strided view is copied once where three products would each have to gather it.
         seen = _seen(x, ctx.stride)
 
         if rows(x) is None:
@@ -89,6 +95,7 @@ class _Pointwise(torch.autograd.Function):
 
         grad_down = outer(seen, grad_hidden, down.dtype).T
 
+        # Of the pixels that were met first, then spread over the whole input: the skipped pixels have no gradient.
         grad_x = None
 
         if ctx.needs_input_grad[0]:

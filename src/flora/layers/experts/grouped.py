@@ -1,4 +1,13 @@
-"""The fused function of a grouped product over a stack of expert matrices; ``fused`` says what it is about."""
+"""A grouped product over a stack of expert matrices and its change, in one autograd function.
+
+A grouped product multiplies every row of x by the matrix of its expert. With an adapter the matrix of expert e is
+
+    W'[e] = weight[e] + left @ middle[e] @ right.T        (m, n) = (m, n) + (m, p) (p, q) (q, n)
+
+where all experts share ``left`` and ``right``, and each has a small ``middle`` of its own. So the change needs no stack
+of large matrices: all rows go through ``left`` together, then every expert multiplies its own rows by its ``middle``,
+and all rows go through ``right`` together, straight into the output of the frozen product.
+"""
 
 from __future__ import annotations
 
@@ -15,33 +24,37 @@ Run = Callable[..., Tensor]  # torch's grouped product
 
 
 def grouped(
-    weight: Tensor, left: Tensor | None, middle: Tensor, right: Tensor | None, x: Tensor, offs: Tensor, run: Run
+    weight: Tensor, left: Tensor | None, middle: Tensor, right: Tensor | None, x: Tensor, ends: Tensor, run: Run
 ) -> Tensor:
-    """``run(x, weight + left @ middle @ right.T, offs=offs)``; shapes as of ``_Grouped``.
+    """``run(x, weight + left @ middle @ right.T, offs=ends)``.
 
     Args:
-        weight: frozen.
-        left: the factor of the inputs that all experts share, None for the identity.
-        middle: a small matrix for each expert.
-        right: the factor of the outputs, as left.
-        x: rows sorted by expert.
-        offs: (E,), where each expert's rows end.
+        weight: shape (experts, m, n), frozen.
+        left: shape (m, p), the factor of the inputs; None for the identity.
+        middle: shape (experts, p, q).
+        right: shape (n, q), the factor of the outputs; None for the identity.
+        x: shape (rows, m), sorted by expert.
+        ends: shape (experts,), where each expert's rows end; torch calls it ``offs``.
         run: the grouped product.
+
+    Returns:
+        Shape (rows, n).
     """
-    y: Tensor = _Grouped.apply(x, weight, left, middle, right, offs, run)  # type: ignore[no-untyped-call]
+    y: Tensor = _Grouped.apply(x, weight, left, middle, right, ends, run)  # type: ignore[no-untyped-call]
     return y
 
 
-def one_by_one(rows: Tensor, matrices: Tensor, offs: Tensor) -> Tensor:
-    """Each row by the matrix of its expert: (S, p), (E, p, q) -> (S, q).
+def row_by_row(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """Each row times the matrix of its expert: (rows, p), (experts, p, q) -> (rows, q).
 
     Rows past the last end, which nothing reads, get the last expert's.
     """
-    return torch.bmm(rows.unsqueeze(1), matrices[_expert_of(rows, offs, matrices)]).squeeze(1)
+    own = matrices[_expert_of(rows, ends, matrices)]
+    return torch.bmm(rows.unsqueeze(1), own).squeeze(1)
 
 
 class _Grouped(torch.autograd.Function):
-    """Shapes: x (S, m), weight (E, m, n), left (m, p) or None, middle (E, p, q), right (n, q) or None -> (S, n)."""
+    """Arguments and shapes as of ``grouped``."""
 
     @staticmethod
     def forward(
@@ -51,97 +64,99 @@ class _Grouped(torch.autograd.Function):
         left: Tensor | None,
         middle: Tensor,
         right: Tensor | None,
-        offs: Tensor,
+        ends: Tensor,
         run: Run,
     ) -> Tensor:
         ctx.run = run
-        y = run(x, weight, offs=offs)
+        y = run(x, weight, offs=ends)
 
-        small = device.project(x, left.to(x.dtype)) if left is not None else x
+        # shape: (rows, p), then (rows, q)
+        narrow_in = x if left is None else device.project(x, left.to(x.dtype))
+        narrow_out = _by_expert(narrow_in, middle.to(x.dtype), ends)
 
-        hidden = _each(small, middle.to(x.dtype), offs)
-
+        # The change is added into the output of the frozen product, which no one else has seen yet.
         if right is None:
-            y += hidden
+            y += narrow_out
         else:
-            y.addmm_(hidden, right.to(x.dtype).t())
+            y.addmm_(narrow_out, right.to(x.dtype).t())
 
-        kept = (None if left is None else small, None if right is None else hidden)
-        ctx.save_for_backward(x, weight, left, middle, right, offs, *kept)
+        # Where a factor is the identity, the narrow tensor is x or the output itself and need not be kept twice.
+        kept = (None if left is None else narrow_in, None if right is None else narrow_out)
+        ctx.save_for_backward(x, weight, left, middle, right, ends, *kept)
 
         return y
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight, left, middle, right, offs, small, hidden = ctx.saved_tensors
+        x, weight, left, middle, right, ends, narrow_in, narrow_out = ctx.saved_tensors
 
         if torch.is_grad_enabled():
-            return again(ctx, _plain_grouped, (x, weight, left, middle, right), (offs, ctx.run), grad)
+            return again(ctx, _plain_grouped, (x, weight, left, middle, right), (ends, ctx.run), grad)
 
-        grad, run = grad.contiguous(), ctx.run
+        # The forward's chain  x -> left -> middle -> right -> y  is walked from its end, each step with the transposed
+        # matrix; the gradient of a matrix is the product of what went into it and what came back out of it.
+        grad = grad.contiguous()
+        grad_narrow_out = grad if right is None else device.project(grad, right.to(x.dtype))
+        grad_narrow_in = _by_expert(grad_narrow_out, middle.to(x.dtype).mT, ends)
+        grad_middle = _outer_by_expert(x if narrow_in is None else narrow_in, grad_narrow_out, middle, ends)
+        grad_left = grad_right = grad_x = None
 
-        back = grad if right is None else device.project(grad, right.to(x.dtype))
+        if left is not None:
+            grad_left = device.outer(x, grad_narrow_in, left.dtype).to(left.dtype)
+        if right is not None:
+            grad_right = device.outer(grad, narrow_out, right.dtype).to(right.dtype)
 
-        grad_small = _each(back, middle.to(x.dtype).mT, offs)
-        grad_middle = _sums(x if small is None else small, back, middle, offs)
-
-        if left is None:
-            grad_left = None
-        else:
-            grad_left = device.outer(x, grad_small, left.dtype).to(left.dtype)
-
-        if right is None:
-            grad_right = None
-        else:
-            grad_right = device.outer(grad, hidden, right.dtype).to(right.dtype)
-
-        grad_x = None
-
+        # The gradient of x has two sources, the frozen product and the change; the second is added into the first.
         if ctx.needs_input_grad[0]:
-            grad_x = run(grad, weight.mT, offs=offs)
+            grad_x = ctx.run(grad, weight.mT, offs=ends)
 
             if left is None:
-                grad_x += grad_small
+                grad_x += grad_narrow_in
             else:
-                grad_x.addmm_(grad_small, left.to(x.dtype).t())
+                grad_x.addmm_(grad_narrow_in, left.to(x.dtype).t())
 
         return grad_x, None, grad_left, grad_middle, grad_right, None, None
 
 
-def _each(rows: Tensor, matrices: Tensor, offs: Tensor) -> Tensor:
-    """What ``one_by_one`` returns."""
-    sizes = _sizes(rows, offs)
-    if sizes is None:
-        return one_by_one(rows, matrices, offs)
-    return torch.cat([torch.mm(own, matrix) for own, matrix in zip(rows.split(sizes), matrices, strict=True)])
+def _by_expert(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """What ``row_by_row`` returns, by one product for each expert where that is faster."""
+    counts = _rows_per_expert(rows, ends)
+    if counts is None:
+        return row_by_row(rows, matrices, ends)
+    return torch.cat([torch.mm(own, matrix) for own, matrix in zip(rows.split(counts), matrices, strict=True)])
 
 
-def _sums(left: Tensor, right: Tensor, like: Tensor, offs: Tensor) -> Tensor:
-    """For each expert the product ``left.T @ right`` of its rows: (S, p), (S, q) -> (E, p, q) in the dtype of like."""
-    sizes = _sizes(left, offs)
-    if sizes is None:
+def _outer_by_expert(left: Tensor, right: Tensor, like: Tensor, ends: Tensor) -> Tensor:
+    """For each expert ``left.T @ right`` of its rows: (rows, p), (rows, q) -> (experts, p, q), in the dtype of like."""
+    counts = _rows_per_expert(left, ends)
+
+    # Without counts: the outer product of every single row, added up under the number of its expert.
+    if counts is None:
         pairs = torch.bmm(left.unsqueeze(2), right.unsqueeze(1)).to(like.dtype)
-        return torch.zeros_like(like).index_put_((_expert_of(left, offs, like),), pairs, accumulate=True)
-    pieces = zip(left.to(like.dtype).split(sizes), right.to(like.dtype).split(sizes), strict=True)
+        return torch.zeros_like(like).index_put_((_expert_of(left, ends, like),), pairs, accumulate=True)
+
+    pieces = zip(left.to(like.dtype).split(counts), right.to(like.dtype).split(counts), strict=True)
     return torch.stack([torch.mm(own.t(), other) for own, other in pieces])
 
 
-def _expert_of(rows: Tensor, offs: Tensor, matrices: Tensor) -> Tensor:
-    places = torch.arange(len(rows), device=offs.device, dtype=offs.dtype)
-    return torch.searchsorted(offs, places, right=True).clamp(max=len(matrices) - 1)
+def _expert_of(rows: Tensor, ends: Tensor, matrices: Tensor) -> Tensor:
+    """The expert of each row, the first whose end lies beyond it, (rows,)."""
+    places = torch.arange(len(rows), device=ends.device, dtype=ends.dtype)
+    return torch.searchsorted(ends, places, right=True).clamp(max=len(matrices) - 1)
 
 
-def _sizes(rows: Tensor, offs: Tensor) -> list[int] | None:
-    """How many rows each expert has, on a CPU and where a product for each pays; None elsewhere."""
-    if not device.counts_rows(rows) or len(rows) < device.LEAST_ROWS * len(offs) or int(offs[-1]) != len(rows):
+def _rows_per_expert(rows: Tensor, ends: Tensor) -> list[int] | None:
+    """How many rows each expert has; None where a product for each expert does not pay, or rows belong to none."""
+    if not device.counts_rows(rows) or len(rows) < device.LEAST_ROWS * len(ends) or int(ends[-1]) != len(rows):
         return None
-    return offs.diff(prepend=offs.new_zeros(1)).tolist()
+    return ends.diff(prepend=ends.new_zeros(1)).tolist()
 
 
 def _plain_grouped(
-    x: Tensor, weight: Tensor, left: Tensor | None, middle: Tensor, right: Tensor | None, offs: Tensor, run: Run
+    x: Tensor, weight: Tensor, left: Tensor | None, middle: Tensor, right: Tensor | None, ends: Tensor, run: Run
 ) -> Tensor:
-    small = x @ left.to(x.dtype) if left is not None else x
-    hidden = one_by_one(small, middle.to(x.dtype), offs)
-    return run(x, weight, offs=offs) + (hidden if right is None else hidden @ right.to(x.dtype).T)
+    """The same in plain operations, for the gradient of a gradient."""
+    narrow_in = x if left is None else x @ left.to(x.dtype)
+    narrow_out = row_by_row(narrow_in, middle.to(x.dtype), ends)
+    return run(x, weight, offs=ends) + (narrow_out if right is None else narrow_out @ right.to(x.dtype).T)

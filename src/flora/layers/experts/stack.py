@@ -1,8 +1,8 @@
-"""A stack of expert matrices W + dW that is never formed: ``ExpertStack`` stands in for the (E, m, n) parameter.
+"""A stack of expert matrices W + dW that is never formed: ``ExpertStack`` stands in for the parameter.
 
-The expert layers of transformers do few things with such a parameter: take one expert's matrix or a batch of
-them, transpose, multiply. Those are done on W and on the low-rank update side by side, with one adapter in one fused
-function where that is possible; anything else gets the dense sum, so any forward stays exact.
+The expert layers of transformers do few things with a parameter of shape (experts, m, n): take the matrix of one expert
+or of several, transpose, multiply. Those are done on W and on the update side by side, in one autograd function where
+that is possible. Anything else gets the dense sum, so every forward stays exact.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from flora.layers import device
-from flora.layers import gate as fused
-from flora.layers.experts.grouped import grouped, one_by_one
+from flora.layers.experts.grouped import grouped, row_by_row
+from flora.layers.gate import prepare
 from flora.layers.linear import fused as fused_linear
 from flora.layers.planning import Work, choose_narrow
 from flora.tucker.form import Tucker, mode_product
@@ -27,10 +27,16 @@ from flora.tucker.form import Tucker, mode_product
 
 @dataclass(frozen=True)
 class Term:
-    """One update ``left @ middle @ right.T``; left (m, p) and right (n, q) are None where they are the identity."""
+    """One update ``left @ middle @ right.T`` of a matrix (m, n), or of a stack of them.
+
+    Attributes:
+        left: shape (m, p), shared by all experts; None for the identity.
+        middle: shape (..., p, q), a small matrix for each expert.
+        right: shape (n, q), as left.
+    """
 
     left: Tensor | None
-    middle: Tensor  # (..., p, q)
+    middle: Tensor
     right: Tensor | None
 
     @property
@@ -39,7 +45,7 @@ class Term:
         return Term(self.right, self.middle.mT, self.left)
 
     def dense(self) -> Tensor:
-        """(..., m, n)."""
+        """The update itself, (..., m, n)."""
         out = self.middle if self.left is None else self.left @ self.middle
 
         if self.right is None:
@@ -80,7 +86,14 @@ class ExpertStack:
         for form, scale in forms:
             experts, left, right = form.factors
             middle = form.scaled(scale).core
-            terms.append(Term(left, middle if experts is None else mode_product(middle, experts, 0), right))
+
+            # The factor of the experts is multiplied into the core, which gives each expert a small matrix of its own.
+            # shape: (experts, p, q), from a core (J1, p, q)
+            if experts is not None:
+                middle = mode_product(middle, experts, 0)
+
+            terms.append(Term(left, middle, right))
+
         return cls(weight, terms)
 
     @property
@@ -96,10 +109,14 @@ class ExpertStack:
         return self.dense().transpose(first, second)
 
     def __getitem__(self, index: Any) -> Any:
-        whole = isinstance(index, int) or (
-            isinstance(index, Tensor) and not index.is_floating_point() and index.ndim < 2
-        )
-        if self.weight.ndim != 3 or not whole or (isinstance(index, Tensor) and index.dtype == torch.bool):
+        # Experts are taken by a number or by a list of numbers. Only ``middle`` has a dimension for the experts, so the
+        # same index is applied to W and to ``middle``. A mask, a slice or an index into the matrices gets the sum.
+        if isinstance(index, Tensor):
+            takes_experts = index.ndim < 2 and not index.is_floating_point() and index.dtype != torch.bool
+        else:
+            takes_experts = isinstance(index, int)
+
+        if self.weight.ndim != 3 or not takes_experts:
             return self.dense()[index]
 
         terms = [Term(term.left, term.middle[index], term.right) for term in self.terms]
@@ -107,7 +124,7 @@ class ExpertStack:
         return ExpertStack(self.weight[index], terms)
 
     def dense(self) -> Tensor:
-        """W + dW, formed after all, once for each stack."""
+        """W + dW, for an operation that needs all of it; formed once for each stack."""
         if self._sum is None:
             total = self.weight
             for term in self.terms:
@@ -134,6 +151,7 @@ class ExpertStack:
         if self.weight.ndim != 2 or not self._may_fuse():
             return None
 
+        # A product x @ W' is a linear layer whose weight (out, in) is the transposed matrix.
         term = self.terms[0].transposed
         form = Tucker(term.middle, (term.left, term.right))
         work = Work(
@@ -149,32 +167,30 @@ class ExpertStack:
         return fused_linear.small(choose_narrow(work), self.weight.mT, bias, form, 1.0, x)
 
     def grouped(self, x: Tensor, offs: Tensor, run: Callable[..., Tensor], **options: Any) -> Tensor:
-        """A grouped product: rows of x (S, m), sorted by expert, up to ``offs[e]`` belong to expert e."""
+        """A grouped product. x: (rows, m), sorted by expert; the rows up to ``offs[e]`` belong to expert e."""
         plain = all(value is None for value in options.values())
         out, beside = self._fused_grouped(x, offs, run) if plain else None, self.terms[1:]
         if out is None:
             out, beside = run(x, self.weight, offs=offs, **options), self.terms
 
         for term in beside:
-            out = out + term.after(x, partial(one_by_one, offs=offs))
+            out = out + term.after(x, partial(row_by_row, ends=offs))
 
         return out
 
     def _fused_grouped(self, x: Tensor, offs: Tensor, run: Callable[..., Tensor]) -> Tensor | None:
-        """The grouped product with the first update; under autocast, which leaves such products alone, in its dtype."""
-
-        def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-            if not fused.can_fuse(x, weight):
-                return None
-            term = self.terms[0]
-            return grouped(weight, term.left, term.middle, term.right, x, offs, run)
-
-        kind = x.device.type
-        casts = torch.is_autocast_enabled(kind) and not x.dtype == self.weight.dtype == torch.get_autocast_dtype(kind)
-        if casts or not self._may_fuse():
+        """The grouped product with the first update, where one function may do both."""
+        ready = prepare(x, self.weight, None)
+        if ready is None or not ready.fused or not self._may_fuse():
             return None
 
-        return fused.in_its_dtype(product, x, self.weight, None)
+        # Autocast leaves grouped products alone: they run in the dtype of their operands.
+        if ready.x.dtype != x.dtype or x.dtype != self.weight.dtype:
+            return None
+
+        term = self.terms[0]
+        with ready.autocast:
+            return grouped(self.weight, term.left, term.middle, term.right, x, offs, run)
 
     def _may_fuse(self) -> bool:
         """Whether there is an update, and W is an ordinary tensor: a sharded or quantised one has its own products."""
@@ -184,6 +200,8 @@ class ExpertStack:
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        # torch calls this for every function that is given a stack: the few that are known work on W and the terms,
+        # all others on the dense sum.
         kwargs = kwargs or {}
         handler = HANDLERS.get(func)
         if handler is not None:
@@ -238,6 +256,7 @@ def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Any:
 
 
 def _matmul(x: Any, weight: Any) -> Any:
+    # W' @ y = (y.T @ W'.T).T, so that the stack always stands on the right.
     if isinstance(x, ExpertStack) and isinstance(weight, Tensor) and weight.ndim >= 2:
         return x.transposed.after(weight.mT).mT
     if isinstance(weight, ExpertStack) and isinstance(x, Tensor):

@@ -28,6 +28,7 @@ def linear(weight: Tensor, bias: Tensor | None, form: Tucker, scale: float, x: T
         scale: of the update.
         x: shape (..., in).
     """
+    # The fold stays outside of the operation: the compiler fuses it, and autograd differentiates it.
     up, down = fold_matrix(form, scale)
     if up is None:
         return None
@@ -103,6 +104,7 @@ def _backward_shapes(
     return grad_x, device.empty_narrow(x, *up.shape), device.empty_narrow(x, *down.shape[::-1]).t()
 
 
+# The compiler asks the ``fake`` versions for shapes and memory layouts, and never looks into the real ones.
 library.define("flora::linear", "(Tensor x, Tensor weight, Tensor? bias, Tensor up, Tensor down) -> (Tensor, Tensor)")
 library.define(
     "flora::linear_backward",

@@ -90,9 +90,6 @@ def _dense(
 
     run = summed.run if ready.fused else summed.run_plain
 
-    if ready.autocast is None:
-        return run(operation, ready.x, weight, ready.bias, core, factors, scale)
-
     with ready.autocast:
         return run(operation, ready.x, weight, ready.bias, core, factors, scale)
 
@@ -114,9 +111,6 @@ def small(choice: Choice, weight: Tensor, bias: Tensor | None, form: Tucker, sca
     ready = prepare(x, weight, bias)
     if ready is None:
         return None
-    if ready.autocast is None:
-        return _small(choice, weight, ready.bias, form, scale, ready.x, ready.fused)
-
     with ready.autocast:
         return _small(choice, weight.to(ready.x.dtype), ready.bias, form, scale, ready.x, ready.fused)
 
@@ -124,6 +118,7 @@ def small(choice: Choice, weight: Tensor, bias: Tensor | None, form: Tucker, sca
 def _small(
     choice: Choice, weight: Tensor, bias: Tensor | None, form: Tucker, scale: float, x: Tensor, fused: bool
 ) -> Tensor | None:
+    # A compiler is given the layer as one operation. Whatever else watches gets separate operations.
     if not fused:
         traced = torch.compiler.is_dynamo_compiling() and not is_exporting() and not weight.requires_grad
         if not traced:
@@ -143,6 +138,14 @@ def _small(
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
+# A Tucker form of a matrix has two factors, so the core can be multiplied into one of them: dW = up @ down with
+# up (O, J) and down (J, I), where J is the smaller of the two ranks. The products of the layer are then
+#
+#     forward   hidden (T, J) = x @ down.T,   y = x @ W.T + hidden @ up.T
+#     backward  grad_hidden = grad @ up,      grad_x = grad @ W + grad_hidden @ down,
+#               grad_down = grad_hidden.T @ x,   grad_up = grad.T @ hidden
+#
+# or, summed, y = x @ (W + up @ down).T and grad_x = grad @ (W + up @ down), with the same gradients of up and down.
 class _Linear(torch.autograd.Function):
     """Shapes: x (T, I), weight (O, I), core (Jo, Ji), inner (I, Ji) or None, out (O, Jo) or None -> (T, O)."""
 
@@ -168,6 +171,7 @@ class _Linear(torch.autograd.Function):
         else:
             y, hidden = products(x, weight, bias, up, down)
 
+        # A GPU keeps the small matrices for backward; on a CPU forming them again is cheaper than keeping them.
         ctx.scale, ctx.sums = scale, sums
         kept = device.kept(x, scaled, exact_up, exact_down, up, down)
         ctx.save_for_backward(x, weight, bias, core, inner, out, hidden, *kept)
@@ -183,6 +187,7 @@ class _Linear(torch.autograd.Function):
         if torch.is_grad_enabled():
             return again(ctx, _plain_linear, (x, weight, bias, core, inner, out), (scale,), grad)
 
+        # They were not kept (see forward).
         if scaled is None:
             scaled = _scaled(core, scale)
             exact_up, exact_down = _fold(scaled, inner, out)
@@ -204,12 +209,14 @@ class _Linear(torch.autograd.Function):
 
 
 def _scaled(core: Tensor, scale: float) -> Tensor:
+    """``scale * core``, without a copy where the scale is 1."""
     if scale == 1:
         return core
     return scale * core
 
 
 def _folds_down(core: Tensor, inner: Tensor | None) -> bool:
+    """Whether the core goes into ``down``, because its first rank is the smaller one. core: (Jo, Ji)."""
     return inner is None or core.shape[0] <= core.shape[1]
 
 
@@ -226,6 +233,8 @@ def _unfold(
     core: Tensor, inner: Tensor | None, out: Tensor | None, grad_down: Tensor, grad_up: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradients of core, inner and out from those of up and down, in the dtype of the adapter."""
+    # The three cases of ``_fold``, differentiated: a core that is ``down`` itself, one that was multiplied into it
+    # (down = core @ inner.T), and one that was multiplied into ``up`` (up = out @ core, down = inner.T).
     grad_down = grad_down.to(core.dtype)
 
     if grad_up is not None:
@@ -252,4 +261,5 @@ def _plain_linear(
     out: Tensor | None,
     scale: float,
 ) -> Tensor:
+    """The same in plain operations, for the gradient of a gradient."""
     return F.linear(x, weight, bias) + plain.linear(None, Tucker(core, (out, inner)), scale, x)

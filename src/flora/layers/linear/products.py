@@ -82,6 +82,8 @@ def gradients_of_products(
         hidden: shape (T, J) if it was kept.
         dtype: of the gradients of down and up, where the device gives it without rounding first.
     """
+    # The gradient of x is one product with the weight that ran: with W + dW, or with W, added to what came back through
+    # the change (``addmm_`` adds the large product into the small one, which saves a pass over grad_x).
     narrow = _narrow_gradients(x, grad, up, down, hidden, dtype)
     grad_x = None
 
@@ -114,6 +116,9 @@ def _narrow_gradients(
 
 def _in_turns(x: Tensor, grad: Tensor, up: Tensor, down: Tensor, hidden: Tensor | None, together: int) -> Narrow:
     """The same on some rows at a time, all of it transposed, so that rows of x and grad are fetched once."""
+    # A CPU's cache holds some rows of x and of the gradient at a time. While they are there, all four products use
+    # them: two give the narrow tensors of these rows, two add to the gradients of down and up. Everything is transposed
+    # because a product with few rows is faster than one with few columns.
     grad_hidden: list[Tensor] = []
     grad_down = grad_up = x.new_empty(0)
     for start in range(0, len(x), together):
