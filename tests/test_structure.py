@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 import flora
 from flora.runs import missing
 from flora.runs.missing import EXTRAS
-from readability import densities
+from readability import compute_density, densities
 
 SRC = Path(flora.__file__).parents[1]
 PACKAGE = "flora"
@@ -276,3 +276,11 @@ def test_functions_have_air_and_few_conditional_expressions() -> None:
     whole = dict(densities())["all"]
     assert whole.blank >= 0.06 * whole.inside
     assert whole.conditional <= 0.02 * whole.code
+
+
+def test_compute_code_is_explained_in_blocks() -> None:
+    """Comments above an algorithm, not at the end of a line."""
+    compute = compute_density()
+    assert compute.code > 4000
+    assert compute.comments >= 0.05 * compute.code
+    assert compute.trailing <= 0.5 * compute.comments

@@ -54,6 +54,7 @@ class Entries:
         Raises:
             UserError: ``alpha`` is to be divided by a list of ranks.
         """
+        # The closest word wins: of this weight, then alpha over its rank, then the scale of all.
         found = self.scales.find(names)
         if found is not None:
             return float(found.value)

@@ -72,6 +72,8 @@ def layout_from_json(name: str, entry: object) -> Layout:
 
 def from_shape(name: str, shape: tuple[int, ...]) -> Layout:
     """What name and shape alone suggest; right for every weight that :func:`is_usual` holds for."""
+    # The ``weight`` of a module with two dimensions is a linear layer's, with three to five a convolution's. A
+    # parameter of another name with three is a stack of experts.
     owner, _, leaf = name.rpartition(".")
     if leaf == "weight" and owner and len(shape) == 2:
         return Layout("linear", ("out", "in"))
@@ -145,6 +147,7 @@ def fold_groups(pattern: str) -> tuple[int, ...]:
     Raises:
         ValueError: the pattern is not a list of names and flat groups in parentheses.
     """
+    # Sizes ("heads=12") and a right side are cut off; what is left is a list of names and of names in brackets.
     dims = re.sub(r"[,\s]*\w+\s*=\s*\d+", "", pattern.split("->")[0]).strip().rstrip(",").strip()
     tokens = re.findall(r"\([^()]*\)|[^\s()]+", dims)
     groups = tuple(len(token.strip("()").split()) if token.startswith("(") else 1 for token in tokens)

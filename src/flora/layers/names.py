@@ -42,6 +42,7 @@ def module_of(path: str, wrapped: Collection[str]) -> str:
         >>> module_of("net.base_layer.0.base_layer.bias", {"net.base_layer.0"})
         'net.base_layer.0.bias'
     """
+    # ``base_layer`` is a wrapper's name only directly below a path that the file shows to be wrapped.
     parts = path.removeprefix(PREFIX).replace(".modules_to_save.", ".").split(".")
     kept = [part for place, part in enumerate(parts) if part != "base_layer" or ".".join(parts[:place]) not in wrapped]
     return ".".join(kept)
@@ -87,6 +88,8 @@ def nested(name: str, places: Mapping[str, int]) -> str:
     Raises:
         ValueError: two parameters of the module have one place, because the adapter does not record their order.
     """
+    # PEFT wraps the parameters of a module in their order, each wrapper around the one before. So the last parameter is
+    # the outermost, and each place before it lies one ``base_layer`` deeper.
     module = name.rpartition(".")[0]
     beside = {other: place for other, place in places.items() if other.rpartition(".")[0] == module}
     order = sorted(beside.values())

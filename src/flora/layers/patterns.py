@@ -193,6 +193,8 @@ class Patterns(Generic[Value]):
         return [entry.key for entry in sorted(unmatched, key=lambda entry: entry.place)]
 
     def _first(self, name: str) -> Found[Value] | None:
+        # Entries of plain names are looked up; only those of expressions are tried one by one, and no further than the
+        # entry that is already found, since the first in the table holds.
         plain = [entry for entry in (self.exact.get(name), self.leaves.get(name.rpartition(".")[2])) if entry]
         first = min(plain, key=lambda entry: entry.place, default=None)
         for expression, entry in self.others:

@@ -84,6 +84,8 @@ def can_be_shell(module: nn.Module) -> bool:
 
 def shell_of(module: nn.Module, weights: Mapping[str, Any], shells: list[Shell] | None = None) -> nn.Module:
     """A shallow copy of the module with these weights; also appended to ``shells``, with those inside it."""
+    # An object of the same class whose ``__dict__`` is a copy: a weight that changes is another entry in it, everything
+    # else is the module's own. A weight of a submodule makes that submodule a shell in turn.
     own, inner = _by_owner(weights)
     cls, start = type(module), dict(vars(module))
     start["_parameters"] = {**module._parameters, **own}
@@ -107,6 +109,7 @@ def shell_of(module: nn.Module, weights: Mapping[str, Any], shells: list[Shell] 
         start["forward"] = start.pop("_old_forward")
         del start["_hf_hook"]
 
+    # Methods that were bound to the module, as libraries store them on instances, are bound to the shell instead.
     stand_in: nn.Module = object.__new__(cls)
     for name, value in start.items():
         if isinstance(value, MethodType) and value.__self__ is module:

@@ -95,6 +95,7 @@ def _bilinear(module: Any, weight: Tensor, bias: Tensor | None, input1: Tensor, 
 
 
 def _attention_weights(module: nn.MultiheadAttention) -> dict[str, Axes]:
+    # torch stores the three projections as one matrix (3 * embed, embed) if queries, keys and values have one width.
     if module._qkv_same_embed_dim:
         return {"in_proj_weight": ("out", "in"), "out_proj.weight": ("out", "in")}
     names = ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
@@ -109,6 +110,8 @@ def _attention_folds(module: nn.MultiheadAttention) -> dict[str, str]:
 
 
 def _recurrent_weights(module: nn.RNNBase | nn.RNNCellBase) -> dict[str, Axes]:
+    # Names are weight_ih_l0, weight_hh_l0_reverse and the like; the second word says what the weight is applied to: the
+    # input, the hidden state, or the hidden state for the projection of an LSTM.
     axes = {"ih": ("gates", "in"), "hh": ("gates", "hidden"), "hr": ("out", "hidden")}
     names = [name for name, _ in module.named_parameters(recurse=False) if name.startswith("weight_")]
     return {name: axes[name.split("_")[1]] for name in names}

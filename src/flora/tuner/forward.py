@@ -46,16 +46,19 @@ def choice_for(layer: AdaptedLayer, active: list[str], x: Any) -> Choice:
         work = Work(layer.row.kind, (), (), 0, 0, compiled=torch.compiler.is_compiling())
         return _choose(layer, active, work)
 
+    # A compiler works the choice out while it traces, from shapes that may be symbols: nothing is stored for later.
     if torch.compiler.is_compiling():
         return _choose(layer, active, _work(layer, active, x, compiled=True))
 
+    # Everything that the choice depends on is the key of the layer's memory of choices. Asking anew at each forward
+    # would cost more time than a small layer takes.
     base = layer.base_layer
     facts = (x.shape, x.dtype, x.device.type, type(base), layer.training, readable(layer), *active)
     choice = layer.choices.get(facts)
     if choice is None:
         choice = _choose(layer, active, _work(layer, active, x, compiled=False))
 
-        # Inputs of ever new lengths.
+        # Inputs of ever new lengths would fill the memory.
         if len(layer.choices) >= MOST_CHOICES:
             layer.choices.clear()
 
@@ -85,6 +88,8 @@ def expected_choice(layer: AdaptedLayer, adapter: str, positions: int, cpu: bool
 
 
 def _choose(layer: AdaptedLayer, active: list[str], work: Work) -> Choice:
+    # Adapters that want different ways cannot all have theirs: beside is the one that any of them may insist on,
+    # because it never adds to W.
     row, settings = layer.row, [layer.settings[name] for name in active]
     ways = {each.way for each in settings}
     wanted = "beside" if "beside" in ways else "auto"
@@ -110,6 +115,8 @@ def _choose(layer: AdaptedLayer, active: list[str], work: Work) -> Choice:
 
 def _work(layer: AdaptedLayer, active: list[str], x: Tensor, *, compiled: bool) -> Work:
     """What this input asks of the layer."""
+    # Positions of the input: ids, rows of a matrix, or pixels of all samples. Those of the output follow from the
+    # strides.
     base: Any = layer.get_base_layer()
 
     if layer.row.kind == "embedding":
@@ -175,6 +182,8 @@ def _called(layer: AdaptedLayer, active: list[str], *args: Any, **kwargs: Any) -
 
 def _summed(choice: Choice, layer: AdaptedLayer, active: list[str], *args: Any, **kwargs: Any) -> Any:
     """The function of the layer's row, once, with W + dW."""
+    # One adapter: the autograd function of the kind, which keeps little. Several, or an input that it does not take:
+    # the sum of all updates is formed and the layer's function is called with it.
     row, base = layer.row, layer.base_layer
     if len(active) == 1 and row.fused is not None:
         out = row.fused(choice, base, layer.delta(active[0]), *args, **kwargs)
@@ -189,6 +198,8 @@ def _summed(choice: Choice, layer: AdaptedLayer, active: list[str], *args: Any, 
 
 def _beside(choice: Choice, layer: AdaptedLayer, active: list[str], *args: Any, **kwargs: Any) -> Any:
     """The base layer's output, and the change by each adapter added to it."""
+    # The first adapter may share one autograd function with the base layer; it needs the weight itself, and dropout
+    # would give the two different inputs. Further adapters are added to the output.
     remaining, out = active, None
 
     if layer.row.fused is not None and readable(layer) and not _drops(layer, active[0]):
@@ -276,6 +287,8 @@ def mixed_output(layer: AdaptedLayer, names: list[str], *args: Any, **kwargs: An
     if len(names) != first.shape[0]:
         raise UserError(f"adapter_names has {len(names)} entries for a batch of {first.shape[0]}; give one for each")
 
+    # The base layer runs on the whole batch. Each adapter gets its own samples, and its change is added to their rows.
+    # shape: rows (samples of one adapter,)
     out = out.clone()
     for name in known:
         rows = torch.tensor([row for row, wanted in enumerate(names) if wanted == name], device=first.device)

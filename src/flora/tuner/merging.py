@@ -49,6 +49,8 @@ def check_finite(merged: Iterable[Tensor], adapters: list[str], place: str) -> N
 
 def merge(layer: AdaptedLayer, adapters: list[str], safe_merge: bool) -> None:
     """Adds the updates of adapters that the layer has to its base weights; see ``FloraLayer.merge``."""
+    # All merged weights are formed before the first is written, so that one that is not finite leaves all as they were.
+    # A safe merge also keeps the old weights: taking the update off again would leave a rounding in each number.
     merged = merged_weights(layer, adapters)
 
     if safe_merge:
@@ -148,6 +150,8 @@ def _at_rest(parametrizations: Iterable[nn.Module]) -> Iterator[None]:
 
 def _write_through(owner: nn.Module, leaf: str, value: Tensor) -> bool:
     """Writes a weight by the right inverse; where that does not give the weight back, leaves all as it was: False."""
+    # Assigning to a parametrized weight calls the right inverse, which changes the tensors that the weight is made
+    # from. Whether they give the weight back shows only when it is read again, so the old tensors are kept until then.
     lists = _parametrization(owner, leaf)
     before = {name: tensor.detach().clone() for name, tensor in lists.state_dict(keep_vars=True).items()}
 
@@ -190,6 +194,8 @@ def _put_on(layer: AdaptedLayer, weight: str, value: Tensor, taken_off: Parametr
     wanted = getattr(owner, leaf).requires_grad
     getattr(owner, leaf).data = value
 
+    # Registering calls the right inverse, whose result is not needed: the tensors that the weight was made from are put
+    # back afterwards as they were.
     with _at_rest(taken_off.modules):
         for module in taken_off.modules:
             parametrize.register_parametrization(owner, leaf, module, unsafe=True)

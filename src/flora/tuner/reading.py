@@ -76,6 +76,8 @@ def attribute(layer: AdaptedLayer, name: str) -> Any:
     A weight is read as ``W + s dW``. A method or property that the base layer's own class defines may read a weight
     too, so it runs on a shell with those weights.
     """
+    # What is asked for may be a weight, a module with a weight inside (``out_proj``), or code of the base layer's class
+    # that reads a weight. Only what torch wrote itself is known not to read one.
     base = layer.base_layer
     weights = _weights_of(layer)
     if not weights:
@@ -275,6 +277,8 @@ class Reading(Tensor):
             args[0]._form, args[0]._formed = args[0]._rescale(factor), None
             return args[0]
 
+        # Everything else works on the formed values. A result that shares their memory is a reading again, so that
+        # writing into it is refused as well.
         kwargs = kwargs or {}
         if func._schema.is_mutable and any(isinstance(value, Reading) for value in _written(func, args, kwargs)):
             raise RuntimeError(NOT_TO_BE_WRITTEN)
@@ -404,7 +408,8 @@ class _Read(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         stored, *tensors = ctx.saved_tensors
         saved = (ctx.values(stored), *tensors)
-        # A gradient of the gradient is wanted.
+        # The sum is formed once more with a graph, and that graph is differentiated. If a gradient of the gradient is
+        # wanted, its inputs are the saved tensors themselves, so that autograd can continue through them.
         twice = torch.is_grad_enabled()
         if twice:
             inputs = saved

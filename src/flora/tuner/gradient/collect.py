@@ -202,6 +202,8 @@ def collect(
         spread = list(enumerate(batches))[:: max(1, len(batches) // RANGES)]
         passes.insert(0, Pass("add_to_ranges", wide, spread))
 
+    # Gradients that the caller has accumulated are put back afterwards. Within, the model runs as it would train, but
+    # for dropout and moving statistics, and without its adapters: the gradient is that of the frozen weights.
     kept = {value: value.grad for value in model.parameters()}
     count = sum(len(each.batches) for each in passes)
     bar = tqdm(total=count, desc="start: gradients", unit="batch", disable=None, leave=False)
@@ -223,6 +225,8 @@ def collect(
 
 def _one_batch(model: nn.Module, receivers: Sequence[Any], number: int, batch: Any, loss: Loss) -> None:
     """One backward pass whose gradients are handed over one by one."""
+    # Only the adapted weights require a gradient. Each is handed over and freed the moment autograd has accumulated it,
+    # so no two dense gradients need to be in memory at once.
     handles = []
     for value in model.parameters():
         value.requires_grad_(False)
@@ -309,6 +313,9 @@ def _watch_sides(take: Callable[[Tensor], None], module: nn.Module, inputs: Any,
     if not torch.is_grad_enabled():
         return None
 
+    # dL/dW of y = x @ W.T is grad_y.T @ x. The packed weight cannot have a gradient, so it is formed from the layer's
+    # input and the gradient of its output, which must require one even where nothing below it does.
+    # shape: x (..., in), output (..., out), taken (out, in)
     x = inputs[0].detach()
 
     if not output.requires_grad:

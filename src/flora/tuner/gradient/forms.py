@@ -46,6 +46,9 @@ def ray(delta: TuckerDelta, found: Directions, norm: float) -> Ray | None:
     The lengths of the tensors that stay are those that the configured start gave them, less where the factors let
     through much more than random ones, so that the usual learning rates fit.
     """
+    # ``found.mean`` is the mean gradient in the singular vectors of all modes. A mode with a factor keeps its leading
+    # coordinates, as many as the rank, and those vectors are the factor. A mode kept whole goes back to its full size.
+    # The first mode stays in its coordinates for now.
     form = delta.form
     ranks, shape = form.ranks, form.shape
     factors: list[Tensor | None] = [None] * len(shape)
@@ -67,6 +70,10 @@ def ray(delta: TuckerDelta, found: Directions, norm: float) -> Ray | None:
         still = core.new_zeros(ranks)
         return _scaled(delta, still, factors, moving, norm, excess)
 
+    # The first unfolding of what was kept is P S Q'. The first factor moves and takes -P S; the core holds Q', whose
+    # rows are orthonormal. Ranks that the gradient does not fill get further orthonormal rows, and a first factor of
+    # zero.
+    # shape: left (K1, min), values (min,), right (min, product of the other ranks)
     left, values, right = torch.linalg.svd(core.flatten(1), full_matrices=False)
     count = min(ranks[0], values.numel())
     moving = found.vectors[0].new_zeros(shape[0], ranks[0])
@@ -111,6 +118,8 @@ def _scaled(
     if not size or not math.isfinite(size):
         return None
 
+    # dW is the product of all tensors and the scale. ``gain`` is that product without the one that moves, which is
+    # divided by it: whatever lengths the others get, the first change has the norm that is asked for.
     form, gain = delta.form, float(delta.scale)
     count = sum(factor is not None for factor in factors)
 

@@ -69,6 +69,8 @@ class Sketch:
             if width == size:
                 continue
 
+            # The unfolding (In, rest) times a random matrix (rest, width) has the leading directions of the unfolding
+            # among its columns. Every process and batch draws its own matrix: their sum is as random as each of them.
             others = math.prod(self.shape) // size
             stream = (rank() * self.batches + batch) * len(self.shape) + mode
             random = torch.Generator(gradient.device).manual_seed(1000003 * self.seed + stream)
@@ -111,6 +113,9 @@ class Sketch:
         if not math.isfinite(total) or not torch.isfinite(cores).all() or not cores.any():
             return None
 
+        # Sequential higher-order SVD over the stacked cores (batches, K1, ..., KN): the singular vectors of each mode
+        # are found after the modes before have been turned into theirs. The dimension of the batches is left alone.
+        # Vectors in the coordinates of a range become vectors of the weight by its basis.
         vectors = []
         for mode in range(len(self.shape)):
             inner = complete(spectrum(cores, mode + 1)[1], cores.shape[mode + 1])
@@ -128,6 +133,8 @@ def complete(vectors: Tensor, count: int) -> Tensor:
     missing = count - vectors.shape[1]
     if missing <= 0:
         return vectors[:, :count]
+    # Random columns without their part in the given ones. That part is taken off twice, because after once rounding
+    # still leaves some of it.
     random = torch.randn(vectors.shape[0], missing, generator=torch.Generator().manual_seed(0), dtype=vectors.dtype)
     random = random - vectors @ (vectors.T @ random)
     return torch.cat([vectors, torch.linalg.qr(random - vectors @ (vectors.T @ random))[0]], 1)

@@ -206,6 +206,9 @@ def adapt_and_tell(
     parts = first_batches(batches, count)
     allocation, found = None, None
 
+    # The ranks are needed to attach the adapter, and the gradients to choose the ranks. So with a budget a probe of
+    # rank 1 is attached first, its gradients give the ranks, and it is taken off again before the adapter itself is
+    # attached.
     if config.budget is not None:
         with torch.random.fork_rng([]):
             probe = _attach_probe(base, config)
@@ -265,6 +268,8 @@ def _choose_ranks(
     probe: PeftModel, places: Sequence[Place], config: FloraConfig, parts: Batches, loss: Loss
 ) -> tuple[Allocation | None, dict[str, Directions | None]]:
     """What the gradients are, and the ranks that the budget buys where they are."""
+    # What the budget would buy in equal ranks is the yardstick: how far the gradients have to be known, and what a
+    # weight without a gradient keeps. A module that stands in several places is counted once.
     sites = [_site(place) for place in places]
     once = {(site.name, *site.row.weights(site.module)): site for site in sites}
     resolution = Resolution(config, once.values())
@@ -339,6 +344,8 @@ def _begin(
     began: float,
 ) -> Start:
     """Takes the step that the other batches are for."""
+    # The tensors are written for each size that is tried. Where no size is better, or anything fails, the start as it
+    # was configured is written back. Processes agree by taking what the first one has.
     before = [(value, value.detach().clone()) for place in places for value in place.delta.parameters()]
     rays = [ray for place in places if (ray := _ray_of(place, found[place.name])) is not None]
     best, losses = 0.0, {}
