@@ -1,4 +1,4 @@
-"""The words around the verbs of ``flora``: what arguments may be, versions, and what to type after a mistake.
+"""The words around the verbs of ``flora``: the arguments of each, versions, and what to type after a mistake.
 
 Outside the package for the same reason as ``flora_cli``: help must not wait for PEFT.
 """
@@ -72,6 +72,116 @@ def fraction_or_count(text: str) -> float | int:
 def words(text: str) -> list[str]:
     """``"a,b"`` as a list."""
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+CONFIG = argument("config", metavar="CONFIG", help="a YAML file or the name of a packaged config")
+FOLDER = argument("folder", metavar="FOLDER", help="the folder of an adapter")
+RUN_RECIPE_FILE = argument(
+    "--run-recipe-file",
+    action="store_true",
+    help="run the Python file that FOLDER names as its recipe; only for folders that you trust",
+)
+RUN_CODE = argument("--run-code", action="store_true", help="run the Python file of file.py:function; only your own")
+BASE = "the base model, a folder or file.py:function, for files that do not tell their layers"
+OVERRIDES = argument("overrides", nargs="*", default=[], metavar="key=value", help="replaces a value of the config")
+
+
+def overwrite(what: str) -> Argument:
+    """The flag that allows an output to be replaced."""
+    return argument("--overwrite", action="store_true", help=f"replace {what}")
+
+
+ARGUMENTS: dict[str, list[Argument]] = {
+    "train": [
+        CONFIG,
+        OVERRIDES,
+        argument("--resume", action="store_true", help="continue from the last complete checkpoint"),
+        overwrite("the run in the output folder"),
+    ],
+    "eval": [
+        FOLDER,
+        OVERRIDES,
+        argument("--split", default="test", help="train, validation or test (the default)"),
+        RUN_RECIPE_FILE,
+    ],
+    "predict": [
+        FOLDER,
+        argument("inputs", nargs="+", metavar="INPUT", help="a file, a folder of files, or a text"),
+        argument("--out", metavar="DIR", help="where files are written (default: FOLDER/predictions)"),
+        argument("--prompt", metavar="TEXT", help="the question about each file, for recipes that take one"),
+        RUN_RECIPE_FILE,
+    ],
+    "compare": [
+        argument("config", nargs="?", metavar="CONFIG", help="a YAML file or the name of a packaged config"),
+        OVERRIDES,
+        argument("--methods", type=words, default="frozen,flora,lora,full", help="default: %(default)s; or all"),
+        argument("--seeds", type=numbers, default="0,1,2", help="default: %(default)s"),
+        argument("--runs", nargs="+", metavar="FOLDER", help="instead of CONFIG: finished runs to show side by side"),
+        argument("--html", metavar="FILE", help="also write a page"),
+        overwrite("the results of an earlier comparison, and FILE"),
+    ],
+    "plan": [
+        argument("model", metavar="MODEL", help="a hub id, a local folder, a config.json, or file.py:function"),
+        RUN_CODE,
+        argument("--r", type=whole, default=8, help="rank of the channel modes (default: 8)"),
+        argument("--kernel-r", type=whole, default=2, help="rank of each kernel mode (default: 2)"),
+        argument(
+            "--target-modules", type=words, help="all (the default), all-linear, all-conv, or names: q_proj,v_proj"
+        ),
+        argument("--target-parameters", type=words, metavar="NAMES", help="raw parameters: experts.down_proj,..."),
+        argument("--budget", type=fraction_or_count, help="parameters to spend: a fraction below 1, or a count"),
+        argument(
+            "--positions", type=positive, default=4096, help="output positions per step for the costs (default: 4096)"
+        ),
+        argument("--json", action="store_true", help="print JSON"),
+    ],
+    "inspect": [
+        argument("folder", metavar="FOLDER", help="the folder or file of an adapter, of any format that convert reads"),
+        argument("--html", metavar="FILE", help="also write a page"),
+        argument("--base", help=BASE),
+        RUN_CODE,
+        overwrite("FILE"),
+    ],
+    "merge": [
+        argument("folder", nargs="+", metavar="FOLDER", help="adapters, of any format that convert reads"),
+        argument("--out", required=True, metavar="DIR", help="the folder to write"),
+        argument("--base", help="a folder, hub id or file.py:function instead of the base that the adapter names"),
+        RUN_CODE,
+        overwrite("DIR"),
+        argument("--weights", type=number, nargs="+", metavar="W", help="one factor for each adapter"),
+        RUN_RECIPE_FILE,
+    ],
+    "convert": [
+        argument("source", metavar="SRC", help="the folder or file of an adapter"),
+        argument("--to", required=True, choices=("flora", "lora", "kohya", "dense"), help="the format to write"),
+        argument(
+            "--out", required=True, metavar="DST", help="a folder (flora, lora) or .safetensors file (kohya, dense)"
+        ),
+        argument("--base", help=BASE),
+        RUN_CODE,
+        argument("--scale", type=number, help="of the authors' checkpoints, which do not store it"),
+        argument("--prefix", help="of Kohya keys: lycoris (the default), lora_unet, lora_te, ..."),
+        argument("--no-mid", action="store_true", help="no lora_mid in Kohya files, for sd-scripts and diffusers"),
+        argument("--drop-extras", action="store_true", help="leave out biases and modules_to_save"),
+        overwrite("DST"),
+    ],
+    "extract": [
+        argument("base", metavar="BASE", help="the base model's folder"),
+        argument("tuned", metavar="TUNED", help="the fine-tuned model's folder"),
+        argument("--rank", type=whole, help="the rank of every channel mode"),
+        argument("--energy", type=number, help="instead of --rank: the fraction of each change's squared norm to keep"),
+        argument("--budget", type=whole, help="instead of --rank: parameters to spend where they lower the error most"),
+        argument("--kernel-r", type=whole, help="with --rank, the rank of the kernel modes (default: kept whole)"),
+        argument("--carry", action="store_true", help="also store biases, norms and new tensors that differ, in full"),
+        argument("--out", required=True, metavar="DIR", help="the folder to write"),
+        overwrite("DIR"),
+    ],
+    "recipes": [
+        argument("action", nargs="?", choices=("list", "copy", "keys"), default="list"),
+        argument("name", nargs="?", metavar="NAME", help="the config to copy or explain"),
+        overwrite("NAME.yaml here"),
+    ],
+}
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,7 +1,7 @@
 """The ``flora`` command. It stands outside the package because ``import flora`` imports PEFT, which takes seconds.
 
-A verb is a function in ``COMMANDS``, whose docstring is its help, and its arguments in ``ARGUMENTS``. It imports what
-it needs itself.
+A verb is a function in ``COMMANDS``, whose docstring is its help; its arguments are in ``flora_arguments``. It imports
+what it needs itself.
 """
 
 from __future__ import annotations
@@ -17,21 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flora_arguments import (
-    Argument,
+    ARGUMENTS,
     Parser,
-    argument,
     asks_for_keys,
-    fraction_or_count,
     how_to_go_on,
     meant,
     nearest,
-    number,
-    numbers,
-    positive,
     quiet_bars,
     versions,
-    whole,
-    words,
 )
 
 DESCRIPTION = "FLoRA: parameter-efficient fine-tuning for weights of any number of dimensions."
@@ -45,7 +38,7 @@ def train(args: argparse.Namespace) -> int:
     """Fine-tune with FLoRA and write an output folder.
 
     CONFIG is a YAML file or the name of a packaged config (`flora recipes`); key=value items replace what it says.
-    The folder gets the adapter, a model card, metrics.json, loss.png and the checkpoints. --resume continues
+    The folder gets the adapter, a model card, metrics.json, report.html and the checkpoints. --resume continues
     from the last complete checkpoint; --overwrite replaces an earlier run.
 
     Examples:
@@ -129,25 +122,45 @@ def predict(args: argparse.Namespace) -> int:
 
 
 def compare(args: argparse.Namespace) -> int:
-    """Compare methods on one task, over several seeds, with adapters of the same number of trainable parameters.
+    """Compare methods on one task, over several seeds, with adapters of one size; or finished runs, with --runs.
 
-    Each method's learning rate is chosen on the validation data from the grid compare.learning_rates. The table, plot
-    and JSON are written to the folder <output>-compare. Run the command again to continue an interrupted comparison;
-    --overwrite starts it from the beginning.
+    Each method's learning rate is chosen on the validation data from the grid compare.learning_rates. The table, page,
+    plot and JSON are written to the folder <output>-compare. Run the command again to continue an interrupted
+    comparison; --overwrite starts it from the beginning. --runs takes folders that `flora train` wrote, and shows their
+    numbers, their curves and the settings in which they differ.
 
     Examples:
       flora compare digits --methods frozen,flora,lora,full --seeds 0,1,2
       flora compare my.yaml --methods all --seeds 0,1,2,3,4 'compare.budgets=[50000, 200000]'
+      flora compare --runs outputs/rank-8 outputs/rank-16 --html runs.html
     """
-    from flora.comparison.compare import compare
-    from flora.report.comparison import comparison_notes, comparison_table
-    from flora.runs.settings import read
+    from flora.errors import UserError
+    from flora.report.page import page_target, write_page
 
-    settings = read(args.config, args.overrides)
-    report = compare(settings, args.methods, args.seeds, overwrite=args.overwrite)
-    print("\n" + comparison_table(report["rows"], report["metric"], "simple") + "\n")
-    print("\n".join(comparison_notes(report)))
-    print(f"written to {report['folder']}: README.md, compare.png, compare.json")
+    if bool(args.config) == bool(args.runs):
+        raise UserError("give either a CONFIG whose methods are compared, or --runs with the folders of finished runs")
+
+    page = None if args.html is None else page_target(args.html, overwrite=args.overwrite)
+
+    if args.runs:
+        from flora.comparison.finished import finished_runs
+        from flora.report.finished_runs import finished_page, finished_text
+
+        report = finished_runs([Path(folder) for folder in args.runs])
+        show, text = finished_page, finished_text(report)
+    else:
+        from flora.comparison.compare import compare
+        from flora.report.comparison import comparison_text
+        from flora.report.comparison_html import comparison_html
+        from flora.runs.settings import read
+
+        report = compare(read(args.config, args.overrides), args.methods, args.seeds, overwrite=args.overwrite)
+        show, text = comparison_html, comparison_text(report)
+
+    print(text)
+
+    if page is not None:
+        print(write_page(page, show(report), overwrite=args.overwrite))
 
     return 0
 
@@ -155,16 +168,19 @@ def compare(args: argparse.Namespace) -> int:
 def plan(args: argparse.Namespace) -> int:
     """Show which layers of a model would be adapted and what that costs; no weights are loaded.
 
-    MODEL is a hub id, a local folder, or a config.json of transformers. The model is built on the meta device, so even
-    70B parameters need no memory. Identical layers share one line.
+    MODEL is a hub id, a local folder, a config.json of transformers, or file.py:function, a function of your own that
+    takes nothing and returns a torch module. A model of transformers is built on the meta device, so even 70B
+    parameters need no memory. Identical layers share one line.
 
     Examples:
       flora plan facebook/convnextv2-tiny-1k-224 --r 16
       flora plan meta-llama/Llama-2-70b-hf --r 32 --target-modules all-linear
       flora plan mistralai/Mixtral-8x7B-v0.1 --target-parameters experts.gate_up_proj,experts.down_proj
       flora plan ./config.json --budget 0.01 --json
+      flora plan net.py:make --r 16 --run-code
     """
     from flora.report.model_plan import model_plan, plan_text
+    from flora.runs.own_module import model_or_name
 
     settings = {"r": args.r, "kernel_r": args.kernel_r, "budget": args.budget}
     modules = args.target_modules or ([] if args.target_parameters else ["all"])
@@ -175,7 +191,7 @@ def plan(args: argparse.Namespace) -> int:
     if args.target_parameters:
         settings["target_parameters"] = args.target_parameters
 
-    report = model_plan(args.model, settings, positions=args.positions)
+    report = model_plan(model_or_name(args.model, args.run_code), settings, positions=args.positions)
     print(json.dumps(report, indent=2) if args.json else plan_text(report))
 
     return 0
@@ -190,26 +206,23 @@ def inspect(args: argparse.Namespace) -> int:
     Examples:
       flora inspect outputs/digits
       flora inspect outputs/digits --html adapter.html
+      flora inspect style.safetensors --base ./base-model
     """
     from flora.report.anatomy import anatomy, anatomy_text
+    from flora.runs.own_module import model_or_name
 
+    base = model_or_name(args.base, args.run_code)
     if not args.html:
-        print(anatomy_text(anatomy(Path(args.folder))))
+        print(anatomy_text(anatomy(Path(args.folder), base)))
         return 0
 
     from flora.report.anatomy_page import anatomy_page
-    from flora.storage.atomic import check_target, staged
-    from flora.storage.replacing import PAGE, PAGE_MARK
+    from flora.report.page import page_target, write_page
 
-    page = Path(args.html)
-    check_target(page, PAGE, overwrite=args.overwrite)
-    report = anatomy(Path(args.folder))
+    page = page_target(args.html, overwrite=args.overwrite)
+    report = anatomy(Path(args.folder), base)
     print(anatomy_text(report))
-
-    with staged(page, PAGE, overwrite=args.overwrite) as new:
-        new.write_text(anatomy_page(report) + PAGE_MARK, encoding="utf-8")
-
-    print(f"written to {page}")
+    print(write_page(page, anatomy_page(report), overwrite=args.overwrite))
 
     return 0
 
@@ -225,14 +238,16 @@ def merge(args: argparse.Namespace) -> int:
       flora merge outputs/digits --out outputs/digits-merged
       flora merge my-adapter --out merged --base ./base-model --overwrite
       flora merge style.safetensors subject --weights 0.8 -0.3 --base ./base-model --out merged
+      flora merge net-adapter --base net.py:make --run-code --out merged
     """
     from flora.runs.merging import merge
+    from flora.runs.own_module import model_or_name
 
     report = merge(
         [Path(folder) for folder in args.folder],
         Path(args.out),
         weights=args.weights,
-        base=args.base,
+        base=model_or_name(args.base, args.run_code, same=True),
         overwrite=args.overwrite,
         progress=sys.stderr.isatty(),
         run_recipe_file=args.run_recipe_file,
@@ -254,12 +269,13 @@ def convert(args: argparse.Namespace) -> int:
       flora convert authors.pth --scale 4 --base ./base-model --to flora --out my-adapter
     """
     from flora.convert import convert
+    from flora.runs.own_module import model_or_name
 
     report = convert(
         args.source,
         args.out,
         to=args.to,
-        base=args.base,
+        base=model_or_name(args.base, args.run_code),
         scale=args.scale,
         prefix=args.prefix,
         mid=not args.no_mid,
@@ -335,21 +351,6 @@ def _line(metrics: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
-CONFIG = argument("config", metavar="CONFIG", help="a YAML file or the name of a packaged config")
-FOLDER = argument("folder", metavar="FOLDER", help="the folder of an adapter")
-RUN_RECIPE_FILE = argument(
-    "--run-recipe-file",
-    action="store_true",
-    help="run the Python file that FOLDER names as its recipe; only for folders that you trust",
-)
-OVERRIDES = argument("overrides", nargs="*", default=[], metavar="key=value", help="replaces a value of the config")
-
-
-def overwrite(what: str) -> Argument:
-    """The flag that allows an output to be replaced."""
-    return argument("--overwrite", action="store_true", help=f"replace {what}")
-
-
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": train,
     "eval": evaluate,
@@ -361,86 +362,6 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "convert": convert,
     "extract": extract,
     "recipes": recipes,
-}
-ARGUMENTS: dict[str, list[Argument]] = {
-    "train": [
-        CONFIG,
-        OVERRIDES,
-        argument("--resume", action="store_true", help="continue from the last complete checkpoint"),
-        overwrite("the run in the output folder"),
-    ],
-    "eval": [
-        FOLDER,
-        OVERRIDES,
-        argument("--split", default="test", help="train, validation or test (the default)"),
-        RUN_RECIPE_FILE,
-    ],
-    "predict": [
-        FOLDER,
-        argument("inputs", nargs="+", metavar="INPUT", help="a file, a folder of files, or a text"),
-        argument("--out", metavar="DIR", help="where files are written (default: FOLDER/predictions)"),
-        argument("--prompt", metavar="TEXT", help="the question about each file, for recipes that take one"),
-        RUN_RECIPE_FILE,
-    ],
-    "compare": [
-        CONFIG,
-        OVERRIDES,
-        argument("--methods", type=words, default="frozen,flora,lora,full", help="default: %(default)s; or all"),
-        argument("--seeds", type=numbers, default="0,1,2", help="default: %(default)s"),
-        overwrite("the results of an earlier comparison"),
-    ],
-    "plan": [
-        argument("model", metavar="MODEL", help="a hub id, a local folder, or a config.json"),
-        argument("--r", type=whole, default=8, help="rank of the channel modes (default: 8)"),
-        argument("--kernel-r", type=whole, default=2, help="rank of each kernel mode (default: 2)"),
-        argument(
-            "--target-modules", type=words, help="all (the default), all-linear, all-conv, or names: q_proj,v_proj"
-        ),
-        argument("--target-parameters", type=words, metavar="NAMES", help="raw parameters: experts.down_proj,..."),
-        argument("--budget", type=fraction_or_count, help="parameters to spend: a fraction below 1, or a count"),
-        argument(
-            "--positions", type=positive, default=4096, help="output positions per step for the costs (default: 4096)"
-        ),
-        argument("--json", action="store_true", help="print JSON"),
-    ],
-    "inspect": [FOLDER, argument("--html", metavar="FILE", help="also write a page"), overwrite("FILE")],
-    "merge": [
-        argument("folder", nargs="+", metavar="FOLDER", help="adapters, of any format that convert reads"),
-        argument("--out", required=True, metavar="DIR", help="the folder to write"),
-        argument("--base", help="a local folder or hub id instead of the base model that the adapter names"),
-        overwrite("DIR"),
-        argument("--weights", type=number, nargs="+", metavar="W", help="one factor for each adapter"),
-        RUN_RECIPE_FILE,
-    ],
-    "convert": [
-        argument("source", metavar="SRC", help="the folder or file of an adapter"),
-        argument("--to", required=True, choices=("flora", "lora", "kohya", "dense"), help="the format to write"),
-        argument(
-            "--out", required=True, metavar="DST", help="a folder (flora, lora) or .safetensors file (kohya, dense)"
-        ),
-        argument("--base", help="the base model's folder, where the adapter does not record what its layers are"),
-        argument("--scale", type=number, help="of the authors' checkpoints, which do not store it"),
-        argument("--prefix", help="of Kohya keys: lycoris (the default), lora_unet, lora_te, ..."),
-        argument("--no-mid", action="store_true", help="no lora_mid in Kohya files, for sd-scripts and diffusers"),
-        argument("--drop-extras", action="store_true", help="leave out biases and modules_to_save"),
-        overwrite("DST"),
-    ],
-    "extract": [
-        argument("base", metavar="BASE", help="the base model's folder"),
-        argument("tuned", metavar="TUNED", help="the fine-tuned model's folder"),
-        argument("--rank", type=whole, help="the rank of every channel mode"),
-        argument("--energy", type=number, help="instead of --rank: the fraction of each change's squared norm to keep"),
-        argument("--budget", type=whole, help="instead of --rank: parameters to spend where they lower the error most"),
-        argument("--kernel-r", type=whole, help="with --rank, the rank of the kernel modes (default: kept whole)"),
-        argument("--carry", action="store_true", help="also store biases, norms and new tensors that differ, in full"),
-        argument("--out", required=True, metavar="DIR", help="the folder to write"),
-        overwrite("DIR"),
-    ],
-    "recipes": [
-        argument("action", nargs="?", choices=("list", "copy", "keys"), default="list"),
-        argument("name", nargs="?", metavar="NAME", help="the config to copy or explain"),
-        overwrite("NAME.yaml here"),
-    ],
 }
 
 

@@ -45,7 +45,9 @@ def folder_of(settings: Settings) -> Path:
 def test_what_is_written(done: tuple[Settings, dict[str, Any]]) -> None:
     settings, report = done
     folder = folder_of(settings)
-    assert {path.name for path in folder.iterdir()} == {"README.md", "compare.json", "compare.png", "flora", "runs"}
+    assert {path.name for path in folder.iterdir()} == {
+        "README.md", "compare.html", "compare.json", "compare.png", "flora", "runs",
+    }  # fmt: skip
     rates = {tuple(row["search"]) for row in report["rows"]}
     assert len(rates) == 1  # the same trials for every method
     assert len(list((folder / "runs").iterdir())) == 4 * (2 * len(*rates) + 2)

@@ -27,7 +27,10 @@ from flora.runs.training import evaluate, train
 from flora.storage.atomic import read_json
 
 TINY = [name for name in config_names() if name.endswith("-tiny")]
-FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "config.yaml", "loss.png", "metrics.json"}
+FILES = {
+    "README.md", "adapter_config.json", "adapter_model.safetensors", "config.yaml", "loss.png", "metrics.json",
+    "report.html",
+}  # fmt: skip
 ADAPTER = "adapter_model.safetensors"
 
 

@@ -19,7 +19,7 @@ from flora.convert.arithmetic import core_in_orthonormal_basis
 from flora.report.anatomy import anatomy, effective_rank, mode_energy, top_half
 from flora.report.anatomy_page import anatomy_page
 from flora.report.comparison import comparison_notes, comparison_page, comparison_table, size
-from flora.report.plots import loss_curve, quality_against_parameters
+from flora.report.plots import quality_against_parameters, training_curves, training_plot
 from flora.report.provenance import provenance
 
 
@@ -102,10 +102,10 @@ def png_size(path: Path) -> tuple[int, int]:
 
 def test_plots(tmp_path: Path) -> None:
     history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 1.2}, {"step": 3, "x": 1}]
-    loss_curve(tmp_path / "loss.png", history, "loss")
-    loss_curve(tmp_path / "empty.png", [], "nothing was logged")
+    training_plot(tmp_path / "loss.png", training_curves(history, "accuracy", {"accuracy": 0.5}, 3), "a run")
+    training_plot(tmp_path / "last.png", training_curves([], "accuracy", {"accuracy": 0.5}, 3), "nothing was logged")
     quality_against_parameters(tmp_path / "compare.png", ROWS, "accuracy", "digits")
-    for name in ("loss", "empty", "compare"):
+    for name in ("loss", "last", "compare"):
         assert min(png_size(tmp_path / f"{name}.png")) > 300
 
 

@@ -27,7 +27,10 @@ from flora.runs.settings import Settings, read
 from flora.runs.training import evaluate, train
 from flora.storage.atomic import claim, read_json, staged_folder, write_text
 
-FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "config.yaml", "loss.png", "metrics.json"}
+FILES = {
+    "README.md", "adapter_config.json", "adapter_model.safetensors", "config.yaml", "loss.png", "metrics.json",
+    "report.html",
+}  # fmt: skip
 
 
 def tiny(output: Path, *overrides: str) -> Settings:
@@ -102,6 +105,22 @@ def test_the_output_folder(trained: Path) -> None:
     assert "import flora\n" in card
     assert f"{metrics['test']['accuracy']:.4f}" in card
     assert "ConvNextV2ForImageClassification.from_pretrained(" in card
+
+
+def test_a_run_is_kept_when_its_page_cannot_be_made(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = tiny(folder)
+
+    def broken(tested: Any) -> None:
+        raise ZeroDivisionError("a picture of nothing")
+
+    monkeypatch.setattr(settings.load_recipe(), "findings", broken)
+    train(settings, overwrite=True)
+    assert "note: the page report.html could not be written (ZeroDivisionError" in capsys.readouterr().out
+    assert (folder / "metrics.json").is_file()
+    assert not (folder / "report.html").exists()
+    assert weights(folder)
 
 
 def test_evaluated_again_the_numbers_are_the_same(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,8 +29,9 @@ from flora.errors import UserError
 from flora.recipes import Data, Recipe, nearest
 from flora.report.card import model_card
 from flora.report.comparison import comparison_page
+from flora.report.comparison_html import comparison_html
 from flora.report.plots import quality_against_parameters
-from flora.report.provenance import provenance, versions
+from flora.report.provenance import provenance, subject, versions
 from flora.runs.merging import verified_merge
 from flora.runs.run_folder import ADAPTER, ADAPTER_CONFIG, LABELS, METRICS
 from flora.runs.settings import Settings
@@ -231,6 +232,7 @@ def _compare(bench: Bench, methods: Sequence[str], seeds: Sequence[int], budgets
 
     report = {
         "recipe": settings.recipe,
+        "subject": subject(settings.recipe, settings.task),
         "folder": str(bench.folder),
         "metric": recipe.METRIC,
         "seeds": list(seeds),
@@ -340,10 +342,12 @@ def _row(metric: str, search: dict[float, float], best: float, finals: list[dict
 
 
 def _write(folder: Path, report: dict[str, Any]) -> None:
-    title = f"{Path(report['recipe']).stem}: {report['metric']} over {len(report['seeds'])} seeds"
+    seeds = len(report["seeds"])
+    title = f"{report['subject']}: {report['metric']}, {seeds} {'seed' if seeds == 1 else 'seeds'}"
 
     with staged(folder / "compare.png", overwrite=True, wait=True) as picture:
         quality_against_parameters(picture, report["rows"], report["metric"], title)
 
     write_text(folder / "README.md", comparison_page(report))
     write_json(folder / "compare.json", report)
+    write_text(folder / "compare.html", comparison_html(report))

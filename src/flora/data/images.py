@@ -104,6 +104,13 @@ def read_image(source: Source) -> Image.Image:
     return copy
 
 
+def name_of(source: Source) -> str:
+    """What an image is called beside others: its file, or its row."""
+    if isinstance(source, Path):
+        return source.name
+    return f"row {source.row}"
+
+
 def crop_and_mirror(images: Sequence[Image.Image], least: float, draw: random.Random) -> list[Image.Image]:
     """The same random crop of images of one size, in half of the cases mirrored.
 

@@ -46,6 +46,17 @@ def colours(count: int) -> list[int]:
     return palette
 
 
+def hex_colours(count: int) -> list[str]:
+    """The same palette as a page writes colours.
+
+    Example:
+        >>> hex_colours(2)[0]
+        '#000000'
+    """
+    palette = colours(count)
+    return ["#" + bytes(palette[3 * index : 3 * index + 3]).hex() for index in range(count)]
+
+
 def label_map(classes: np.ndarray) -> Image.Image:
     """A picture whose pixel values are the numbers of the classes, shown in colours.
 
@@ -57,13 +68,13 @@ def label_map(classes: np.ndarray) -> Image.Image:
     return picture
 
 
-def with_boxes(image: Image.Image, boxes: Sequence[Mapping[str, Any]]) -> Image.Image:
-    """The image with boxes drawn: each has ``box`` (left, top, right, bottom), ``class`` and ``score``."""
+def with_boxes(image: Image.Image, boxes: Sequence[Mapping[str, Any]], colour: str = "red") -> Image.Image:
+    """The image with boxes drawn: each has ``box`` (left, top, right, bottom) and ``label``."""
     drawn = image.convert("RGB")
     pen = ImageDraw.Draw(drawn)
     for found in boxes:
         left, top, *_ = found["box"]
-        pen.rectangle(found["box"], outline="red", width=2)
-        pen.text((left + 3, top + 2), f"{found['class']} {found['score']:.2f}", fill="red")
+        pen.rectangle(found["box"], outline=colour, width=2)
+        pen.text((left + 3, top + 2), found["label"], fill=colour)
 
     return drawn

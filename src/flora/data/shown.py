@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ class Sound(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Example:
+class Shown:
     """One input, and what was made of it.
 
     Attributes:
@@ -46,17 +46,25 @@ class Findings:
         examples: In the order in which they are shown.
         classes: The names of the classes, where each input has one.
         truth, found: The number of the class of each input, as given and as the model says.
+        scores: Of each class, from 0 to 1, where the metric is a mean over such.
+        score: What these are.
+        colours: That classes have in the pictures.
+        wide: Whether an example needs much room.
     """
 
     heading: str
-    examples: Sequence[Example]
+    examples: Sequence[Shown]
     classes: Sequence[str] = ()
     truth: Sequence[int] = field(default_factory=list)
     found: Sequence[int] = field(default_factory=list)
+    scores: Mapping[str, float] = field(default_factory=dict)
+    score: str = ""
+    colours: Mapping[str, str] = field(default_factory=dict)
+    wide: bool = False
 
 
 def classified(
-    logits: np.ndarray, labels: np.ndarray, classes: Sequence[str], show: Callable[[int], Example]
+    logits: np.ndarray, labels: np.ndarray, classes: Sequence[str], show: Callable[[int], Shown]
 ) -> Findings:
     """What a classifier has made of its test set: every class, and the inputs that it was most wrong about.
 
@@ -78,7 +86,7 @@ def classified(
     for index in wrong[:WORST]:
         example, true, taken = show(index), int(labels[index]), int(found[index])
         title = f"{classes[true]}, taken for {classes[taken]} ({scores[index, taken]:.0%})"
-        examples.append(Example(title, example.pictures, example.texts, example.sound))
+        examples.append(Shown(title, example.pictures, example.texts, example.sound))
 
     if wrong:
         heading = f"The worst of {len(wrong):,} errors in {len(labels):,} inputs"

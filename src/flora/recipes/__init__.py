@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
+import numpy as np
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
 
@@ -76,6 +78,23 @@ class Request(NamedTuple):
         return self.out / f"{self.name}{ending}"
 
 
+class Tested(NamedTuple):
+    """A trained model and its test set.
+
+    Attributes:
+        task: The settings of the data and the base model.
+        data: The data.
+        predictions, labels: What the evaluation of the test set gave ``compute_metrics``, in the order of the set.
+        model: In evaluation mode, on its device; None where it is spread over several processes.
+    """
+
+    task: Any
+    data: Data
+    predictions: np.ndarray
+    labels: np.ndarray
+    model: nn.Module | None
+
+
 class Recipe(Protocol):
     """The names that a recipe's module has, and those that it may have (``OPTIONAL``).
 
@@ -86,6 +105,7 @@ class Recipe(Protocol):
         ARGUMENTS: optional, the class of that Trainer's arguments; its fields are the ``training`` keys of a config.
         preprocess_logits: optional, ``(logits, labels) -> what is kept of them`` for ``compute_metrics``.
         predictor: optional, ``(task, model, folder) -> (Request -> result)`` for ``flora predict``.
+        findings: optional, ``(Tested) -> Findings``, what the page of a run shows of its test set.
         INPUT_FILES: optional, the endings of the files that it predicts on; none where it takes text.
         TAKES_PROMPT: optional, whether a question belongs to each input.
     """
@@ -112,6 +132,7 @@ OPTIONAL: dict[str, Any] = {
     "ARGUMENTS": TrainingArguments,
     "preprocess_logits": None,
     "predictor": None,
+    "findings": None,
     "INPUT_FILES": (),
     "TAKES_PROMPT": False,
 }

@@ -39,8 +39,9 @@ from flora.data.records import (
 )
 from flora.data.results import class_names, ranked
 from flora.data.samples import locate
+from flora.data.shown import Findings, Shown, Sound, classified
 from flora.errors import UserError
-from flora.recipes import Data, Request
+from flora.recipes import Data, Request, Tested
 
 METRIC = "accuracy"
 SOUNDS = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif")
@@ -226,6 +227,17 @@ def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[
         return ranked(model(**inputs).logits[0], names)
 
     return answer
+
+
+def findings(tested: Tested) -> Findings:
+    """Which classes are taken for which, and the worst errors, to listen to."""
+    test = cast("Sounds", tested.data.test)
+    rate = test.extractor.sampling_rate
+
+    def show(index: int) -> Shown:
+        return Shown(sound=Sound(read_sound(test.clips[index], rate)[: test.samples], rate))
+
+    return classified(tested.predictions, tested.labels, cast("list[str]", tested.data.labels), show)
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:

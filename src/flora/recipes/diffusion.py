@@ -11,6 +11,7 @@ DreamBooth: arXiv 2208.12242 (without its prior preservation).
 from __future__ import annotations
 
 import io
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,8 +36,9 @@ from transformers import CLIPTextModel, CLIPTokenizer, EvalPrediction, Trainer
 
 from flora.data.records import IMAGES, Bad, Item, hub, is_local, load_pretrained, row_file, sift, split_paths
 from flora.data.samples import locate
+from flora.data.shown import Findings, Shown
 from flora.errors import UserError
-from flora.recipes import Data, Request
+from flora.recipes import Data, Request, Tested
 
 METRIC = "explained"
 EVALUATED = 64  # draws of each picture in validation and test
@@ -237,6 +239,31 @@ def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[
         return {"file": str(path)}
 
     return answer
+
+
+def findings(tested: Tested) -> Findings:
+    """Pictures painted from the prompt, beside one of those that were learnt; one where there is no GPU."""
+    task, model = tested.task, cast("Any", tested.model)
+    if model is None:
+        return Findings("Samples", [])
+
+    if model.device.type == "cpu":
+        count = 1
+    else:
+        count = 4
+
+    learnt = read_picture(pictures(task)["train"][0].value, task.resolution)
+    values = (127.5 * (learnt.permute(1, 2, 0) + 1)).round().clamp(0, 255).byte().numpy()
+    examples = [Shown(pictures=[("a picture that was learnt", Image.fromarray(values))])]
+
+    with tempfile.TemporaryDirectory() as scratch:
+        answer = predictor(task, model, Path(scratch))
+        for number in range(count):
+            path = answer(Request(task.prompt, number, str(number), Path(scratch), None))["file"]
+            with Image.open(path) as painted:
+                examples.append(Shown(pictures=[(f"painted, noise {number}", painted.copy())]))
+
+    return Findings(f"Painted from {task.prompt!r}", examples)
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:

@@ -33,8 +33,9 @@ from transformers import (
 )
 
 from flora.data.results import ranked
+from flora.data.shown import Findings, Shown, classified, grey
 from flora.errors import UserError
-from flora.recipes import Data, Request
+from flora.recipes import Data, Request, Tested
 from flora.storage.atomic import cache_folder, staged_folder
 from flora.storage.progress import hidden_bars, show_loss
 
@@ -126,6 +127,16 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """The accuracy."""
     logits = cast("np.ndarray", prediction.predictions)
     return {"accuracy": float(accuracy_score(prediction.label_ids, logits.argmax(-1)))}
+
+
+def findings(tested: Tested) -> Findings:
+    """Which digits are taken for which, and the worst errors."""
+    test = cast("Digits", tested.data.test)
+
+    def show(index: int) -> Shown:
+        return Shown(pictures=[(f"test image {index}", grey(test.images[index, 0].numpy()))])
+
+    return classified(tested.predictions, tested.labels, [str(digit) for digit in range(10)], show)
 
 
 def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[str, Any]]:

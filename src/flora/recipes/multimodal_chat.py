@@ -24,9 +24,10 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from flora.data.records import IMAGES, check_image, load_pretrained, parsed, records, sift, with_held_out
 from flora.data.samples import locate
+from flora.data.shown import FEW, Findings, Shown
 from flora.errors import UserError
-from flora.recipes import Data, Request
-from flora.recipes.text_causal import AnswerTrainer, compute_metrics, generated
+from flora.recipes import Data, Request, Tested
+from flora.recipes.text_causal import LONGEST_SHOWN, AnswerTrainer, compute_metrics, generated
 
 __all__ = ["ARGUMENTS", "METRIC", "TRAINER", "Task", "compute_metrics", "load_base", "load_data"]
 METRIC = "token_accuracy"
@@ -189,6 +190,30 @@ def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[
         return {"text": generated(model, processor.tokenizer, dict(inputs))}
 
     return answer
+
+
+def findings(tested: Tested) -> Findings:
+    """The first questions of the test set with their images, the answers that are written, and the true ones."""
+    rows, processor, model = tested.data.test, tested.data.processor, cast("Any", tested.model)
+    if model is None:
+        count = 0
+    else:
+        count = min(FEW, len(cast("Any", rows)))
+
+    examples = []
+    for number in range(count):
+        row = rows[number]
+        question, answer = row["messages"][:2]
+        images = row["images"][: sum(part["type"] == "image" for part in question["content"])]
+        text = processor.apply_chat_template([question])
+        options = {"return_tensors": "pt", "add_special_tokens": False}
+        inputs = processor(text=text, images=images or None, **options).to(model.device)
+        asked, truth = (" ".join(part["text"] or "" for part in turn["content"]).strip() for turn in (question, answer))
+        written = generated(model, processor.tokenizer, dict(inputs), LONGEST_SHOWN)
+        texts = [("asked", asked), ("written", written), ("true", truth)]
+        examples.append(Shown(pictures=[("", image) for image in images], texts=texts))
+
+    return Findings(f"The first {count} questions of the test set", examples)
 
 
 @dataclass

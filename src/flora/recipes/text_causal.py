@@ -26,8 +26,9 @@ from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 from flora.data.chats import COLUMNS, chat_template, read_record
 from flora.data.records import load_pretrained, records, sift, with_held_out
 from flora.data.samples import locate
+from flora.data.shown import FEW, Findings, Shown
 from flora.errors import UserError
-from flora.recipes import Data, Request
+from flora.recipes import Data, Request, Tested
 
 METRIC = "token_accuracy"
 ARGUMENTS = SFTConfig
@@ -133,11 +134,52 @@ def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[
     return answer
 
 
-def generated(model: Any, tokenizer: Any, inputs: dict[str, Any]) -> str:
-    """What the model writes after a prompt, without the prompt."""
-    options = {"max_new_tokens": LONGEST_ANSWER, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+def generated(model: Any, tokenizer: Any, inputs: dict[str, Any], longest: int = LONGEST_ANSWER) -> str:
+    """What the model writes after a prompt, without the prompt; so many tokens at most."""
+    options = {"max_new_tokens": longest, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
     tokens = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
     return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+
+LONGEST_SHOWN = 64  # tokens of an answer on the page of a run
+BEGINNING = 32  # tokens of a text that the model is shown to go on with
+
+
+def findings(tested: Tested) -> Findings:
+    """The first questions of the test set, the answers that the model writes, and those that the data have."""
+    rows, tokenizer = (
+        list(cast("Any", tested.data.test.select(range(min(FEW, len(tested.data.test)))))),
+        tested.data.processor,
+    )
+    if tested.model is None:
+        rows = []
+
+    return Findings(
+        f"What the model writes: the first {len(rows)} of the test set, {LONGEST_SHOWN} tokens at most",
+        [_answered(row, tested.model, tokenizer) for row in rows],
+        wide=True,
+    )
+
+
+def _answered(row: dict[str, Any], model: Any, tokenizer: Any) -> Shown:
+    """A record with what the model makes of its beginning."""
+    if "text" in row:
+        tokens = tokenizer(row["text"], return_tensors="pt").input_ids[0]
+        inputs = {"input_ids": tokens[None, :BEGINNING], "attention_mask": torch.ones_like(tokens[None, :BEGINNING])}
+        prompt, truth = (tokenizer.decode(part) for part in (tokens[:BEGINNING], tokens[BEGINNING:][:LONGEST_SHOWN]))
+    elif isinstance(row["prompt"], str):
+        inputs = dict(tokenizer(row["prompt"], return_tensors="pt"))
+        prompt, truth = row["prompt"], row["completion"]
+    else:
+        options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+        inputs = dict(tokenizer.apply_chat_template(row["prompt"], **options))
+        prompt, truth = row["prompt"][-1]["content"], row["completion"][-1]["content"]
+
+    written = generated(
+        model, tokenizer, {name: value.to(model.device) for name, value in inputs.items()}, LONGEST_SHOWN
+    )
+
+    return Shown(texts=[("given", prompt), ("written", written), ("true", truth)])
 
 
 class AnswerTrainer(SFTTrainer):

@@ -32,8 +32,9 @@ from transformers import (
 from flora.data.records import Item, load_pretrained, parsed, records, sift, with_held_out
 from flora.data.results import ranked
 from flora.data.samples import locate
+from flora.data.shown import WORST, Findings, Shown, classified
 from flora.errors import UserError
-from flora.recipes import Data, Request
+from flora.recipes import Data, Request, Tested
 
 METRIC = "score"
 
@@ -229,6 +230,26 @@ def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[
         return {"score": round(float(logits), 4)}
 
     return answer
+
+
+def findings(tested: Tested) -> Findings:
+    """Which classes are taken for which, and the worst errors; of scores, those that are furthest off."""
+    kind, rows = KINDS[tested.task.name], cast("Examples", tested.data.test).rows
+
+    def show(index: int) -> Shown:
+        return Shown(texts=list(zip(kind.texts, rows[index][0], strict=True)))
+
+    if kind.labels:
+        return classified(tested.predictions, tested.labels, kind.labels, show)
+
+    scores = tested.predictions.reshape(-1)
+    furthest = np.argsort(-abs(scores - tested.labels))[:WORST]
+    examples = [
+        Shown(f"{tested.labels[index]:g}, taken for {scores[index]:.2f}", texts=show(index).texts)
+        for index in furthest.tolist()
+    ]
+
+    return Findings(f"The {len(examples)} scores that are furthest off", examples)
 
 
 def compute_metrics(prediction: EvalPrediction, name: str = "rte") -> dict[str, float]:

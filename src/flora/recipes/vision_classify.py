@@ -18,7 +18,7 @@ from sklearn.metrics import accuracy_score
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification, EvalPrediction, PreTrainedModel
 
-from flora.data.images import ImageTask, Prepared, Source, crop_and_mirror, hub_column, hub_images, read_image
+from flora.data.images import ImageTask, Prepared, Source, crop_and_mirror, hub_column, hub_images, name_of, read_image
 from flora.data.records import (
     IMAGES,
     Item,
@@ -33,8 +33,9 @@ from flora.data.records import (
 )
 from flora.data.results import class_names, ranked
 from flora.data.samples import locate
+from flora.data.shown import Findings, Shown, classified
 from flora.errors import UserError
-from flora.recipes import Data, Request
+from flora.recipes import Data, Request, Tested
 
 METRIC = "accuracy"
 CROP = 0.7  # the least part of each side that a random crop keeps
@@ -161,6 +162,17 @@ def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[
         return ranked(model(pixel_values=inputs["pixel_values"]).logits[0], names)
 
     return answer
+
+
+def findings(tested: Tested) -> Findings:
+    """Which classes are taken for which, and the worst errors."""
+    examples = cast("Prepared", tested.data.test).examples
+
+    def show(index: int) -> Shown:
+        source = examples[index].image
+        return Shown(pictures=[(name_of(source), read_image(source))])
+
+    return classified(tested.predictions, tested.labels, cast("list[str]", tested.data.labels), show)
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:

@@ -20,11 +20,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, EvalPrediction, PreTrainedModel, Trainer
 
 from flora.data.coco import Example, Part, examples, find_files, read_coco, read_rows
-from flora.data.images import ImageTask, Prepared, read_image
+from flora.data.images import ImageTask, Prepared, name_of, read_image
 from flora.data.records import IMAGES, head_options, hub, is_local, load_pretrained, with_held_out
 from flora.data.results import class_names, with_boxes
 from flora.data.samples import locate
-from flora.recipes import Data, Request
+from flora.data.shown import FEW, Findings, Shown
+from flora.recipes import Data, Request, Tested
 
 METRIC = "map"
 PADDING = -100  # in the tensors of boxes of a batch, whose images have differently many
@@ -137,6 +138,7 @@ TRAINER = Detection
 
 
 INPUT_FILES = IMAGES
+DRAWN = 480  # pixels of the longer side of an image with boxes on the page of a run
 CONFIDENT = 0.3  # the least score of a box that a prediction lists
 
 
@@ -159,11 +161,41 @@ def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[
             for label, score, corners in zip(found["labels"], found["scores"], found["boxes"], strict=True)
         ]
         path = request.file(".png")
-        with_boxes(image, boxes).save(path)
+        labelled = [{**box, "label": f"{box['class']} {box['score']:.2f}"} for box in boxes]
+        with_boxes(image, labelled).save(path)
 
         return {"boxes": boxes, "file": str(path)}
 
     return answer
+
+
+def findings(tested: Tested) -> Findings:
+    """The first images with the boxes found, beside those that are true."""
+    names, images = cast("list[str]", tested.data.labels), cast("Prepared", tested.data.test).examples[:FEW]
+    examples = []
+    for number, one in enumerate(images):
+        picture = read_image(one.image).convert("RGB")
+        width = picture.width
+        picture.thumbnail((DRAWN, DRAWN))
+        scale = picture.width / width
+        found = [row for row in tested.predictions[number] if row[4] != PADDING and row[5] >= CONFIDENT]
+        true = [row for row in tested.labels[number] if row[4] != PADDING]
+        boxes = [
+            [_drawn(row, names, scale, f" {row[5]:.2f}") for row in found],
+            [_drawn(row, names, scale) for row in true],
+        ]
+        pictures = [("found", with_boxes(picture, boxes[0])), ("true", with_boxes(picture, boxes[1], "lime"))]
+        examples.append(Shown(name_of(one.image), pictures))
+
+    heading = f"The first {len(examples)} images of the test set, with boxes of a score of {CONFIDENT} and above"
+
+    return Findings(heading, examples, wide=True)
+
+
+def _drawn(row: np.ndarray, names: list[str], scale: float, score: str = "") -> dict[str, Any]:
+    """A box as it is drawn, of one that lies as COCO's do: (left, top, width, height, category, ...)."""
+    left, top, width, height = (float(side) * scale for side in row[:4])
+    return {"box": [left, top, left + width, top + height], "label": f"{names[int(row[4])]}{score}"}
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:

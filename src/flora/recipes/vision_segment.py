@@ -21,7 +21,7 @@ from transformers import (
     Trainer,
 )
 
-from flora.data.images import ImageTask, Prepared, Source, crop_and_mirror, hub_images, read_image
+from flora.data.images import ImageTask, Prepared, Source, crop_and_mirror, hub_images, name_of, read_image
 from flora.data.records import (
     IMAGES,
     Item,
@@ -34,10 +34,11 @@ from flora.data.records import (
     with_held_out,
 )
 from flora.data.results import class_names as model_classes
-from flora.data.results import label_map
+from flora.data.results import colours, hex_colours, label_map
 from flora.data.samples import locate
+from flora.data.shown import FEW, Findings, Shown, overlaid
 from flora.errors import UserError
-from flora.recipes import Data, Request
+from flora.recipes import Data, Request, Tested
 
 METRIC = "miou"
 IGNORED = 255  # the label of pixels that neither the loss nor a metric looks at
@@ -214,6 +215,54 @@ def pixel_counts(found: Tensor, labels: Tensor, classes: int) -> Tensor:
         one, true = one[true != IGNORED], true[true != IGNORED]
         counts.append([torch.bincount(values, minlength=classes) for values in (true[one == true], one, true)])
     return torch.stack([torch.stack(three, -1) for three in counts])
+
+
+def findings(tested: Tested) -> Findings:
+    """The overlap of each class, and the images that the model does worst on."""
+    names = cast("list[str]", tested.data.labels)
+    # shape: (images, classes)
+    right, found = np.moveaxis(tested.predictions, -1, 0)
+    union = found + tested.labels[..., 0] - right
+    whole = {
+        name: float(right[:, index].sum() / union[:, index].sum())
+        for index, name in enumerate(names)
+        if union[:, index].any()
+    }
+
+    # The mean over the classes that occur in an image.
+    overlaps = (right / np.maximum(union, 1)).sum(1) / np.maximum((union > 0).sum(1), 1)
+    worst = np.argsort(overlaps)[:FEW].tolist()
+    given = cast("Prepared", tested.data.test).examples
+    examples = [] if tested.model is None else [_shown(tested, given[index], names) for index in worst]
+    heading = f"The {len(examples)} of {len(given):,} test images with the least overlap"
+
+    return Findings(
+        heading,
+        examples,
+        scores=whole,
+        score="intersection over union",
+        colours=dict(zip(names, hex_colours(len(names) + 1)[1:], strict=True)),
+        wide=True,
+    )
+
+
+def _shown(tested: Tested, one: Example, names: list[str]) -> Shown:
+    """An image, with the classes found and the true ones over it; pixels that no metric looks at stay as they are."""
+    image, model, processor = read_image(one.image).convert("RGB"), cast("Any", tested.model), tested.data.processor
+    pixels = processor(image, return_tensors="pt")["pixel_values"].to(model.device)
+    sizes = [(image.height, image.width)]
+    found = processor.post_process_semantic_segmentation(model(pixel_values=pixels), target_sizes=sizes)[0]
+    true = np.asarray(read_image(one.labels)).astype(int) - tested.task.reduce_labels
+    true = np.where((true < 0) | (true >= len(names)), -1, true)
+    palette = colours(len(names) + 1)
+
+    pictures = [
+        ("image", image),
+        ("found", overlaid(image, np.where(true < 0, -1, found.cpu().numpy()) + 1, palette)),
+        ("true", overlaid(image, true + 1, palette)),
+    ]
+
+    return Shown(name_of(one.image), pictures)
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:

@@ -22,7 +22,9 @@ from torch import Tensor
 from transformers import AutoConfig, EvalPrediction, PreTrainedModel
 
 from flora.data.records import Bad, Item, is_local, load_pretrained, sift, with_held_out
+from flora.data.results import colours, hex_colours
 from flora.data.samples import locate
+from flora.data.shown import FEW, Findings, Shown, grey, overlaid
 from flora.data.volume_files import (
     NIFTI,
     Pair,
@@ -46,7 +48,7 @@ from flora.data.volume_network import (
 )
 from flora.data.volume_unet import VolumeUNet, VolumeUNetConfig
 from flora.errors import UserError
-from flora.recipes import Data, Request
+from flora.recipes import Data, Request, Tested
 from flora.storage.atomic import cache_folder, staged_folder
 from flora.storage.progress import hidden_bars
 
@@ -327,9 +329,49 @@ def preprocess_logits(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.argmax(1)
 
 
+def findings(tested: Tested) -> Findings:
+    """The Dice coefficient of each class, and slices of the volumes that the model does worst on."""
+    volumes = cast("Volumes", tested.data.test)
+    classes = max(2, int(max(tested.predictions.max(), tested.labels.max())) + 1)
+    # shape: (volumes, classes without the background)
+    scores = _dice(tested.predictions, tested.labels, classes).numpy()
+    known = [number for number in range(1, classes) if np.isfinite(scores[:, number - 1]).any()]
+    mean = {f"class {number}": float(np.nanmean(scores[:, number - 1])) for number in known}
+
+    # The mean over the classes that a volume or its answer has; a volume without any has nothing wrong.
+    count = np.isfinite(scores).sum(1)
+    means = np.where(count > 0, np.nansum(scores, axis=1) / np.maximum(count, 1), 1.0)
+    palette = colours(classes)
+    examples = []
+    for index in np.argsort(means)[:FEW].tolist():
+        # shape: (depth, height, width); the slice across the last axis with the most that is not background
+        volume, true, found = volumes[index]["pixel_values"][0].numpy(), tested.labels[index], tested.predictions[index]
+        at = int(((true > 0) | (found > 0)).sum((0, 1)).argmax())
+        plane, truth, answer = (np.rot90(each[:, :, at]) for each in (volume, true, found))
+        image = grey(plane)
+        pictures = [
+            ("image", image),
+            ("found", overlaid(image, answer, palette)),
+            ("true", overlaid(image, truth, palette)),
+        ]
+        examples.append(Shown(f"{volumes.pairs[index].image.name}, slice {at}: Dice {means[index]:.3f}", pictures))
+
+    heading = f"Slices of the {len(examples)} of {len(volumes):,} test volumes with the lowest Dice"
+
+    named = {f"class {number}": colour for number, colour in enumerate(hex_colours(classes))}
+
+    return Findings(heading, examples, scores=mean, score="Dice", colours=named, wide=True)
+
+
+def _dice(predictions: np.ndarray, labels: np.ndarray, classes: int) -> Tensor:
+    """Of each volume and class but the background, (volumes, classes - 1); NaN where neither has the class."""
+    found, truth = (torch.tensor(each)[:, None] for each in (predictions, labels))
+    return cast("Tensor", compute_dice(found, truth, include_background=False, num_classes=classes))
+
+
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """The Dice coefficient, the mean over volumes and foreground classes; a class that a volume lacks is left out."""
-    predicted, truth = (torch.tensor(cast("Any", each)) for each in (prediction.predictions, prediction.label_ids))
-    classes = max(2, int(torch.maximum(predicted.max(), truth.max())) + 1)
-    scores = compute_dice(predicted[:, None], truth[:, None], include_background=False, num_classes=classes)
+    predicted, truth = (cast("np.ndarray", each) for each in (prediction.predictions, prediction.label_ids))
+    classes = max(2, int(max(predicted.max(), truth.max())) + 1)
+    scores = _dice(predicted, truth, classes)
     return {"dice": float(scores.nanmean()) if scores.isfinite().any() else 0.0}

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch import Tensor
+from torch import Tensor, nn
 
 from flora.convert import load
 from flora.convert.arithmetic import core_in_orthonormal_basis
+from flora.convert.base_model import Base
 from flora.storage.size import size
 
 
@@ -48,8 +49,12 @@ def effective_rank(energy: list[float]) -> float:
     return math.exp(-sum(share * math.log(share) for share in energy if share > 0))
 
 
-def anatomy(folder: Path) -> dict[str, Any]:
+def anatomy(folder: Path, base: Base | nn.Module | str | Path | None = None) -> dict[str, Any]:
     """What is in an adapter.
+
+    Args:
+        folder: Of the adapter, or its file.
+        base: Its base model, where the file alone does not tell which layers it is for.
 
     Returns:
         ``layers`` (weight, shape, ranks, parameters, bytes, scale, norm of the change, energy and effective rank per
@@ -58,7 +63,7 @@ def anatomy(folder: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: the adapter cannot be read.
     """
-    adapter = load(folder)
+    adapter = load(folder, base=base)
     layers = []
     for name, entry in sorted(adapter.weights.items(), key=lambda item: in_order(item[0])):
         core = core_in_orthonormal_basis(entry.form)

@@ -103,7 +103,7 @@ def comparison_notes(report: Row) -> list[str]:
 def _edges(rows: Sequence[Row]) -> list[str]:
     """The methods that might do better beyond the grid."""
     names = [
-        f"{_name(row)} ({row['learning_rate']:g})"
+        f"{name_with_budget(row)} ({row['learning_rate']:g})"
         for row in rows
         if len(row["search"]) > 1
         and f"{row['learning_rate']:g}" in (next(iter(row["search"])), list(row["search"])[-1])
@@ -115,7 +115,8 @@ def _edges(rows: Sequence[Row]) -> list[str]:
     return []
 
 
-def _name(row: Row) -> str:
+def name_with_budget(row: Row) -> str:
+    """A method, and what its adapter may spend."""
     if row["budget"] is None:
         return str(row["title"])
     return f"{row['title']} at {row['budget']:,}"
@@ -131,7 +132,7 @@ def _verdicts(rows: Sequence[Row]) -> list[str]:
 
         mean, half = difference
         word = "not told apart from" if abs(mean) <= half else "better than" if mean > 0 else "worse than"
-        judged[word].append(f"{_name(row)} ({mean:+.4f})")
+        judged[word].append(f"{name_with_budget(row)} ({mean:+.4f})")
 
     return [f"FLoRA is {word} {', '.join(names)}." for word, names in judged.items() if names]
 
@@ -152,6 +153,19 @@ def _merged(rows: Sequence[Row]) -> list[str]:
         notes = []
 
     return notes + [f"{title} cannot be merged here: {reason}." for title, reason in failed.items()]
+
+
+def comparison_text(report: Row) -> str:
+    """What the command prints of a comparison: its table, its notes, and where the files are."""
+    return "\n".join(
+        [
+            "",
+            comparison_table(report["rows"], report["metric"], "simple"),
+            "",
+            *comparison_notes(report),
+            f"written to {report['folder']}: README.md, compare.html, compare.png, compare.json",
+        ]
+    )
 
 
 def comparison_page(report: Row) -> str:

@@ -41,12 +41,12 @@ class Row:
 
 
 def model_plan(
-    model: str, adapter: dict[str, Any], *, positions: int = 4096, device: str | None = None
+    model: str | nn.Module, adapter: dict[str, Any], *, positions: int = 4096, device: str | None = None
 ) -> dict[str, Any]:
     """What FLoRA would adapt in a model.
 
     Args:
-        model: a hub id, a local folder, or the config of a transformers model as JSON or YAML.
+        model: a hub id, a local folder, the config of a transformers model as JSON or YAML, or a module.
         adapter: keyword arguments of ``FloraConfig``.
         positions: output positions per training step that the operations are counted for.
         device: "cpu" or "gpu", that the ways are chosen for; by default what torch finds here.
@@ -57,7 +57,11 @@ def model_plan(
     Raises:
         ValueError: the model's config cannot be read, or nothing in it matches.
     """
-    return _planned(meta_model(model), model, FloraConfig(**adapter), positions, device)
+    config = FloraConfig(**adapter)
+    if isinstance(model, nn.Module):
+        return plan_model(model, config, positions=positions, device=device).report
+
+    return _planned(meta_model(model), model, config, positions, device)
 
 
 def plan_model(model: nn.Module, config: FloraConfig, *, positions: int = 4096, device: str | None = None) -> ModelPlan:

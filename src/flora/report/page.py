@@ -16,6 +16,9 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from jinja2 import Environment, StrictUndefined
 
+from flora.storage.atomic import check_target, staged
+from flora.storage.replacing import PAGE, PAGE_MARK
+
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 SMALL = 64  # pixels up to which a picture is shown with its pixels as squares
 LARGEST = 480  # pixels of the longer side of a picture
@@ -29,12 +32,14 @@ class Cell(NamedTuple):
         order: What it is sorted by: a number, or a text; empty cells come last.
         share: From 0 to 1, how much of the cell is coloured; None for none.
         look: "share" is a bar, "heat" a background.
+        colour: A bar of this colour stands before the heading of a row.
     """
 
     text: str
     order: float | str
     share: float | None = None
     look: str = "share"
+    colour: str = ""
 
 
 class Chart(NamedTuple):
@@ -90,7 +95,7 @@ class Picture(NamedTuple):
     tiny: bool
 
 
-class Shown(NamedTuple):
+class Illustration(NamedTuple):
     """An input and what was made of it, as the page has it."""
 
     title: str
@@ -105,7 +110,7 @@ class Examples:
 
     kind: ClassVar[str] = "examples"
     title: str
-    examples: Sequence[Shown]
+    examples: Sequence[Illustration]
     notes: Sequence[str] = ()
     wide: bool = False
 
@@ -180,3 +185,23 @@ def sound(samples: np.ndarray, rate: int) -> str:
 
 def _data(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def page_target(name: str, *, overwrite: bool) -> Path:
+    """The file that a page will be written to.
+
+    Raises:
+        FileExistsError, UserError: There is one, and it may not be replaced or is no page of flora.
+    """
+    path = Path(name)
+    check_target(path, PAGE, overwrite=overwrite)
+
+    return path
+
+
+def write_page(path: Path, text: str, *, overwrite: bool) -> str:
+    """Writes a page, complete or not at all; what to say of it."""
+    with staged(path, PAGE, overwrite=overwrite) as new:
+        new.write_text(text + PAGE_MARK, encoding="utf-8")
+
+    return f"written to {path}"

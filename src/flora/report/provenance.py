@@ -18,6 +18,24 @@ def provenance() -> dict[str, object]:
     return {"machine": machine(), "versions": versions(), "commit": commit()}
 
 
+def subject(recipe: str, task: object) -> str:
+    """What is trained on which data: ``"vision_classify on photos"``; of a path only the last name.
+
+    Args:
+        recipe: Its name, or the path of its file.
+        task: The settings of the data and the base model.
+    """
+    name = Path(recipe).stem
+    given = [str(getattr(task, key)) for key in ("data", "name") if getattr(task, key, None)]
+    if not given:
+        return name
+
+    if Path(given[0]).expanduser().exists():
+        given[0] = Path(given[0]).name
+
+    return f"{name} on {' '.join(given)}"
+
+
 def machine() -> dict[str, object]:
     """The processor, its cores and the accelerator."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

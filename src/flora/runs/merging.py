@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from accelerate.utils import get_max_memory  # type: ignore[import-untyped]
 from peft import PeftModel
+from safetensors.torch import save_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flora.convert import Adapter, detect, load, save
 from flora.convert.arithmetic import add
-from flora.convert.base_model import adapted_class, is_stored_as, local_folder, try_base
+from flora.convert.base_model import adapted_class, is_stored_as, local_folder, open_base, try_base
 from flora.convert.report import ROUNDING
 from flora.convert.streaming import Streamed, files_inside, stream_merged
 from flora.errors import UserError, user_errors
@@ -79,7 +80,7 @@ def merge(
     out: Path,
     *,
     weights: Sequence[float] | None = None,
-    base: str | None = None,
+    base: str | nn.Module | None = None,
     overwrite: bool = False,
     progress: bool = False,
     run_recipe_file: bool = False,
@@ -93,7 +94,8 @@ def merge(
         adapters: one or several, of any format that :func:`flora.load` reads.
         out: the folder to write, for ``from_pretrained``.
         weights: one number for each adapter; 1 by default.
-        base: a local folder or hub id instead of the base model that the first adapter names.
+        base: a local folder or hub id instead of the base model that the first adapter names; or that model itself,
+            with its weights, whose ``state_dict`` is then what is written.
         overwrite: whether ``out`` may exist; it is then replaced.
         progress: shows a progress bar.
         run_recipe_file: runs the Python file that the adapter's ``config.yaml`` names as its recipe, where the base
@@ -108,12 +110,12 @@ def merge(
     """
     sources = _check_request(adapters, weights)
     inputs = [source.path for source in sources]
-    check_target(out, overwrite=overwrite, sources=[*inputs, base] if base else inputs)
+    check_target(out, overwrite=overwrite, sources=[*inputs, base] if isinstance(base, str) else inputs)
     first = sources[0]
     outcome: dict[str, Any] = {}
 
     with claim(out) as place, _base_folder(first, base, place.folder, run_recipe_file) as folder:
-        known = try_base(folder)
+        known = open_base(base) if isinstance(base, nn.Module) else try_base(folder)
         model_class: Any = None if known is None else type(known.model)
 
         if known is None and first.config.get("auto_mapping"):
@@ -207,12 +209,19 @@ def _companions(sources: Sequence[_Source]) -> list[Path]:
 
 
 @contextmanager
-def _base_folder(source: _Source, base: str | None, scratch: Path, run_recipe_file: bool) -> Iterator[Path]:
+def _base_folder(source: _Source, base: str | nn.Module | None, scratch: Path, run_recipe_file: bool) -> Iterator[Path]:
     """The base model as a folder of safetensors: the one that is named, or where that cannot be streamed, one saved.
 
     It is saved, from memory, where the adapter was trained on another class than the files are of (a model with a new
     head), where its recipe has to make it again, or where the files are not safetensors.
     """
+    if isinstance(base, nn.Module):
+        with TemporaryDirectory(dir=scratch) as saved:
+            # Tensors that are shared are written once.
+            save_model(base, str(Path(saved) / "model.safetensors"))
+            yield Path(saved)
+        return
+
     named = base or source.config.get("base_model_name_or_path")
     if not named:
         # What is no adapter is named as such.
@@ -272,7 +281,7 @@ def _compare_models(
         UserError: the outputs differ by more than rounding.
     """
     if not hasattr(model_class, "from_pretrained"):
-        return {"reason": "neither the base model nor the adapter says which class the model is of"}
+        return {"reason": "the base model has no from_pretrained, so nothing says which inputs it takes"}
 
     size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     if 2 * size > get_max_memory()["cpu"]:

@@ -38,6 +38,7 @@ METRICS = "metrics.json"  # written last: a run that has it is finished
 STATE = "trainer_state.json"
 CARD = "README.md"
 CURVE = "loss.png"
+PAGE = "report.html"
 PREDICTIONS = "predictions"
 CHECKPOINTS = "checkpoint-*"
 
@@ -51,8 +52,8 @@ PROCESSOR = (
     "*token*", "*vocab*", "merges.txt", "normalizer.json", "*.model", "*processor_config.json", "chat_template*",
 )  # fmt: skip
 NAMES = (
-    CONFIG, LABELS, ADAPTER, ADAPTER_CONFIG, METRICS, STATE, CARD, CHECKPOINTS, "*.png", PREDICTIONS, "runs", PART,
-    f".*{PART}", *PROCESSOR,
+    CONFIG, LABELS, ADAPTER, ADAPTER_CONFIG, METRICS, STATE, CARD, CHECKPOINTS, PAGE, "*.png", PREDICTIONS, "runs",
+    PART, f".*{PART}", *PROCESSOR,
 )  # fmt: skip
 RUN = Kind("a run", lambda folder: (folder / CONFIG).is_file(), NAMES)
 

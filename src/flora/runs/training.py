@@ -14,12 +14,14 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers.trainer_utils import EvalLoopOutput
 
 from flora.errors import UserError, user_errors
-from flora.recipes import Data, Recipe, nearest, optional
+from flora.recipes import Data, Recipe, Tested, nearest, optional
 from flora.report.card import model_card
-from flora.report.plots import loss_curve
-from flora.report.provenance import provenance
+from flora.report.plots import training_curves, training_plot
+from flora.report.provenance import provenance, subject
+from flora.report.training_page import training_page
 from flora.runs.divergence import check_weights, stopping_where_it_diverges
 from flora.runs.reloading import load_adapter, load_base, read_run
 from flora.runs.resuming import check_same, is_done
@@ -29,6 +31,7 @@ from flora.runs.run_folder import (
     CARD,
     CURVE,
     METRICS,
+    PAGE,
     STATE,
     RunFolder,
     choose_folder,
@@ -157,7 +160,15 @@ def training_arguments(settings: Settings, output: Path, **changes: Any) -> Trai
 
 def measure(trainer: Trainer, dataset: Dataset[Any]) -> dict[str, float]:
     """The loss and the recipe's metrics on a dataset."""
-    loop = trainer.evaluation_loop(trainer.get_eval_dataloader(dataset), "evaluation", metric_key_prefix="eval")
+    return _numbers(_evaluated(trainer, dataset))
+
+
+def _evaluated(trainer: Trainer, dataset: Dataset[Any]) -> EvalLoopOutput:
+    """What the model gives for every sample of a dataset, and the metrics."""
+    return trainer.evaluation_loop(trainer.get_eval_dataloader(dataset), "evaluation", metric_key_prefix="eval")
+
+
+def _numbers(loop: EvalLoopOutput) -> dict[str, float]:
     found = {key.removeprefix("eval_"): float(value) for key, value in (loop.metrics or {}).items()}
     return {key: value for key, value in found.items() if not key.endswith(("_time", "_runtime", "_per_second"))}
 
@@ -246,12 +257,13 @@ def _train(
     seconds = time.perf_counter() - started
     check_weights(trainer)
 
+    tested = _evaluated(trainer, data.test)
     metrics = {
         "recipe": settings.recipe,
         "metric": recipe.METRIC,
         "seed": settings.seed,
         "validation": measure(trainer, data.validation),
-        "test": measure(trainer, data.test),
+        "test": _numbers(tested),
         "trainable_parameters": trainable(model),
         "total_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "steps": trainer.state.global_step,
@@ -268,7 +280,14 @@ def _train(
     if not trainer.is_world_process_zero():
         return {}
 
-    _write(trainer, state, metrics, run, settings)
+    # A model that is spread over processes cannot be run by this one alone.
+    if arguments.world_size == 1:
+        whole = cast("nn.Module", trainer.model)
+    else:
+        whole = None
+
+    predictions = (cast("Any", each) for each in (tested.predictions, tested.label_ids))
+    _write(trainer, state, metrics, run, settings, Tested(settings.task, data, *predictions, whole))
 
     return metrics
 
@@ -326,7 +345,12 @@ def _result(run: RunFolder, place: Claim | None) -> dict[str, Any]:
 
 
 def _write(
-    trainer: Trainer, state: dict[str, Tensor], metrics: dict[str, Any], run: RunFolder, settings: Settings
+    trainer: Trainer,
+    state: dict[str, Tensor],
+    metrics: dict[str, Any],
+    run: RunFolder,
+    settings: Settings,
+    tested: Tested,
 ) -> None:
     """The files that a finished run has besides its checkpoints."""
     with run.finish() as staged:
@@ -337,7 +361,7 @@ def _write(
 
         metrics["adapter_bytes"] = (staged / ADAPTER).stat().st_size
         trainer.state.save_to_json(str(staged / STATE))
-        loss_curve(staged / CURVE, trainer.state.log_history, f"{settings.recipe}: loss")
+        _show(staged, trainer.state.log_history, metrics, settings, tested)
 
         labels = run.labels()
         classes = len(labels) if labels is not None else None
@@ -345,6 +369,25 @@ def _write(
         card = model_card(metrics, read_json(staged / ADAPTER_CONFIG), str(settings.output), classes)
         write_text(staged / CARD, card)
         write_json(staged / METRICS, metrics)
+
+
+def _show(
+    staged: Path, history: list[dict[str, Any]], metrics: dict[str, Any], settings: Settings, tested: Tested
+) -> None:
+    """Writes the curves and the page of a run; a run is worth more than its page, so what goes wrong is only said."""
+    title = subject(settings.recipe, settings.task)
+    find = optional(settings.load_recipe(), "findings")
+
+    try:
+        panels = training_curves(history, metrics["metric"], metrics["validation"], metrics["steps"])
+        training_plot(staged / CURVE, panels, title)
+
+        with torch.no_grad():
+            findings = None if find is None else find(tested)
+
+        write_text(staged / PAGE, training_page(metrics, title, panels, findings))
+    except Exception as error:  # whatever a picture, a model that writes, or somebody's own recipe may raise
+        print(f"note: the page {PAGE} could not be written ({type(error).__name__}: {error})", flush=True)
 
 
 def evaluate(
