@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,13 @@ from hypothesis import settings
 settings.register_profile("flora", max_examples=60, deadline=None, derandomize=True, database=None)
 settings.load_profile("flora")
 torch.set_num_threads(1)  # pytest-xdist already runs a process per core
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_what_stays() -> None:
+    """Each training collects garbage several times; what is imported by now is then not walked through again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tqdm import tqdm
 
 from flora.comparison import compare as module
 from flora.comparison import trial
@@ -25,11 +29,19 @@ from flora.storage.atomic import read_json
 
 FROM_DATA = {"lora-gradient", "flora-equal", "flora-gradient", "lora-ga"}
 ON_LINEAR = {"pissa", "lora-ga"}
-QUICK = ("task.base_epochs=2", "training.num_train_epochs=4", "compare.learning_rates=[0.01, 0.03]")
+QUICK = ("task.base_epochs=2", "training.max_steps=4", "compare.learning_rates=[0.01, 0.03]")
 
 
 def tiny(output: Path, *overrides: str) -> Settings:
     return read("digits-tiny", [f"output={output}", *QUICK, *overrides])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_grid() -> Iterator[None]:
+    """A grid that goes on has a test without trainings."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "EXTENSIONS", 0)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +61,8 @@ def test_what_is_written(done: tuple[Settings, dict[str, Any]]) -> None:
         "README.md", "compare.html", "compare.json", "compare.png", "flora", "runs",
     }  # fmt: skip
     rates = {tuple(row["search"]) for row in report["rows"]}
-    assert len(rates) == 1  # the same trials for every method
-    assert len(list((folder / "runs").iterdir())) == 4 * (2 * len(*rates) + 2)
+    assert rates == {("0.01", "0.03")}  # the same trials for every method
+    assert len(list((folder / "runs").iterdir())) == 4 * (2 * 2 + 2)
     assert read_json(folder / "compare.json") == report
     assert [row["method"] for row in report["rows"]] == ["frozen", "flora", "lora", "full"]
 
@@ -74,6 +86,40 @@ def test_the_learning_rate_is_the_best_of_the_grid_on_validation(done: tuple[Set
             stored = [read_json(file) for file in files]
             assert statistics.fmean(run["validation"]["accuracy"] for run in stored) == score
             assert all("test" not in run for run in stored)
+
+
+GRIDS = {
+    "the best is inside": ({"frozen": 0.02, "full": 0.02}, [0.01, 0.02, 0.04], []),
+    "at the upper end": ({"frozen": 0.02, "full": 0.05}, [0.01, 0.02, 0.04], [0.08]),
+    "at both ends": ({"frozen": 0.02, "full": 0.003}, [0.01, 0.02], [0.003, 0.005, 0.04]),
+    "beyond the last grid": ({"frozen": 9.0, "full": 9.0}, [0.01, 0.02], [0.04, 0.08]),
+    "one rate": ({"frozen": 9.0, "full": 9.0}, [0.01], []),
+}
+
+
+@pytest.mark.parametrize(("best", "rates", "wider"), GRIDS.values(), ids=GRIDS)
+def test_one_grid_for_all_goes_on_past_an_end_that_is_best(
+    monkeypatch: pytest.MonkeyPatch, best: dict[str, float], rates: list[float], wider: list[float]
+) -> None:
+    monkeypatch.setattr(module, "EXTENSIONS", 2)
+    ran: list[module.Run] = []
+
+    def result(run: module.Run) -> dict[str, Any]:
+        ran.append(run)
+        distance = abs(math.log(run.learning_rate / best[run.method]))
+        return {"validation": {"accuracy": run.seed / 100 - distance}, "seconds": 0.0}
+
+    comparison = SimpleNamespace(learning_rates=rates)
+    bench: Any = SimpleNamespace(
+        settings=SimpleNamespace(comparison=comparison), recipe=SimpleNamespace(METRIC="accuracy"), result=result
+    )
+    scores = module._search(bench, [("frozen", None), ("full", None)], [4, 5, 6, 7], tqdm(disable=True))
+    for (method, _), found in scores.items():
+        assert list(found) == sorted([*rates, *wider])
+        for rate, score in found.items():
+            assert score == pytest.approx(0.05 - abs(math.log(rate / best[method])))
+    assert {run.seed for run in ran} == {4, 5, 6}, "the first three seeds"
+    assert len(ran) == 2 * 3 * len([*rates, *wider])
 
 
 def test_only_adapters_are_merged(done: tuple[Settings, dict[str, Any]]) -> None:
@@ -104,7 +150,7 @@ def test_a_run_with_the_same_settings_is_not_run_again(
     assert compare(settings, ["full"], [0, 1])["rows"][0]["values"] == report["rows"][3]["values"]
     assert [name.rpartition("-")[2] for name in ran] == ["seed1"]
     ran.clear()
-    other = tiny(settings.output, "training.num_train_epochs=1")
+    other = tiny(settings.output, "training.max_steps=2")
     compare(other, ["frozen"], [0])
     assert len(ran) >= 2 + 1
     ran.clear()

@@ -175,7 +175,7 @@ def test_threads_compute_what_one_thread_does(name: str, path: str) -> None:
     wrong: list[object] = []
 
     def run() -> None:
-        # Each thread has its own number of OpenMP threads, by which torch splits a sum, and its own switch for gradients.
+        # A thread has its own number of OpenMP threads, by which torch splits a sum, and its own switch for gradients.
         torch.set_num_threads(1)
         with torch.no_grad():
             for _ in range(4):

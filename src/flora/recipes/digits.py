@@ -12,6 +12,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -77,11 +78,17 @@ class Task:
             )
 
 
+@cache
+def _source() -> Any:
+    """The data set; reading it takes longer than all that is done with it."""
+    return load_digits()
+
+
 class Digits(Dataset[dict[str, Tensor]]):
     """Images (1, 16, 16) in [-1, 1] with their labels, as the model takes them."""
 
     def __init__(self, indices: np.ndarray, *, rotation: int = 0, invert: bool = False) -> None:
-        source = load_digits()
+        source = _source()
         images = torch.tensor(source.images[indices] / 16, dtype=torch.float32)[:, None]
         images = torch.rot90(interpolate(images, size=16, mode="bilinear"), rotation // 90, (2, 3))
         self.images = (1 - images if invert else images) * 2 - 1
@@ -96,7 +103,7 @@ class Digits(Dataset[dict[str, Tensor]]):
 
 def splits() -> dict[str, np.ndarray]:
     """The indices of the images of each set: base, pool, validation, test; disjoint, each digit in equal parts."""
-    labels = load_digits().target
+    labels = _source().target
     left, parts = np.arange(len(labels)), {}
     for name, size in SIZES.items():
         parts[name], left = train_test_split(left, train_size=size, stratify=labels[left], random_state=SPLIT_SEED)
@@ -109,7 +116,7 @@ def load_data(task: Task, seed: int) -> Data:
     Raises:
         ValueError: the pool has too few images of a digit.
     """
-    parts, labels = splits(), load_digits().target
+    parts, labels = splits(), _source().target
     pool, random = parts["pool"], np.random.default_rng(seed)
     most = int(np.bincount(labels[pool]).min())
     if not 1 <= task.labels_per_class <= most:
