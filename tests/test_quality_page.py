@@ -50,7 +50,12 @@ def test_the_rate_is_chosen_on_validation_and_by_enough_seeds() -> None:
 
 
 def test_the_page_says_who_is_ahead() -> None:
-    page = render([*LINES, {**line("pissa", 0, 0.0), "refused": "no layer"} | {"test": None}])
+    refusal = {**line("pissa", 0, 0.0), "refused": "no layer"} | {"test": None}
+    spent = [{"task": "cifar", "steps": 7.3, "memory": 1.02}]
+    page = render([*LINES, refusal], [{"task": "a way", "validation": "0.4"}], spent)
+    assert "The best means over the tasks: FLoRA, begun along the gradient 0.51" in page
+    assert "a way" in page
+    assert "1.02" in page
     assert "± 0.027 (n=4, 0.01)" in " ".join(page.split())
     assert "| **+0.070 ± 0.050, n=4, p=0.021** |" in " ".join(page.split())
     assert "over the 1 pairs" in page

@@ -37,26 +37,31 @@ def quality_over_parameters(
         tasks: a panel each, in this order.
         titles: of the panels.
     """
-    figure = Figure(figsize=(3.1 * len(tasks), 3.4), layout="constrained")
+    figure = Figure(figsize=(3.1 * len(tasks), 3.8), layout="constrained")
     panels = figure.subplots(1, len(tasks), squeeze=False)[0]
     for panel, task in zip(panels, tasks, strict=True):
         _draw(panel, {method: chosen[task, method] for method in LOOKS if (task, method) in chosen})
-        panel.set_title(titles[task], fontsize="medium")
+        panel.set_title(titles[task].replace(": ", "\n"), fontsize="medium")
 
-    panels[0].set_ylabel("test score, no tuning")
+    panels[0].set_ylabel("test score")
     marks = {label: mark for panel in panels for mark, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend(marks.values(), marks.keys(), loc="outside lower center", ncols=len(marks), frameon=False)
+    figure.legend(marks.values(), marks.keys(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
 def _draw(panel: Axes, found: Mapping[str, Cell]) -> None:
     """The mean of each method with its interval; ours in front."""
     sizes = {method: statistics.median(line["parameters"] for line in cell.lines) for method, cell in found.items()}
+    floor = _floor(found)
     for method, cell in found.items():
         same = [other for other, size in sizes.items() if abs(math.log(size / sizes[method])) < 0.1]
         place = sizes[method] * BESIDE ** (same.index(method) - (len(same) - 1) / 2)
         mean, half = interval(cell.test)
         colour, mark = LOOKS[method]
+        if mean < floor:
+            panel.annotate(f"{mean:.2f}", (place, floor), (0, 8), textcoords="offset points", ha="center", color=colour)
+            mean, half = floor, 0.0
+
         panel.errorbar(
             place,
             mean,
@@ -67,10 +72,19 @@ def _draw(panel: Axes, found: Mapping[str, Cell]) -> None:
             label=METHODS[method].title,
             markersize=8,
             zorder=3 if method == OURS else 2,
+            clip_on=mean != floor,
         )
 
+    panel.set_ylim(bottom=floor)
     panel.set_xscale("log")
-    panel.margins(x=0.12)
+    panel.margins(x=0.15)
     panel.set_xlabel("trainable parameters")
     panel.xaxis.set_minor_formatter(NullFormatter())
     panel.grid(alpha=0.3)
+
+
+def _floor(found: Mapping[str, Cell]) -> float:
+    """Where the panel ends below: what is much worse than the adapters is drawn there, with its score."""
+    adapters = [interval(cell.test)[0] for method, cell in found.items() if METHODS[method].matched]
+    tops = [interval(cell.test)[0] for cell in found.values()]
+    return max(0.0, min(adapters) - max(0.05, max(tops) - min(adapters)))

@@ -23,9 +23,11 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
+ROOT = FOLDER.parents[1]
 TASKS = ("cifar", "hippocampus", "spoken", "sst2", "digits")
 METHODS = ("lora", "lora-gradient", "lycoris", "flora", "flora-gradient", "full", "bitfit")
 RATE = 0.01  # of the setting without tuning
+DIGITS = 8600  # parameters, about what LoRA of rank 4 has there
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def settings_of(task: str, data: str, model: str) -> Any:
     from flora.runs.settings import read
 
     if task == "digits":
-        return read("digits", ["training.save_strategy=no"])
+        return read("digits", [f"compare.budgets=[{DIGITS}]"])
     overrides = [f"task.data={data}"]
     overrides += [f"task.model={model}"] if task == "sst2" else []
     return read(str(FOLDER / f"{task}.yaml"), overrides)
