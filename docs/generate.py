@@ -54,7 +54,7 @@ def layer_table() -> str:
 
 
 def digits_table() -> str:
-    """The comparison that ``make run`` makes, from its result."""
+    """The comparison that ``flora compare digits`` makes, from its result."""
     report = read("digits")
     lines = ["| method | trainable parameters | test accuracy |", "|---|---|---|"]
     lines += [

@@ -269,7 +269,7 @@ def _choose_ranks(
 ) -> tuple[Allocation | None, dict[str, Directions | None]]:
     """What the gradients are, and the ranks that the budget buys where they are."""
     # What the budget would buy in equal ranks is the yardstick: how far the gradients have to be known, and what a
-    # weight without a gradient keeps. A module that stands in several places is counted once.
+    # weight without a gradient keeps. All weights of one module belong to one site.
     sites = [_site(place) for place in places]
     once = {(site.name, *site.row.weights(site.module)): site for site in sites}
     resolution = Resolution(config, once.values())
