@@ -55,8 +55,8 @@ REFUSED = [
     (names("payload", "Model"), "payload is not an installed package, so it is not imported"),
     (names("sent.payload", "Model"), "sent is not an installed package, so it is not imported"),
     (names("transformers.nowhere", "Model"), "transformers.nowhere.Model: No module named"),
-    (names("transformers", "pipeline"), "names 'pipeline', which is no model in transformers"),
-    (names("os", "system"), "names 'system', which is no model in os"),
+    (names("transformers", "pipeline"), "names 'pipeline', which is not a model in transformers"),
+    (names("os", "system"), "names 'system', which is not a model in os"),
     (names(3, "Model"), "expected the names of a library and a class"),
     ({"auto_mapping": "transformers"}, "expected the names of a library and a class"),
     ({"task_type": ["CAUSAL_LM"]}, "says neither the class"),
@@ -95,11 +95,11 @@ def test_the_python_file_that_a_folder_names_is_run_only_when_asked(
     (run / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "gone")}))
     (run / "adapter_model.safetensors").write_bytes(b"")
     for call in (lambda: read_run(run), lambda: load_base(run)):
-        with pytest.raises(ValueError, match="is not run unasked.*--run-recipe-file"):
+        with pytest.raises(ValueError, match="does not run by itself.*--run-recipe-file"):
             call()
     for argv in (["eval", str(run)], ["merge", str(run), "--out", str(tmp_path / "out")]):
         assert flora_cli.main(argv) == 2
-        assert "is not run unasked" in capsys.readouterr().err
+        assert "does not run by itself" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="has run"):
         read_run(run, run_recipe_file=True)
 

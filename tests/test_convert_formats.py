@@ -268,7 +268,7 @@ def test_paths_that_are_no_adapter(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not an adapter that can be read"):
         load(tmp_path / "x.safetensors")
     (tmp_path / "evil.pt").write_bytes(b"\x80\x04\x95")
-    with pytest.raises(ValueError, match="truncated, corrupt or holds more than tensors"):
+    with pytest.raises(ValueError, match="truncated, corrupt, or holds objects other than tensors"):
         load(tmp_path / "evil.pt")
 
 
@@ -365,7 +365,7 @@ def test_what_cannot_be_read_says_why(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a file of tensors"):
         convert_files.read_tensors(tmp_path)
     (tmp_path / "evil.pt").write_bytes(pickle.dumps(Path))  # a class: loading it without restriction would import it
-    with pytest.raises(ValueError, match="holds more than tensors; nothing in it was run") as caught:
+    with pytest.raises(ValueError, match="holds objects other than tensors; nothing in it was run") as caught:
         convert_files.read_pickled(tmp_path / "evil.pt")
     assert "weights_only" not in str(caught.value)
 

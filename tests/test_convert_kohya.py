@@ -236,7 +236,7 @@ def test_a_prefix_of_the_users_own_is_read_back(tmp_path: Path) -> None:
 def test_whole_tensors_and_name_clashes_are_refused(tmp_path: Path) -> None:
     adapter = conv_adapter((5, 3, 3, 2), (2, 2, 2, 2))
     adapter.extras["head.weight"] = torch.ones(2, 2)
-    with pytest.raises(ValueError, match=r"whole tensors \(first: head.weight\).*--drop-extras"):
+    with pytest.raises(ValueError, match=r"full tensors \(first: head.weight\).*--drop-extras"):
         save(adapter, tmp_path / "a.safetensors", format="kohya")
     form, layout = random_form((5, 3), (2, 2)), Layout("linear", ("out", "in"))
     clash = Adapter({name: Entry(form, 1.0, layout) for name in ("a.b.weight", "a_b.weight")})

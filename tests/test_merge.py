@@ -109,7 +109,7 @@ def test_whole_tensors_replace_and_new_ones_are_added(tmp_path: Path) -> None:
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())["weight_map"]
     for name, value in adapter.extras.items():
         assert torch.equal(load_file(tmp_path / "out" / index[name])[name], value)
-    with pytest.raises(ValueError, match="whole tensor.*from one adapter only, with weight 1"):
+    with pytest.raises(ValueError, match="stored in full.*from one adapter only, with weight 1"):
         stream_merged(tmp_path / "base", [(adapter, 0.5)], tmp_path / "half")
     adapter.extras = {"lm_head.weight": torch.randn(5, 12)}
     with pytest.raises(ValueError, match=r"lm_head.weight has shape \(41, 12\) in .* and \(5, 12\) in the adapter"):
@@ -209,9 +209,9 @@ def test_sums_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one"):
         add([])
     a.extras["x.bias"] = torch.ones(3)
-    with pytest.raises(ValueError, match=r"x.bias is a whole tensor.* cannot be scaled"):
+    with pytest.raises(ValueError, match=r"x.bias is stored in full.* cannot be scaled"):
         scale(a, 2.0)
     other = conv_adapter((7, 5, 3, 2), (2, 2, 2, 2))
     other.extras["x.bias"] = torch.zeros(3)
-    with pytest.raises(ValueError, match=r"x.bias is a whole tensor and differs"):
+    with pytest.raises(ValueError, match=r"x.bias is stored in full and differs"):
         add([(a, 1.0), (other, 1.0)])

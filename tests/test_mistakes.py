@@ -166,7 +166,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "plan base --target-parameters c_fc.weigth": ("match no parameter of", "did you mean 'c_fc.weight'"),
     "inspect nowhere": ("adapter not found: nowhere does not exist",),
     "inspect base": ("base is the folder of a whole model, expected that of an adapter",),
-    "inspect notes.txt": ("notes.txt is no file of tensors (.safetensors, .pt",),
+    "inspect notes.txt": ("notes.txt is not a file of tensors (.safetensors, .pt",),
     "inspect lora/adapter_model.safetensors": ("is only the weights of an adapter", "give its folder, lora"),
     "inspect ia3": ("has peft_type 'IA3'", "only TUCKER (ours) and LORA"),
     "inspect adapter --html notes.txt": ("notes.txt exists", "choose another output", "--overwrite"),

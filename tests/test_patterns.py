@@ -118,13 +118,13 @@ def test_a_key_that_would_take_for_ever_is_refused(key: str, monkeypatch: pytest
 
 
 UNREADABLE: list[tuple[dict[str, Any], str]] = [
-    ({"rank_pattern": {"(": 2}}, "rank_pattern has '(', which is no regular expression: "),
-    ({"scale_pattern": {"a[": 2.0}}, "scale_pattern has 'a[', which is no regular expression: "),
-    ({"fold": {"*": "(a b) c, a=2"}}, "fold has '*', which is no regular expression: "),
+    ({"rank_pattern": {"(": 2}}, "rank_pattern has '(', which is not a regular expression: "),
+    ({"scale_pattern": {"a[": 2.0}}, "scale_pattern has 'a[', which is not a regular expression: "),
+    ({"fold": {"*": "(a b) c, a=2"}}, "fold has '*', which is not a regular expression: "),
     ({"target_modules": "(" * 5000 + "a" + ")" * 5000}, "target_modules has '((("),
-    ({"target_modules": ".*("}, "target_modules has '.*(', which is no regular expression: "),
-    ({"exclude_modules": ".*("}, "exclude_modules has '.*(', which is no regular expression: "),
-    ({"layers_pattern": "(", "layers_to_transform": 1}, "layers_pattern has '(', which is no regular expression: "),
+    ({"target_modules": ".*("}, "target_modules has '.*(', which is not a regular expression: "),
+    ({"exclude_modules": ".*("}, "exclude_modules has '.*(', which is not a regular expression: "),
+    ({"layers_pattern": "(", "layers_to_transform": 1}, "layers_pattern has '(', which is not a regular expression: "),
     ({"rank_pattern": {"(((a{1000}){1000}){1000})": 2}}, "rank_pattern has a regular expression of "),
 ]
 

@@ -63,7 +63,7 @@ def jsonl(folder: Path, records: list[Any]) -> Path:
         ({"instruction": "a", "output": 7}, "'output' is no text: 7"),
         ({"messages": [{"role": "user", "content": "a"}]}, "the messages must end with a question and the assistant's"),
         ({"messages": [{"role": "user"}]}, "lacks 'content'"),
-        ({"messages": [{"role": "user", "content": ""}]}, "a message of the user is empty or no text: ''"),
+        ({"messages": [{"role": "user", "content": ""}]}, "a message of the user is empty or not a text: ''"),
         ({"messages": "hello"}, "expected a list of messages, got str"),
     ],
 )

@@ -62,7 +62,7 @@ def write(folder: Path, name: str, lines: list[str]) -> Path:
         ("a cat\tthe cat\t3", "the label is '3', expected 0 entailment, 1 neutral, 2 contradiction"),
         ("a cat\tthe cat\t1.5", "the label is '1.5'"),
         ("a cat\tthe cat\tyes", "the label is 'yes'"),
-        ("a cat\t \t1", "a text is empty or no text: ' '"),
+        ("a cat\t \t1", "a text is empty or not a string: ' '"),
         ("a cat\t1", "lacks 'label'; it has 'premise', 'hypothesis'"),
         ("a cat\tthe cat\t1\tmore", "has 1 more fields than there are columns"),
     ],
@@ -84,7 +84,7 @@ def test_a_bad_row_is_named(
     ("line", "reason"),
     [
         ('{"premise": "a", "hypothesis": "b", "label": 1', "not valid JSON"),
-        ('{"premise": "a", "hypothesis": null, "label": 1}', "a text is empty or no text: None"),
+        ('{"premise": "a", "hypothesis": null, "label": 1}', "a text is empty or not a string: None"),
         ('["a", "b", 1]', "expected a JSON object, got list"),
         ('{"premise": "a", "label": 1}', "lacks 'hypothesis'"),
     ],

@@ -191,12 +191,12 @@ def test_a_finished_run_can_be_trained_for_longer(folder: Path) -> None:
 
 
 def test_resuming_with_another_task_is_refused(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"another task.labels_per_class: .* begun with 4, and now it is 5"):
+    with pytest.raises(UserError, match=r"another task.labels_per_class: .* started with 4, and now it is 5"):
         train(tiny(folder, "task.labels_per_class=5", "training.num_train_epochs=12"), resume=True)
 
 
 OTHER = {
-    "seed=1": "--resume with another seed: .* was begun with 0, and now it is 1",
+    "seed=1": "--resume with another seed: .* was started with 0, and now it is 1",
     "adapter.r=3": "--resume with another adapter.r: ",
     "training.learning_rate=0.01": "--resume with another training.learning_rate: ",
     "training.num_train_epochs=2": "is a finished run of 10 epochs, and 2 epochs are asked for",

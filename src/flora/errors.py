@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend, as a class of their own: whatever else is raised is a bug of ours."""
+"""The class of errors that the user can mend. Any other exception is a bug of flora."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class UserError(ValueError):
     """Something that was given cannot be used: a setting, a file, a model, data.
 
     The message says what it is, what was expected and what to do. The command prints it as one line and ends with exit
-    code 2, as it does for what the system refuses (any ``OSError``). Every other exception is a bug of ours.
+    code 2, and does the same for any ``OSError``. Every other exception is a bug of flora.
 
     Attributes:
         exit_code: of the command.
@@ -25,7 +25,7 @@ class UserError(ValueError):
 
 
 class DivergedError(UserError):
-    """Training went wrong in its numbers: nothing to repair in what was given, but a setting to change."""
+    """The loss or the weights became NaN or infinite. The remedy is another setting, such as a lower learning rate."""
 
     exit_code = 1
 

@@ -138,11 +138,11 @@ def test_what_is_kept_for_the_next_run(tmp_path: Path) -> None:
 
 
 STRANGERS = [
-    (ADAPTER, "a thesis beside an adapter", "holds 'thesis.txt', which is no part of an adapter"),
-    (ADAPTER, "a thesis", "holds 'thesis.txt', which is no part of an adapter"),
+    (ADAPTER, "a thesis beside an adapter", "holds 'thesis.txt', which is not part of an adapter"),
+    (ADAPTER, "a thesis", "holds 'thesis.txt', which is not part of an adapter"),
     (ADAPTER, "nothing", "exists and is not an adapter that flora has written"),
     (ADAPTER, "a file", "exists and is a file, not an adapter that flora has written"),
-    (MODEL, "a thesis", "holds 'thesis.txt', which is no part of a merged model"),
+    (MODEL, "a thesis", "holds 'thesis.txt', which is not part of a merged model"),
     (TENSORS, "a thesis", "exists and is a folder, not a tensor file that flora has written"),
     (TENSORS, "a file", "exists and is not a tensor file that flora has written"),
 ]

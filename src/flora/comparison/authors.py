@@ -38,7 +38,7 @@ class AuthorsScheme(nn.Module):
         )
 
     def __getattr__(self, name: str) -> Any:
-        """What the layer has besides: models ask for ``weight.dtype`` and the like."""
+        """Other attributes of the layer: models ask for ``weight.dtype`` and the like."""
         try:
             return super().__getattr__(name)
         except AttributeError:

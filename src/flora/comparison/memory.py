@@ -1,4 +1,4 @@
-"""The memory of the process, where the system tells it."""
+"""The memory of the process, where the system reports it."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class RefusedError(ValueError):
 
 @dataclass(frozen=True)
 class Request:
-    """What a method is given besides the base model.
+    """What a method is given in addition to the base model.
 
     Attributes:
         adapter: keyword arguments of ``FloraConfig``; other adapters take their targets and the head from it.
@@ -223,7 +223,7 @@ def targets(base: nn.Module, adapter: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def train_head(base: nn.Module, head: list[str]) -> nn.Module:
-    """Lets the parameters of the head's modules be trained, besides what is trained already."""
+    """Also trains the parameters of the head's modules."""
     for name, parameter in base.named_parameters():
         if any(f".{part}." in f".{name}" for part in head):
             parameter.requires_grad_(True)
@@ -254,7 +254,7 @@ def _lokr(request: Request, factor: int, ranks: dict[str, int], found: Targets) 
 
 
 def fields_of(request: Request, alpha: str | None, ranks: dict[str, int], found: Targets) -> dict[str, Any]:
-    """What the configs of PEFT have in common; the names of modules are matched whole."""
+    """What the configs of PEFT have in common; names of modules match exactly."""
     least = min(ranks.values())
     patterns = {name: exact_pattern(name) + (rf"\.({'|'.join(found[name])})" if found[name] else "") for name in ranks}
     higher = {patterns[name]: rank for name, rank in ranks.items() if rank != least}

@@ -41,7 +41,7 @@ def flora(base: nn.Module, request: Request) -> nn.Module:
 
 
 def flora_equal(base: nn.Module, request: Request) -> nn.Module:
-    """The same ranks, begun along the gradient. Raises as :func:`flora` does."""
+    """The same ranks, started along the gradient. Raises as :func:`flora` does."""
     first = request.first_batches()
     model = flora(base, request)
     request.starts.append(start(model, first.batches, loss=first.loss))
@@ -49,7 +49,7 @@ def flora_equal(base: nn.Module, request: Request) -> nn.Module:
 
 
 def flora_gradient(base: nn.Module, request: Request) -> nn.Module:
-    """Ranks where the gradient is, begun along it. Raises as :func:`flora` does."""
+    """Ranks where the gradient is, started along it. Raises as :func:`flora` does."""
     first = request.first_batches()
 
     def begin(config: FloraConfig) -> nn.Module:
@@ -70,7 +70,7 @@ def _within_budget(build: Callable[[FloraConfig], nn.Module], request: Request) 
 
 
 def lora_form(base: nn.Module, request: Request) -> nn.Module:
-    """LoRA as a Tucker form, first mode factored and the others whole, begun along the gradient as FLoRA is.
+    """LoRA as a Tucker form, first mode factored and the others kept whole, started along the gradient as FLoRA is.
 
     Raises as :func:`lora` does.
     """

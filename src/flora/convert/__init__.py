@@ -62,10 +62,10 @@ def detect(path: str | Path) -> str:
 
 
 def _check_kind(path: Path) -> None:
-    """Refuses what is plainly no adapter: the weights without their folder, another kind of file, a whole model."""
+    """Refuses what is clearly not an adapter: weights without their folder, another kind of file, a whole model."""
     if path.is_file():
         if path.suffix not in READ:
-            raise UserError(f"{path} is no file of tensors ({', '.join(READ)}); give an adapter's folder or file")
+            raise UserError(f"{path} is not a file of tensors ({', '.join(READ)}); give an adapter's folder or file")
         if path.suffix == ".safetensors" and (path.parent / CONFIG).is_file():
             raise UserError(
                 f"{path} is only the weights of an adapter; give its folder, {path.parent}, which has {CONFIG}"
@@ -75,7 +75,7 @@ def _check_kind(path: Path) -> None:
 
 
 def load(path: str | Path, *, base: Base | nn.Module | str | Path | None = None, scale: float | None = None) -> Adapter:
-    """Reads an adapter of any format; which one it is is seen from the files.
+    """Reads an adapter of any format, which is detected from its files.
 
     Args:
         path: a folder that PEFT saved, or a tensor file (Kohya, dense, the authors' checkpoints).
@@ -98,7 +98,7 @@ def load(path: str | Path, *, base: Base | nn.Module | str | Path | None = None,
 def _load(path: Path, base: Base | nn.Module | str | Path | None, scale: float | None) -> Adapter:
     kind = detect(path)
     if scale is not None and kind != "official":
-        raise UserError(f"{path} is of format {kind!r}, which stores its own scale; leave scale out")
+        raise UserError(f"{path} has the format {kind!r}, which stores the scale; leave scale out")
 
     known = open_base(base) if base is not None else None
 
@@ -130,7 +130,7 @@ def _check_entries(adapter: Adapter, path: Path, base: Base | None) -> None:
             if part.dtype not in DTYPES:
                 raise UserError(f"{path}: {name} is stored as {part.dtype}, expected a floating-point type")
             if part.numel() == 0 or not 0 < part.ndim <= MOST_DIMENSIONS:
-                raise UserError(f"{path}: {name} has a tensor of shape {tuple(part.shape)}, which is no update")
+                raise UserError(f"{path}: {name} has a tensor of shape {tuple(part.shape)}, which is not an update")
 
         if not math.isfinite(entry.scale):
             raise UserError(f"{path}: {name} has the scale {entry.scale}, expected a finite number")

@@ -28,7 +28,7 @@ def scale(adapter: Adapter, factor: float) -> Adapter:
     """
     if adapter.extras and factor != 1:
         raise UserError(
-            f"{next(iter(adapter.extras))} is a whole tensor that replaces the base model's and cannot be scaled; "
+            f"{next(iter(adapter.extras))} is stored in full, instead of a change, and cannot be scaled; "
             "leave such tensors out first (adapter.extras.clear())"
         )
 
@@ -62,7 +62,7 @@ def add(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
 
         for name, value in other.extras.items():
             if name in total.extras and not torch.equal(total.extras[name], value):
-                raise UserError(f"{name} is a whole tensor and differs between the adapters; keep it in one of them")
+                raise UserError(f"{name} is stored in full and differs between the adapters; keep it in one of them")
 
             total.extras[name] = value
 
@@ -90,7 +90,7 @@ def _unfolded(layout: Layout | None) -> Layout | None:
 
 
 def dense_change(name: str, entry: Entry) -> Tensor:
-    """The whole change of a weight, for formats that hold nothing smaller.
+    """The dense change of a weight, for formats that hold nothing smaller.
 
     Raises:
         UserError: the machine has not the memory for it.
@@ -98,8 +98,8 @@ def dense_change(name: str, entry: Entry) -> Tensor:
     needed = math.prod(entry.shape) * entry.form.core.element_size()
     if needed > _memory():
         raise UserError(
-            f"the whole change of {name}, of shape {entry.shape}, has {size(needed)}, more than this machine has "
-            "memory; write a format that keeps the factors (--to flora or --to lora)"
+            f"the dense change of {name}, of shape {entry.shape}, has {size(needed)}, more than the memory of "
+            "this machine; write a format that keeps the factors (--to flora or --to lora)"
         )
 
     return entry.dense()

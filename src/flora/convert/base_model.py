@@ -236,7 +236,7 @@ def adapted_class(config: Mapping[str, Any], folder: Path) -> Any:
         module, name = _named_class(mapping, folder)
         found = getattr(module, name, None)
         if not (isinstance(found, type) and issubclass(found, nn.Module)):
-            raise UserError(f"{folder}: auto_mapping names {name!r}, which is no model in {module.__name__}")
+            raise UserError(f"{folder}: auto_mapping names {name!r}, which is not a model in {module.__name__}")
 
         return found
 
@@ -320,6 +320,6 @@ def local_folder(named: str) -> Path:
     except (OSError, ValueError) as error:  # not there, no network, or no name that the hub could have
         reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(
-            f"the base model {named!r} is no folder here and cannot be had from the hub ({reason}); give its folder "
-            "with --base"
+            f"the base model {named!r} is not a local folder and could not be loaded from the hub ({reason}); give its "
+            "folder with --base"
         ) from None

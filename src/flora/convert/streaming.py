@@ -192,7 +192,7 @@ class _Plan:
         return keys
 
     def _replace(self, name: str, value: Tensor, weight: float) -> None:
-        """A whole tensor of the adapter, under the names of its file entries."""
+        """A tensor that the adapter stores in full, under the names of its file entries."""
         shape = tuple(value.shape)
         key = self.files.entry(name)
         if key is not None and self.source.shape(key) != shape:
@@ -208,12 +208,12 @@ class _Plan:
             before = self.replaced.get(key)
             if weight != 1 or (before is not None and not torch.equal(before, part)):
                 raise UserError(
-                    f"{name} is a whole tensor, which replaces the base model's: it can be taken from one adapter "
+                    f"{name} is stored in full and replaces the base model's tensor: it can be taken from one adapter "
                     "only, with weight 1; leave it out of the others (--drop-extras)"
                 )
 
             if key in self._owner:
-                raise UserError(f"{name} is changed and replaced as a whole as well; leave one of them out")
+                raise UserError(f"{name} is both changed and replaced; leave one of them out")
 
             self.replaced[key] = part
 
@@ -237,7 +237,7 @@ class _Plan:
         if key is None:
             raise UserError(f"{self.source.path} has no weight {name!r}, of which the adapter trained token rows")
         if key in self._owner or key in self.replaced:
-            raise UserError(f"{name} is changed as a whole and has trained token rows; merge it with PEFT instead")
+            raise UserError(f"{name} has both a change and trained token rows; merge it with PEFT instead")
 
         shape = self.source.shape(key)
         if rows.values.shape[1:] != shape[1:] or not 0 <= int(rows.numbers.min()) <= int(rows.numbers.max()) < shape[0]:

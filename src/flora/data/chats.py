@@ -89,7 +89,7 @@ def read_record(entry: object, names: Mapping[str, str] | None = None) -> Record
 def _text(row: Mapping[str, Any], key: str) -> str:
     value = row.get(key) or ""
     if not isinstance(value, str):
-        raise UserError(f"{key!r} is no text: {value!r}")
+        raise UserError(f"{key!r} is not a text: {value!r}")
     if not value.strip():
         raise UserError(f"{key!r} is empty or not there; the record has {', '.join(map(repr, row))}")
     return value
@@ -116,7 +116,7 @@ def _conversation(given: Any) -> Record:
     messages = [parsed(message, ["role", "content"]) for message in given]
     for message in messages:
         if not isinstance(message["content"], str) or not message["content"].strip():
-            raise UserError(f"a message of the {message['role']} is empty or no text: {message['content']!r}")
+            raise UserError(f"a message of the {message['role']} is empty or not a text: {message['content']!r}")
 
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise UserError("the messages must end with a question and the assistant's answer")

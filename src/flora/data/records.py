@@ -284,13 +284,13 @@ def load_pretrained(kind: Any, where: str, **options: Any) -> Any:
             )
 
         if not Path(where).exists():
-            remedy = "; it is no folder here, and the hub has to be reached for an id ORG/NAME"
+            remedy = "; it is not a local folder, and an id ORG/NAME needs access to the hub"
 
         raise FileNotFoundError(f"task.model is {where!r}: {kind.__name__} cannot load it ({reason}){remedy}") from None
 
 
 def head_options(labels: Sequence[str]) -> dict[str, Any]:
-    """What ``from_pretrained`` is told so that a model gets a head for these classes, where it has another one."""
+    """Arguments of ``from_pretrained`` that give a model a head for these classes."""
     pairs = {"id2label": dict(enumerate(labels)), "label2id": {name: index for index, name in enumerate(labels)}}
     return {**pairs, "ignore_mismatched_sizes": True}
 
@@ -331,7 +331,7 @@ def hub(where: str, name: str | None = None, revision: str | None = None) -> dic
         reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(
             f"task.data is {where!r}: no such file or folder here{_near_path(where)}, "
-            f"and the hub has no such data set for us ({reason})"
+            f"and the hub has no such data set that you may read ({reason})"
         ) from None
 
     found = {split: loaded[own] for split, names in SPLIT_NAMES.items() for own in names if own in loaded}

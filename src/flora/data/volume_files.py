@@ -101,7 +101,7 @@ def normalised(volume: Tensor, reading: Reading) -> Tensor:
         reading: How.
 
     Raises:
-        UserError: the volume has other channels than the network takes, or voxels that are no numbers.
+        UserError: the volume has other channels than the network takes, or voxels that are not numbers.
     """
     values = torch.as_tensor(volume).as_subclass(Tensor)
     if len(values) != reading.num_channels:

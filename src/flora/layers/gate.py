@@ -93,7 +93,7 @@ def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def again(ctx: Any, plain: Any, inputs: Sequence[Any], rest: Sequence[Any], grad: Tensor) -> Any:
-    """The gradient with a graph of its own (double backward): the same step in plain operations."""
+    """The gradient with a graph (double backward): the same step in plain operations."""
     # autograd calls backward with grad enabled when the gradient itself is to be differentiated (create_graph=True). An
     # autograd function that calls fused kernels has no graph to offer then, so the layer is run once more in operations
     # that torch differentiates, and its gradient is taken with a graph.

@@ -105,7 +105,7 @@ class Expression:
         try:
             self.compiled = regex.compile(pattern)
         except (regex.error, RecursionError) as error:
-            raise UserError(f"{field} has {self.shown!r}, which is no regular expression: {error}") from None
+            raise UserError(f"{field} has {self.shown!r}, which is not a regular expression: {error}") from None
 
     def match(self, name: str) -> regex.Match[str] | None:
         """The match at the beginning of a name.

@@ -4,7 +4,7 @@
   weight ("dense": what full fine-tuning computes, projected onto core and factors), or through narrow products that
   never form the gradient of W ("narrow").
 * **beside**: the frozen layer, and two narrow products (linear) or convolutions of few channels beside it.
-* **called**: the module itself with ``W + s dW`` as its parameters, where its output is no plain function of W.
+* **called**: the module itself with ``W + s dW`` as its parameters, where its output is not a plain function of W.
 
 A way costs ``operations / rate + bytes moved / bandwidth + launches``, with the rates of the class of device in
 ``layers/device.py``. Operations alone would mislead: narrow products do few of them for each number that they read.

@@ -147,7 +147,7 @@ def findings(tested: Tested) -> Findings:
 
 
 def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[str, Any]]:
-    """Gives the digit on a test image, which is told by its number."""
+    """Gives the digit on a test image, which is chosen by its number."""
     test = Digits(splits()["test"], rotation=task.rotation, invert=task.invert)
 
     def answer(request: Request) -> dict[str, Any]:
@@ -176,7 +176,7 @@ def load_base(task: Task) -> ConvNextV2ForImageClassification:
 
 
 def pretrain(task: Task, folder: Path) -> None:
-    """Trains the base model on the upright digits of the base set and writes it to ``folder``, whole or not at all."""
+    """Trains the base model on the upright digits of the base set and writes it to ``folder``."""
     print(f"training the base model on upright digits, once; it is kept in {folder}", flush=True)
     threads = torch.get_num_threads()
     # The tensors are too small to share, and one thread gives the same bits everywhere.

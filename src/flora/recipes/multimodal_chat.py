@@ -231,7 +231,7 @@ class ChatTrainer(AnswerTrainer):
     """The trainer of answers, with a learning rate of the projector's own."""
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
-        """The optimiser, in which the projector's parameters are a group of their own."""
+        """The optimiser, with the projector's parameters in a separate group."""
         optimizer = super().create_optimizer(model)
         rate = cast("ChatArguments", self.args).projector_learning_rate
         named = cast("nn.Module", self.model if model is None else model).named_parameters()

@@ -205,7 +205,7 @@ class AnswerTrainer(SFTTrainer):
         return outputs.loss, outputs.is_top1.long(), inputs["labels"][:, 1:].contiguous()
 
     def create_model_card(self, *arguments: Any, **options: Any) -> None:
-        """Nothing: the output folder gets a card of its own."""
+        """Does nothing: flora writes the card of the output folder."""
 
 
 TRAINER = AnswerTrainer

@@ -128,7 +128,7 @@ def example(record: object, kind: Kind) -> tuple[list[str], float]:
     row = parsed(record, [*kind.texts, "label"])
     texts = [row[column] for column in kind.texts]
     if bad := [text for text in texts if not isinstance(text, str) or not text.strip()]:
-        raise UserError(f"a text is empty or no text: {bad[0]!r}")
+        raise UserError(f"a text is empty or not a string: {bad[0]!r}")
     return texts, number(row["label"], kind)
 
 

@@ -144,11 +144,11 @@ def _merged(rows: Sequence[Row]) -> list[str]:
         if row["merge_difference"] is not None:
             worst[row["title"]] = max(worst.get(row["title"], 0.0), row["merge_difference"])
 
-    told = ", ".join(f"{title} {difference:.1e}" for title, difference in worst.items())
+    listed = ", ".join(f"{title} {difference:.1e}" for title, difference in worst.items())
     failed = {row["title"]: row["merge_error"] for row in rows if row.get("merge_error")}
 
     if worst:
-        notes = [f"Largest difference between the outputs of a merged model and the unmerged one: {told}."]
+        notes = [f"Largest difference between the outputs of a merged model and the unmerged one: {listed}."]
     else:
         notes = []
 

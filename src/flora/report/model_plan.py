@@ -186,7 +186,7 @@ def _cost(layer: FloraLayer, adapter: str, positions: int, cpu: bool) -> tuple[s
 
 
 def _left_out(adapted: nn.Module) -> Iterator[tuple[str, str]]:
-    """Modules with parameters of their own that are not adapted, and why."""
+    """Modules that have parameters but are not adapted, and why."""
     inside: list[str] = []
     for name, module in adapted.named_modules():
         if any(name.startswith(prefix) for prefix in inside):

@@ -224,7 +224,7 @@ def _base_folder(source: _Source, base: str | nn.Module | None, scratch: Path, r
 
     named = base or source.config.get("base_model_name_or_path")
     if not named:
-        # What is no adapter is named as such.
+        # A file that is not an adapter is reported as such.
         detect(source.path)
         raise UserError(f"{source.path} names no base model; give it with --base")
 
@@ -343,7 +343,7 @@ def verified_merge(model: PeftModel, inputs: dict[str, Tensor]) -> tuple[PreTrai
 def _compare_outputs(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[float, float]:
     """The largest absolute difference, and the largest absolute output."""
     if [output.shape for output in before] != [output.shape for output in after]:
-        raise UserError("the merged model has other outputs than the unmerged one; nothing was written")
+        raise UserError("merged and unmerged model have outputs of different shapes; nothing was written")
 
     difference, magnitude = 0.0, 0.0
     for first, second in zip(before, after, strict=True):

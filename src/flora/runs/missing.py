@@ -46,7 +46,7 @@ def install_hint(module: str, config: str = "") -> str:
     bringing = [extra for extra, modules in EXTRAS.items() if package in modules]
     if not bringing:
         return (
-            f"the module {package!r}, which cannot be imported and is no part of flora-peft: install the package that "
+            f"the module {package!r}, which cannot be imported and is not part of flora-peft: install the package that "
             f"has it, or add the folder of {package}.py to PYTHONPATH"
         )
 

@@ -43,8 +43,8 @@ def read_run(folder: Path, overrides: Iterable[str] = (), *, run_recipe_file: bo
 
     if not run_recipe_file and (file := _recipe_file(path)) is not None:
         raise UserError(
-            f"the recipe that {path} names is the Python file {file}, which is not run unasked: a folder that somebody "
-            "sent can name any file. If it is yours, add --run-recipe-file"
+            f"the recipe that {path} names is the Python file {file}, which flora does not run by itself: a folder "
+            "that somebody sent can name any file. If it is yours, add --run-recipe-file"
         )
 
     return read(str(path), overrides)

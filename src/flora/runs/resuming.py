@@ -1,4 +1,4 @@
-"""Whether a run may go on with other settings than it began with."""
+"""Whether a run may resume with settings other than those it began with."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FREE = (
 
 
 def check_same(run: RunFolder, settings: Settings) -> None:
-    """Checks that a run goes on with the settings that it began with.
+    """Checks that a run resumes with the settings that it began with.
 
     Raises:
         UserError: one that matters differs; names it, with both values.
@@ -46,7 +46,7 @@ def check_same(run: RunFolder, settings: Settings) -> None:
             continue
 
         raise UserError(
-            f"--resume with another {key}: {run.path} was begun with {old!r}, and now it is {new!r}; resume with the "
+            f"--resume with another {key}: {run.path} was started with {old!r}, and now it is {new!r}; resume with the "
             "settings of the run, or give another output=FOLDER"
         )
 

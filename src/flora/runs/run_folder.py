@@ -129,7 +129,7 @@ class RunFolder:
             yield staged
 
     def discard_start(self) -> None:
-        """Removes a run that has failed before it had anything to keep, so that the next start finds nothing."""
+        """Removes a run that failed before it had anything worth keeping, so that the next start finds nothing."""
         if self.is_begun and not self.is_worth_keeping:
             shutil.rmtree(self.path, ignore_errors=True)
 
@@ -165,7 +165,7 @@ def is_first_process() -> bool:
 
 @contextmanager
 def claim_run(output: Path) -> Iterator[Claim | None]:
-    """Claims an output folder for a run, and first ends what a killed run has begun; None in all but one process.
+    """Claims an output folder for a run and completes what a killed run left half done; None in all but one process.
 
     Raises:
         UserError: another run is writing there.

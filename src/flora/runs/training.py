@@ -1,4 +1,4 @@
-"""``train`` and ``evaluate``: any recipe on transformers' Trainer, into an output folder that is whole at any time."""
+"""``train`` and ``evaluate``: any recipe on transformers' Trainer. The output folder is complete at any time."""
 
 from __future__ import annotations
 
@@ -56,13 +56,11 @@ def make_trainer(model: nn.Module, recipe: Recipe, data: Data, arguments: Traini
     if not isinstance(getattr(model, "base_model", None), FloraModel):
         hold_untrained_statistics(model)
 
-    trainer = stopping_where_it_diverges(optional(recipe, "TRAINER"))(
+    trainer = _trainer_of(
+        stopping_where_it_diverges(optional(recipe, "TRAINER")),
         model,
+        data,
         arguments,
-        data_collator=data.collate,
-        train_dataset=data.train,
-        eval_dataset=data.validation,
-        processing_class=data.processor,
         compute_metrics=recipe.compute_metrics,
         preprocess_logits_for_metrics=optional(recipe, "preprocess_logits"),
     )
@@ -75,6 +73,20 @@ def make_trainer(model: nn.Module, recipe: Recipe, data: Data, arguments: Traini
     return trainer
 
 
+def _trainer_of(
+    kind: type[Trainer], model: nn.Module, data: Data, arguments: TrainingArguments, **options: Any
+) -> Trainer:
+    return kind(
+        cast("Any", model),
+        arguments,
+        data_collator=data.collate,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        processing_class=data.processor,
+        **options,
+    )
+
+
 class First(NamedTuple):
     """The first batches of the training set, and the loss that the recipe's own trainer gives them."""
 
@@ -84,14 +96,7 @@ class First(NamedTuple):
 
 def first_batches(base: nn.Module, recipe: Recipe, data: Data, arguments: TrainingArguments) -> First:
     """What the start from the gradient is given."""
-    trainer = optional(recipe, "TRAINER")(
-        base,
-        arguments,
-        data_collator=data.collate,
-        train_dataset=data.train,
-        eval_dataset=data.validation,
-        processing_class=data.processor,
-    )
+    trainer = _trainer_of(optional(recipe, "TRAINER"), base, data, arguments)
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         with trainer.compute_loss_context_manager():
@@ -110,7 +115,7 @@ def _config(settings: Settings, checkpoint: Path | None) -> FloraConfig:
 
 
 class TellEpoch(TrainerCallback):
-    """Tells a training set that draws anew in each epoch which one it is; accelerate does so in one process only."""
+    """Tells a training set that draws new samples in each epoch its number; accelerate does so in one process only."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -118,7 +123,7 @@ class TellEpoch(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Also where a run goes on in the middle of an epoch."""
+        """Also when a run resumes in the middle of an epoch."""
         self.dataset.set_epoch(int((state.epoch or 0) + 1e-6))
 
 
@@ -318,7 +323,7 @@ def _adapt(
     arguments: TrainingArguments,
     checkpoint: Path | None,
 ) -> tuple[nn.Module, Any]:
-    """The base model with its adapter, and how that was begun along the gradient, where it was."""
+    """The base model with its adapter, and how the adapter was started along the gradient, if it was."""
     # PEFT refuses names that the model does not have.
     with user_errors(ValueError, re.error):
         if settings.start != "gradient" or checkpoint is not None:
@@ -352,7 +357,7 @@ def _write(
     settings: Settings,
     tested: Tested,
 ) -> None:
-    """The files that a finished run has besides its checkpoints."""
+    """The files of a finished run other than its checkpoints."""
     with run.finish() as staged:
         cast("Any", trainer.model).save_pretrained(staged, state_dict=state)
 

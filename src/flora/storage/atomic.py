@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent: made in a locked folder beside their place, then put there at once.
+"""Files and folders that are complete or absent: made in a locked folder nearby, then moved into place in one step.
 
 Every output ``NAME`` has one such folder, ``.NAME.flora-part``. It holds the lock against a second writer, what is
 being written, and for the moment of an exchange what was there before. A process that is killed leaves it behind; the

@@ -1,4 +1,4 @@
-"""What may be replaced: only a file or folder that flora has written, told by its mark and by the names in it."""
+"""What may be replaced: only a file or folder that flora has written, recognised by its mark and the names in it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def check_replaceable(place: Path, target: Path, kind: Kind, also: Collection[st
         names = sorted(path.name for path in place.iterdir())
         foreign = [name for name in names if not _is_known(name, kind.names) and name not in also]
         if foreign:
-            raise UserError(f"{target} holds {foreign[0]!r}, which is no part of {kind.what}; {remedy}")
+            raise UserError(f"{target} holds {foreign[0]!r}, which is not part of {kind.what}; {remedy}")
 
     if not kind.is_ours(place):
         raise UserError(f"{target} exists and is not {kind.what} that flora has written; {remedy}")

@@ -124,7 +124,7 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     """The tensors of a ``.pt`` or ``.bin`` file, read by torch's restricted unpickler (``weights_only``).
 
     Raises:
-        ValueError: it is corrupt, or holds more than tensors.
+        ValueError: it is corrupt, or holds objects other than tensors.
     """
     check_exists(path, "tensor file")
 
@@ -134,8 +134,8 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
         raise OSError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception:  # torch raises errors of many kinds, and their texts advise to load without the restriction
         raise UserError(
-            f"{path} is truncated, corrupt or holds more than tensors; nothing in it was run. Copy it again, or ask "
-            "its author for the weights as safetensors"
+            f"{path} is truncated, corrupt, or holds objects other than tensors; nothing in it was run. Copy it again, "
+            "or ask its author for the weights as safetensors"
         ) from None
 
     while isinstance(loaded, Mapping) and not any(isinstance(value, Tensor) for value in loaded.values()):

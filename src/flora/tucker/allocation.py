@@ -32,7 +32,7 @@ class Choice:
 
 
 def choices(tensor: Tensor, shape: Sequence[int] | None = None, *, most: int | None = None) -> list[Choice]:
-    """The ranks worth choosing for a tensor, from cheap to dear, each with less error than the one before.
+    """The ranks worth choosing for a tensor, from cheap to expensive, each with less error than the one before.
 
     The first costs nothing and leaves the layer out (ranks of zero).
 
@@ -89,7 +89,7 @@ def choices_of_energy(energy: Tensor, shape: Sequence[int], total: float) -> lis
 
 
 def _worth_choosing(found: Sequence[Choice], nothing: Choice) -> list[Choice]:
-    """From cheap to dear, each with less error than all that are cheaper; ``nothing`` is the first."""
+    """From cheap to expensive, each with less error than all cheaper ones; ``nothing`` is the first."""
     best = [nothing]
     for choice in sorted(found, key=lambda choice: (choice.params, choice.error)):
         if choice.error < best[-1].error:

@@ -34,7 +34,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Settings:
-    """What one adapter of one layer runs with, besides its parameters."""
+    """The settings of one adapter of one layer."""
 
     way: str  # "auto", "summed" or "beside"
     dropout: float

@@ -259,7 +259,7 @@ class FloraConfig(PeftConfig):
         for name, entry in (self.layout or {}).items():
             layout_from_json(name, entry)
 
-        # Building them raises for a key that is no regular expression.
+        # Building them raises for a key that is not a regular expression.
         Entries(vars(self))
         Selection(vars(self))
 

@@ -2,7 +2,7 @@
 
 * **summed**: the layer's own function once, with ``W + s dW`` in place of W.
 * **beside**: the base layer as a module, plus the change of its output by each adapter.
-* **called**: the module with ``W + s dW`` as its parameters, where its forward is no plain function of W.
+* **called**: the module with ``W + s dW`` as its parameters, where its forward is not a plain function of W.
 """
 
 from __future__ import annotations
@@ -261,7 +261,7 @@ def mixed_output(layer: AdaptedLayer, names: list[str], *args: Any, **kwargs: An
     """One adapter per sample: the base layer once, then each adapter on its own samples.
 
     Raises:
-        ValueError: adapters are merged, the batch has another size, or the output is no sum with the adapter's.
+        ValueError: adapters are merged, the batch has another size, or the output is not a sum with the adapter's.
     """
     if layer.merged:
         raise UserError("adapter_names needs unmerged adapters; call unmerge_adapter() first")
@@ -276,7 +276,7 @@ def mixed_output(layer: AdaptedLayer, names: list[str], *args: Any, **kwargs: An
     if not adds_up or layer.row.kind not in KINDS or isinstance(layer.base_layer, nn.EmbeddingBag):
         raise UserError(
             f"adapter_names (an adapter for each sample) is not possible on {type(layer.base_layer).__name__}: its "
-            "output is no sum of the base layer's and the adapter's; run one batch per adapter, with set_adapter"
+            "output is not a sum of the base layer's and the adapter's; run one batch per adapter, with set_adapter"
         )
 
     if args:

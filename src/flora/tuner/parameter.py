@@ -20,7 +20,7 @@ def _only(name: str, module: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 class ParamWrapper(FloraLayer):
-    """A module of any type with FLoRA adapters on one of its own parameters, of any number of dimensions.
+    """A module of any type with FLoRA adapters on one of its parameters, of any number of dimensions.
 
     PEFT finds it by this class name. Several parameters of one module are wrapped one in the other.
 

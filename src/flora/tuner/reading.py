@@ -234,7 +234,7 @@ def _note(layer: AdaptedLayer, weight: str) -> None:
 
 
 class Reading(Tensor):
-    """A tensor without values of its own, until an operation needs them.
+    """A tensor whose values are formed when an operation first needs them.
 
     Any operation of torch gets the formed weight in its place. A part of it is a reading as well. Writing into either
     is refused: the change would be lost.

@@ -87,7 +87,7 @@ class Extracted(Adapter):
                 state = "NOT in the adapter (carry=True, --carry takes them along)"
 
             lines.append(
-                f"changed besides: {len(self.whole)} biases, norms or new tensors, {state}: {', '.join(self.whole[:5])}"
+                f"also changed: {len(self.whole)} biases, norms or new tensors, {state}: {', '.join(self.whole[:5])}"
             )
 
         return "\n".join(lines)
@@ -229,7 +229,7 @@ class _Job:
     def places(self) -> dict[str, list[str]]:
         """The weights that are decomposed, by the model's names, and the file entries they are made of.
 
-        They are those of two dimensions and more, inside a module, that are no mere token or table.
+        They have two dimensions or more, belong to a module, and are not a single token or a table of buffers.
         """
         apart = {}
         for name, shape in self.shapes.items():
@@ -416,7 +416,7 @@ def _is_same(old: Tensor, new: Tensor) -> bool:
 
 
 def _carry(job: _Job, result: Extracted, others: Mapping[str, str]) -> None:
-    """Takes along every tensor in ``result.whole``, in the way in which an adapter can hold it.
+    """Adds every tensor in ``result.whole`` to the adapter, in a form that an adapter can hold.
 
     * a bias goes by itself (``bias`` of the config);
     * the tensors of a module without others inside, such as a norm, replace that module's (``modules_to_save``), the

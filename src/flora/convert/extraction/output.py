@@ -1,4 +1,4 @@
-"""An extraction into an output folder: one that is cut short goes on where it stopped when it is run again."""
+"""An extraction into an output folder. Run again, an interrupted one continues where it stopped."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from flora.tucker.form import Tucker
 
 
 class Store:
-    """Finished layers on disk, each written whole; they hold for one request on the same files.
+    """Finished layers on disk, each complete or absent; valid for one request on the same files.
 
     Raises:
         ValueError: the folder holds layers of another request.

@@ -1,4 +1,4 @@
-"""Dense deltas: one safetensors file, the full name of each weight -> its whole change. Holds every adapter exactly."""
+"""Dense deltas: one safetensors file, the full name of each weight -> its dense change. Holds every adapter exactly."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def write(adapter: Adapter, path: Path, *, prefix: str = "lycoris", mid: bool = 
     """
     if adapter.extras:
         raise UserError(
-            f"the adapter holds {len(adapter.extras)} whole tensors (first: {next(iter(adapter.extras))}), which Kohya "
+            f"the adapter holds {len(adapter.extras)} full tensors (first: {next(iter(adapter.extras))}), which Kohya "
             "files have no key for; merge the adapter (flora merge), or leave them out with --drop-extras"
         )
 
@@ -83,7 +83,7 @@ def write(adapter: Adapter, path: Path, *, prefix: str = "lycoris", mid: bool = 
         tensors.update({f"{stem}.{part}": value.to(entry.form.core.dtype) for part, value in parts.items()})
 
         if "diff" in parts:
-            remarks.append(f"{name}: the whole change as .diff (LyCORIS, ComfyUI)")
+            remarks.append(f"{name}: the dense change as .diff (LyCORIS, ComfyUI)")
 
     if any(key.endswith("lora_mid.weight") for key in tensors):
         remarks.append(
@@ -156,7 +156,7 @@ def read(path: Path, layouts: Mapping[str, Layout] | None = None) -> Adapter:
     if layouts is None and noted is not None:
         layouts = {name: layout_from_json(name, value) for name, value in noted.items()}
     if layouts is None:
-        raise UserError(f"{path}: Kohya keys have underscores for dots, so the names cannot be told; {GIVE_BASE}")
+        raise UserError(f"{path}: Kohya keys have underscores for dots, so the names are ambiguous; {GIVE_BASE}")
 
     stems: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():

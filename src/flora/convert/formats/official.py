@@ -78,7 +78,7 @@ def read(path: Path, layouts: Mapping[str, Layout] | None = None, *, scale: floa
     others = [key for key in passed if ".base_layer." not in key]
     if others:
         warnings.warn(
-            f"{path}: {len(others)} tensors that are no adapter's were passed over (first: {others[0]}); load what of "
+            f"{path}: {len(others)} tensors that belong to no adapter were ignored (first: {others[0]}); load what of "
             "them was trained, such as a head, yourself",
             stacklevel=3,
         )
@@ -117,7 +117,7 @@ def _form(module: str, parts: Mapping[str, Tensor]) -> Tucker:
 
 
 def _assume(adapter: Adapter) -> Adapter:
-    """Their code adapts nn.Linear and ungrouped nn.Conv2d and nothing else, so the shape tells the layout."""
+    """Their code adapts only nn.Linear and ungrouped nn.Conv2d, so the shape determines the layout."""
     kinds = {2: Layout("linear", ("out", "in")), 4: Layout("conv", ("out", "in", "kh", "kw"))}
     weights = {name: replace(entry, layout=kinds.get(len(entry.shape))) for name, entry in adapter.weights.items()}
     return Adapter(weights)

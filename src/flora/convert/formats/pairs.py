@@ -20,28 +20,21 @@ def split(form: Tucker, scale: float) -> tuple[Tensor, Tensor]:
     The scale is on ``up``.
     """
     core, first = form.core.double(), form.factors[0]
-    rest = form.factors[1:]
     left, others = core.shape[0], math.prod(core.shape[1:])
+
+    # The core goes to the side that leaves the smaller rank between the two; the other side is its factors alone.
+    # shape: up (I1, R), down (R, J2, ..., JN)
     if left <= others:
-        if first is None:
-            up = torch.eye(left, dtype=torch.float64)
-        else:
-            up = first.double()
-
+        up = torch.eye(left, dtype=torch.float64) if first is None else first.double()
         down = core
-        for mode, factor in enumerate(rest, start=1):
-            if factor is not None:
-                down = mode_product(down, factor.double(), mode)
+    else:
+        up = core.reshape(left, others)
+        down = torch.eye(others, dtype=torch.float64).reshape(others, *core.shape[1:])
 
-        return scale * up, down
+        if first is not None:
+            up = first.double() @ up
 
-    up = core.reshape(left, others)
-
-    if first is not None:
-        up = first.double() @ up
-
-    down = torch.eye(others, dtype=torch.float64).reshape(others, *core.shape[1:])
-    for mode, factor in enumerate(rest, start=1):
+    for mode, factor in enumerate(form.factors[1:], start=1):
         if factor is not None:
             down = mode_product(down, factor.double(), mode)
 

@@ -63,7 +63,7 @@ class Placed(NamedTuple):
 
 
 def of_conv(module: Any, x: Tensor) -> Placed:
-    """Of Conv1d to Conv3d; padding that is no plain zeros, or more on one side, is written into the input.
+    """Of Conv1d to Conv3d; padding other than zeros, or more on one side, is written into the input.
 
     Args:
         module: the layer.

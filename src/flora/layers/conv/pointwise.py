@@ -130,14 +130,14 @@ def _changed(weight: Tensor, down: Tensor, out: Tensor | None) -> Tensor:
 
 
 def _seen(x: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """The positions that a kernel of one pixel meets, as a view."""
+    """The positions that the stride does not skip, as a view."""
     if {*stride} == {1}:
         return x
     return x[(slice(None), slice(None), *(slice(None, None, step) for step in stride))]
 
 
 def _spread(grad: Tensor, x: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """The gradient of the whole input from that of the positions that were met."""
+    """The gradient of the full input from that of the positions that the stride does not skip."""
     if grad.shape == x.shape:
         return grad
     whole = torch.zeros_like(x)
