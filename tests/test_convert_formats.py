@@ -377,7 +377,7 @@ def test_a_weight_larger_than_memory_is_converted_in_its_factors(tmp_path: Path)
         report = save(huge, tmp_path / name, format=kind)
         assert report.relative_error < 1e-6
         assert load(tmp_path / name).weights["net.weight"].shape == (size, size)
-    with pytest.raises(ValueError, match=r"has 640.0 GB, more than this machine has memory; write a format"):
+    with pytest.raises(ValueError, match=r"has 640.0 GB, more than the memory of this machine; write a format"):
         save(huge, tmp_path / "d.safetensors", format="dense")
 
 

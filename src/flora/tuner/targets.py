@@ -385,7 +385,7 @@ def _check_ties(sites: list[Site], model: nn.Module) -> None:
                 how = "load the model with tie_word_embeddings=False and copy the embedding into the output head"
 
             raise UserError(
-                f"Target module {site.name} has a tied weight ({' = '.join(names)}): an adapter on one end would silently "
-                "untie them, and merging would change both. Exclude it (exclude_modules), or untie first: "
+                f"Target module {site.name} has a tied weight ({' = '.join(names)}): an adapter on one end would "
+                "silently untie them, and merging would change both. Exclude it (exclude_modules), or untie first: "
                 f"{how}"
             )
