@@ -147,9 +147,13 @@ METHODS: dict[str, Callable[[nn.Module, Model], nn.Module]] = {
 
 
 def flora_config(model: Model) -> flora.FloraConfig:
-    """Of a model, with the default kernel rank."""
+    """Of a model, with the default kernel rank. Batch norms run as under LoRA: on the batch's statistics."""
     return flora.FloraConfig(
-        r=model.rank, target_modules="all", exclude_modules=[model.head], modules_to_save=[model.head]
+        r=model.rank,
+        target_modules="all",
+        exclude_modules=[model.head],
+        modules_to_save=[model.head],
+        freeze_batch_norm=False,
     )
 
 
