@@ -8,6 +8,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
+from importlib import import_module
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -20,9 +21,8 @@ from readability import compute_density, densities
 SRC = Path(flora.__file__).parents[1]
 PACKAGE = "flora"
 
-# A room is a folder of src/flora; `flora` is its __init__, `flora_cli` the file beside it, and `former` has the earlier
-# names of some modules. A room imports from rooms on the levels above its own in this list, and from nothing beside or
-# below it; inside a room any order without a circle.
+# A room is a folder of src/flora; `flora` is its __init__, `flora_cli` the file beside it. A room imports from rooms on
+# the levels above its own in this list, and from nothing beside or below it; inside a room any order without a circle.
 LEVELS: list[set[str]] = [
     {"errors"},
     {"tucker", "storage"},
@@ -32,7 +32,7 @@ LEVELS: list[set[str]] = [
     {"recipes"},
     {"report"},
     {"runs"},
-    {"comparison", "former"},
+    {"comparison"},
     {"flora_arguments"},
     {"flora_cli"},
     {"__main__"},
@@ -284,3 +284,11 @@ def test_compute_code_is_explained_in_blocks() -> None:
     assert compute.code > 4000
     assert compute.comments >= 0.05 * compute.code
     assert compute.trailing <= 0.5 * compute.comments
+
+
+def test_modules_of_the_first_version_keep_their_names() -> None:
+    """Adapters and scripts of 0.1.0 name them."""
+    merging, network, merge = map(import_module, ("flora.merging", "flora.volume_unet", "flora.convert.merge"))
+    assert merging.merge is import_module("flora.runs.merging").merge
+    assert network.VolumeUNet is import_module("flora.data.volume_unet").VolumeUNet
+    assert merge.merge is import_module("flora.convert.streaming").stream_merged

@@ -41,7 +41,7 @@ __all__ = [
     "start",
 ]
 __version__ = "0.1.0"
-__path__ = [*__path__, str(Path(__path__[0], "former"))]  # where modules have the names that saved adapters know
+__path__ = [*__path__, str(Path(__path__[0], "runs", "former"))]  # modules under the names that saved adapters know
 
 _LATER = {
     "Adapter": "flora.convert",

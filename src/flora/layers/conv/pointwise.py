@@ -64,12 +64,12 @@ class _Pointwise(torch.autograd.Function):
             return _convolve(x, _changed(weight, down, out).view(weight.shape), bias, stride)
 
         y = _convolve(x, weight, bias, stride)
-        seen = _seen(x, stride)
+        pixels = _strided(x, stride)
 
         if out is None:
-            add_projected(y, down, seen)
+            add_projected(y, down, pixels)
         else:
-            add_projected(y, out, project(down.T, seen))
+            add_projected(y, out, project(down.T, pixels))
 
         return y
 
@@ -82,18 +82,18 @@ class _Pointwise(torch.autograd.Function):
             return again(ctx, _plain_pointwise, (x, weight, bias, down, out), (ctx.stride,), grad)
 
         # A strided view is copied once where three products would each have to gather it.
-        seen = _seen(x, ctx.stride)
+        pixels = _strided(x, ctx.stride)
 
         if rows(x) is None:
-            seen = seen.contiguous()
+            pixels = pixels.contiguous()
 
         grad_out, grad_hidden = None, grad
 
         if out is not None:
-            grad_out = outer(grad, project(down.T, seen), out.dtype)
+            grad_out = outer(grad, project(down.T, pixels), out.dtype)
             grad_hidden = project(out, grad)
 
-        grad_down = outer(seen, grad_hidden, down.dtype).T
+        grad_down = outer(pixels, grad_hidden, down.dtype).T
 
         # Of the pixels that were met first, then spread over the whole input: the skipped pixels have no gradient.
         grad_x = None
@@ -129,7 +129,7 @@ def _changed(weight: Tensor, down: Tensor, out: Tensor | None) -> Tensor:
     return device.add_update(weight.flatten(1), out, down.T, 1.0)
 
 
-def _seen(x: Tensor, stride: tuple[int, ...]) -> Tensor:
+def _strided(x: Tensor, stride: tuple[int, ...]) -> Tensor:
     """The positions that the stride does not skip, as a view."""
     if {*stride} == {1}:
         return x
@@ -141,7 +141,7 @@ def _spread(grad: Tensor, x: Tensor, stride: tuple[int, ...]) -> Tensor:
     if grad.shape == x.shape:
         return grad
     whole = torch.zeros_like(x)
-    _seen(whole, stride).copy_(grad)
+    _strided(whole, stride).copy_(grad)
     return whole
 
 
