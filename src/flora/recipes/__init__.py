@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -176,8 +177,25 @@ def _load_file(path: Path) -> Recipe:
     if not path.is_file():
         raise FileNotFoundError(f"the recipe {path} does not exist")
 
-    # A name that no module has: a recipe called random.py must not take the place of Python's own.
-    name = f"flora_recipe_{path.stem}"
+    module = run_file(path, f"flora_recipe_{path.stem}", f"the recipe {path}")
+
+    if missing := [item for item in REQUIRED if not hasattr(module, item)]:
+        raise UserError(f"the recipe {path} has no {', '.join(missing)}; see flora.recipes.Recipe for the contract")
+
+    return cast("Recipe", module)
+
+
+def run_file(path: Path, name: str, what: str) -> ModuleType:
+    """The module that a Python file of the user's makes.
+
+    Args:
+        path: of the file.
+        name: of the module; one that no other module has, since random.py must not take the place of Python's own.
+        what: the file is, for messages.
+
+    Raises:
+        UserError: running it fails.
+    """
     spec = cast("Any", importlib.util.spec_from_file_location(name, path))
     module = importlib.util.module_from_spec(spec)
     # Dataclasses look their own module up there.
@@ -188,12 +206,9 @@ def _load_file(path: Path) -> Recipe:
     except (ModuleNotFoundError, UserError):
         raise
     except Exception as error:  # whatever somebody's own code may raise
-        raise UserError(f"the recipe {path} cannot be run: {type(error).__name__}: {error}") from error
+        raise UserError(f"{what} cannot be run: {type(error).__name__}: {error}") from error
 
-    if missing := [item for item in REQUIRED if not hasattr(module, item)]:
-        raise UserError(f"the recipe {path} has no {', '.join(missing)}; see flora.recipes.Recipe for the contract")
-
-    return cast("Recipe", module)
+    return module
 
 
 def config_path(config: str) -> Path:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from flora.errors import UserError
-from flora.recipes import nearest
+from flora.recipes import nearest, run_file
 
 REFERENCE = re.compile(r"(?P<file>.+\.py):(?P<function>\w+)")
 
@@ -78,19 +76,7 @@ def own_module(reference: str, *, run_code: bool, same: bool = False) -> nn.Modu
 
 
 def _function(path: Path, name: str) -> Any:
-    # A name that no module has: a file called random.py must not take the place of Python's own.
-    module_name = f"flora_own_{path.stem}"
-    spec = cast("Any", importlib.util.spec_from_file_location(module_name, path))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module
-
-    try:
-        spec.loader.exec_module(module)
-    except ModuleNotFoundError:
-        raise
-    except Exception as error:  # whatever somebody's own code may raise
-        raise UserError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
-
+    module = run_file(path, f"flora_own_{path.stem}", str(path))
     function = getattr(module, name, None)
     if not callable(function):
         names = [each for each, value in vars(module).items() if callable(value) and not each.startswith("_")]
