@@ -4,8 +4,9 @@
 
 On a GPU the host only prepares and launches, and where layers are small, that is what a step takes. On tiny tensors of
 a CPU an operation costs little but its preparation, so the time is the host's: Python, the autograd engine and torch's
-dispatch. ``gpu_branch`` says how the branch of a GPU is taken and what stands for kernels of Triton. Methods take
-turns within a repeat; figures are medians over repeats.
+dispatch, measured as processor time of the process. Several layers of a kind run as in a network, all forward and then
+all backward; the figure is that of one. ``gpu_branch`` says how the branch of a GPU is taken and what stands for
+kernels of Triton. Methods take turns within a repeat; figures are medians over repeats.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor, nn  # noqa: E402
 
 METHODS = ("frozen", "flora", "lora")
 RANK = 2
+COPIES = 8  # of a layer, as a network has them: all forward, then all backward
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -38,6 +40,7 @@ class Row:
         shape: of the input; what it holds is ``fill``.
         choice: the way that a GPU's plan takes for layers of a usual size, ``(way, gradient)``; None asks the plan.
         fill: makes the input from its shape.
+        inside: where in it the layer is that is adapted.
         targets: raw parameters that are adapted.
         lora_rank: LoRA needs one that the groups divide.
         lora: whether PEFT's LoRA adapts it.
@@ -48,10 +51,19 @@ class Row:
     shape: tuple[int, ...]
     choice: tuple[str, str] | None = None
     fill: Callable[..., Tensor] = torch.randn
+    inside: str = ""
     targets: tuple[str, ...] = ()
     lora_rank: int = RANK
     lora: bool = True
     args: Callable[[Tensor], tuple[Any, ...]] = field(default=lambda x: ())
+
+
+class Copies(nn.ModuleList):
+    """Layers of one kind, each with weights of its own, on the same input."""
+
+    def forward(self, *args: Any) -> list[Tensor]:
+        """The outputs."""
+        return [layer(*args) for layer in self]
 
 
 class SelfAttention(nn.Module):
@@ -98,7 +110,7 @@ ROWS: dict[str, Row] = {
     "transposed, 2x2": Row(lambda: nn.ConvTranspose2d(8, 8, 2, stride=2), (1, 8, 4, 4), lora=False),
     "transposed, 2x2x2": Row(lambda: nn.ConvTranspose3d(8, 8, 2, stride=2), (1, 8, 3, 3, 3), lora=False),
     "embedding": Row(lambda: nn.Embedding(16, 8), (1, 4), ("beside", "narrow"), fill=ids),
-    "attention": Row(SelfAttention, (1, 4, 8)),
+    "attention": Row(SelfAttention, (1, 4, 8), inside=".inner"),
     "experts": Row(experts, (4, 16), targets=("experts.gate_up_proj", "experts.down_proj"), args=routed),
 }  # fmt: skip
 
@@ -125,14 +137,15 @@ def under(method: str, row: Row, dtype: torch.dtype) -> nn.Module:
     import flora
 
     torch.manual_seed(0)
-    base = row.build()
-    if not row.targets and not isinstance(base, SelfAttention):
-        base = nn.Sequential(base)
-    base = base.to(dtype).requires_grad_(False)
+    base = Copies([row.build() for _ in range(COPIES)]).to(dtype).requires_grad_(False)
     if method == "frozen":
         return base
 
-    names = [] if row.targets else ["inner"] if isinstance(base, SelfAttention) else ["0"]
+    if row.targets:
+        names = []
+    else:
+        names = [f"{place}{row.inside}" for place in range(COPIES)]
+
     targets: dict[str, Any] = {"target_modules": names, "target_parameters": list(row.targets) or None}
     config: Any
     if method == "flora":
@@ -149,21 +162,21 @@ def training_step(model: nn.Module, row: Row, dtype: torch.dtype) -> Callable[[]
         x.requires_grad_(True)
     args = (x, *row.args(x))
     trained = [value for value in model.parameters() if value.requires_grad]
-    out = model(*args)
-    grad, differentiable = torch.ones_like(out), out.requires_grad
+    grads = [torch.ones_like(out) for out in model(*args)]
+    differentiable = model(*args)[0].requires_grad
 
     def step() -> None:
         for value in (x, *trained):
             value.grad = None
-        out = model(*args)
+        outs = model(*args)
         if differentiable:
-            out.backward(grad)
+            torch.autograd.backward(outs, grads)
 
     return step
 
 
 def measure(name: str, dtype: str, repeats: int, seed: int = 0) -> dict[str, Any]:
-    """One row in one dtype: microseconds of a step under each method, and FLoRA relative to LoRA."""
+    """One row in one dtype: microseconds of a layer's step under each method, and FLoRA relative to LoRA."""
     from benchmarks import clock, gpu_branch
 
     row, methods = ROWS[name], [method for method in METHODS if method != "lora" or ROWS[name].lora]
@@ -171,11 +184,11 @@ def measure(name: str, dtype: str, repeats: int, seed: int = 0) -> dict[str, Any
         steps = {method: training_step(under(method, row, DTYPES[dtype]), row, DTYPES[dtype]) for method in methods}
         times = clock.interleave(steps, clock.Budget(20, repeats, repeats, 600.0), seed)
 
-    wall = {method: [pair[0] for pair in values] for method, values in times.items()}
+    busy = {method: [processor for _, processor in values] for method, values in times.items()}
     found: dict[str, Any] = {"case": name, "dtype": dtype, "repeats": repeats}
-    found["us"] = {method: round(1e6 * statistics.median(values), 1) for method, values in wall.items()}
-    if "lora" in wall:
-        pairs = zip(wall["flora"], wall["lora"], strict=True)
+    found["us"] = {method: round(1e6 * statistics.median(values) / COPIES, 1) for method, values in busy.items()}
+    if "lora" in busy:
+        pairs = zip(busy["flora"], busy["lora"], strict=True)
         found["flora_to_lora"] = round(statistics.median(ours / theirs for ours, theirs in pairs), 3)
     return found
 
@@ -205,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{name:<36}{dtype:<10}{times}  {found.get('flora_to_lora', '')}", flush=True)
 
     folder = asked.out or (results.QUICK if asked.quick else results.RESULTS)
-    print(f"written {results.write('host', {'rank': RANK, 'rows': rows}, options, folder)}")
+    print(f"written {results.write('host', {'rank': RANK, 'copies': COPIES, 'rows': rows}, options, folder)}")
     return 0
 
 

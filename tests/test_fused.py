@@ -79,10 +79,14 @@ def has_narrow_way(layer: Any) -> bool:
     return getattr(layer, "groups", 1) == 1
 
 
+def fused(way: str, layer: Any, x: Tensor, delta: TuckerDelta) -> Tensor | None:
+    return row(layer).fused(CHOICES[way], layer, layer.weight, layer.bias, delta, x)  # type: ignore[no-any-return]
+
+
 def through(way: str, layer: nn.Module, x: Tensor, delta: TuckerDelta) -> Tensor:
-    out = row(layer).fused(CHOICES[way], layer, delta, x)
+    out = fused(way, layer, x, delta)
     assert out is not None
-    return out  # type: ignore[no-any-return]
+    return out
 
 
 def dense(layer: Any, x: Tensor, delta: TuckerDelta) -> Tensor:
@@ -116,7 +120,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 def test_output_and_gradients_equal_those_of_the_dense_weight(name: str, way: str, kind: str) -> None:
     layer, x, delta = make(name)
     if way != "summed" and not has_narrow_way(layer):
-        assert row(layer).fused(CHOICES[way], layer, delta, x) is None
+        assert fused(way, layer, x, delta) is None
         return
     out, expected = through(way, layer, x, delta), dense(layer, x, delta)
     assert torch.allclose(out, expected, atol=1e-12)
@@ -229,7 +233,7 @@ def test_it_gives_way_where_it_would_not_be_right() -> None:
     assert ready is not None
     assert ready.fused
     assert gate.prepare(x.double(), layer.weight, None) is None
-    assert row(layer).fused(SUMMED, layer, delta, x.double()) is None
+    assert fused("summed", layer, x.double(), delta) is None
     seen = []
 
     def loss(core: Tensor) -> Tensor:
@@ -240,7 +244,7 @@ def test_it_gives_way_where_it_would_not_be_right() -> None:
     assert seen == [False]
     layer.weight.requires_grad_(True)
     assert not gate.prepare(x, layer.weight, None).fused  # type: ignore[union-attr]
-    assert row(layer).fused(BESIDE, layer, delta, x) is None
+    assert fused("beside", layer, x, delta) is None
 
 
 @pytest.mark.parametrize("name", ["linear", "conv2d", "conv2d, depthwise"])
@@ -275,7 +279,7 @@ def test_autocast(name: str, way: str, low: bool, inside: bool, kind: str) -> No
         assert (value - other).norm() < 3e-2 * other.norm()
     double = make(name)
     with torch.autocast("cpu", dtype=torch.bfloat16):  # which leaves float64 alone
-        assert row(double[0]).fused(CHOICES[way], double[0], double[2], double[1]) is None
+        assert fused(way, *double) is None
 
 
 # ---- half precision ------------------------------------------------------------------------------------------------

@@ -57,6 +57,13 @@ def rates(cpu: bool, element_size: int) -> Rates:
     return GPU_SINGLE
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)``, which takes the host as long as a launch even where there is nothing to do."""
+    if x.dtype == dtype:
+        return x
+    return x.to(dtype)
+
+
 # ---- products with a small matrix ----------------------------------------------------------------------------------
 
 
@@ -65,8 +72,7 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype, scale: float = 1.0)
 
     Elsewhere the result has the dtype of the operands.
     """
-    unrounded = SUMS_IN_FLOAT32 and left.device.type in ("cuda", "meta") and left.dtype in HALF
-    if unrounded and dtype == torch.float32:
+    if left.dtype in HALF and dtype == torch.float32 and SUMS_IN_FLOAT32 and left.device.type in ("cuda", "meta"):
         found: Tensor = torch.mm(left, right, out_dtype=dtype)  # type: ignore[call-overload,unused-ignore]
 
         if scale == 1:
@@ -194,22 +200,23 @@ def add_update(weight: Tensor, factor: Tensor | None, rows: Tensor, scale: float
         scale: of the update.
     """
     if weight.dtype in HALF and factor is not None:
+        factor, rows = cast(factor, torch.float32), cast(rows, torch.float32)
         if HAS_TRITON and weight.is_cuda:
-            rounded_sum: Tensor = _gpu().add_rounded(weight, factor.float(), rows.float(), scale)
+            rounded_sum: Tensor = _gpu().add_rounded(weight, factor, rows, scale)
             return rounded_sum
 
-        added: Tensor = torch.ops.flora.add_rounded(weight, factor.float(), rows.float(), scale)
+        added: Tensor = torch.ops.flora.add_rounded(weight, factor, rows, scale)
         return added
 
     if weight.dtype in HALF:
         return dither(weight.float().add_(rows.t(), alpha=scale), weight.dtype)
 
-    rows = rows.to(weight.dtype)
+    rows = cast(rows, weight.dtype)
 
     if factor is None:
         return torch.add(weight, rows.t(), alpha=scale)
 
-    return torch.addmm(weight, factor.to(weight.dtype), rows.t(), alpha=scale)
+    return torch.addmm(weight, cast(factor, weight.dtype), rows.t(), alpha=scale)
 
 
 def dither(total: Tensor, dtype: torch.dtype) -> Tensor:

@@ -72,6 +72,14 @@ def is_plain_eager() -> bool:
     )
 
 
+def call_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """The call of an autograd function where functorch is known not to be active.
+
+    ``apply`` first looks through all arguments for its tensors, which takes the host as long as two launches.
+    """
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc, no-any-return]
+
+
 def is_exporting() -> bool:
     """Whether an exporter traces the model, which needs operations of torch alone."""
     # torch.compiler.is_exporting() is True under older compilers as well, which do not export.

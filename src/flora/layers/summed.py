@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flora.layers import device
-from flora.layers.gate import again, without_autocast
+from flora.layers.gate import again, call_of, without_autocast
 from flora.tucker.form import kronecker
 
 LARGEST_KERNEL = 1024  # pixels of a kernel whose factors are seen as one
+LEAST_MODES = 3  # of such a kernel, where W + dW is kept; for two, the launches take the host longer than they save
 Factors = Sequence[Tensor | None]  # a matrix (I, J) for each mode, None for the identity
 
 
@@ -49,8 +50,8 @@ class Steps(NamedTuple):
         rows: shape (rest, Jn) each, the numbers before that step.
     """
 
-    factors: tuple[Tensor | None, ...]
-    rows: tuple[Tensor, ...]
+    factors: Factors
+    rows: Sequence[Tensor]
 
 
 def run(
@@ -68,75 +69,62 @@ def run(
         scale: of the update.
     """
     if device.keeps_sum(weight, x, core.shape[0]):
-        return operation.run(x, _formed(weight, core, factors, scale).to(x.dtype), bias)
-    y: Tensor = _Summed.apply(x, weight, bias, operation, scale, core, *factors)  # type: ignore[no-untyped-call]
+        return operation.run(x, device.cast(_formed(weight, core, factors, scale), x.dtype), bias)
+    y: Tensor = _sum_and_run(x, weight, bias, operation, scale, core, *factors)
     return y
 
 
 def _formed(weight: Tensor, core: Tensor, factors: Factors, scale: float) -> Tensor:
-    """``W + s dW`` in operations that autograd itself differentiates, without a step through Python in backward."""
-    # Three factors of a kernel are one launch as a Kronecker product; of two, torch's own operations are as fast.
-    modes = _kernel_modes(core, factors, 3)
+    """``W + s dW``, from which the layer is differentiated as any other.
+
+    Two products in float32 are differentiated by autograd in less time than one step through Python takes. With more
+    modes, or in half precision, where the rounding needs such a step in any case, everything is done in it.
+    """
+    if len(factors) == 2 and weight.dtype not in device.HALF:
+        return _sum(weight, _steps(core, factors), scale)
+    changed: Tensor = _form_in_one_step(weight, scale, core, *factors)
+    return changed
+
+
+class _Formed(torch.autograd.Function):
+    """``W + s dW`` in the dtype of the weight; the gradient passes its rounding by."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: float, core: Tensor, *factors: Tensor | None) -> Tensor:
+        modes = _kernel_modes(core, factors, LEAST_MODES)
+        steps = _form(core, factors, modes)
+        ctx.scale, ctx.modes, ctx.count = scale, modes, len(factors)
+        ctx.save_for_backward(weight, core, *factors, *_to_save(steps, modes))
+
+        return _sum(weight, steps, scale)
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        weight, core, *saved = ctx.saved_tensors
+        factors, steps = _saved_steps(saved, ctx.count, ctx.modes)
+
+        if torch.is_grad_enabled():
+            return again(ctx, _formed_plain, (weight, ctx.scale, core, *factors), (), grad)
+
+        return None, None, *_gradients(grad, core, factors, steps, ctx.modes, ctx.scale)
+
+
+_form_in_one_step = call_of(_Formed)
+
+
+def _formed_plain(weight: Tensor, scale: float, core: Tensor, *factors: Tensor | None) -> Tensor:
+    """The same in plain operations."""
+    modes = _kernel_modes(core, factors)
     if modes:
-        kernel: Tensor = _Kronecker.apply(*_of_modes(factors, modes))  # type: ignore[no-untyped-call]
-        core, factors = _merged(core, factors, kernel)
+        core, factors = _merged(core, factors, _kronecker(*_of_modes(factors, modes)))
 
     steps = _steps(core, factors)
-    rows, factor = steps.rows[0], factors[0]
 
-    if weight.dtype not in device.HALF:
-        return _sum(weight, steps, scale)
-    if factor is None:
+    if weight.dtype in device.HALF:
         return _rounded_sum(weight, steps, scale)
 
-    # The last step of the chain, W + s * factor @ rows.T, with its own rounding in half precision.
-    # shape: (I1, rest)
-    matrix = weight.reshape(-1, rows.shape[0])
-    changed: Tensor = _RoundedSum.apply(matrix, factor, rows, scale)  # type: ignore[no-untyped-call]
-
-    return changed.view(weight.shape)
-
-
-class _RoundedSum(torch.autograd.Function):
-    """``device.add_update`` in half precision; the gradient passes the rounding by."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, factor: Tensor, rows: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        ctx.save_for_backward(factor, rows)
-        return device.add_update(weight, factor, rows, scale)
-
-    @staticmethod
-    @without_autocast
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        factor, rows = ctx.saved_tensors
-
-        # A gradient of the gradient is wanted: the same two products, as operations that torch differentiates.
-        if torch.is_grad_enabled():
-            wide = ctx.scale * grad.to(factor.dtype)
-            return None, wide @ rows, wide.t() @ factor, None
-
-        grad_factor = device.product(grad, rows.to(grad.dtype), factor.dtype, ctx.scale)
-        grad_rows = device.product(grad.t(), factor.to(grad.dtype), rows.dtype, ctx.scale)
-
-        return None, grad_factor.to(factor.dtype), grad_rows.to(rows.dtype), None
-
-
-class _Kronecker(torch.autograd.Function):
-    """The Kronecker product of three matrices, in one launch each way on a GPU."""
-
-    @staticmethod
-    def forward(ctx: Any, *factors: Tensor) -> Tensor:
-        ctx.save_for_backward(*factors)
-        return device.kronecker(factors)
-
-    @staticmethod
-    @without_autocast
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        factors = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return again(ctx, _kronecker, factors, (), grad)
-        return tuple(device.kronecker_gradients(grad.contiguous(), factors))
+    return _sum(weight, steps, scale)
 
 
 def _kronecker(*factors: Tensor) -> Tensor:
@@ -150,18 +138,7 @@ def run_plain(
     operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None, core: Tensor, factors: Factors, scale: float
 ) -> Tensor:
     """The same in plain operations, for a compiler and for gradients of gradients."""
-    modes = _kernel_modes(core, factors)
-    if modes:
-        core, factors = _merged(core, factors, _kronecker(*_of_modes(factors, modes)))
-
-    steps = _steps(core, factors)
-
-    if weight.dtype in device.HALF:
-        changed = _rounded_sum(weight, steps, scale)
-    else:
-        changed = _sum(weight, steps, scale)
-
-    return operation.run(x, changed.to(x.dtype), bias)
+    return operation.run(x, _formed_plain(weight, scale, core, *factors).to(x.dtype), bias)
 
 
 def with_update(weight: Tensor, update: Tensor) -> Tensor:
@@ -206,19 +183,14 @@ class _Summed(torch.autograd.Function):
         # The factors of the kernel's two or three modes are multiplied into one first, so that the chain has three
         # steps for a convolution of any number of dimensions: kernel, inputs, outputs.
         modes = _kernel_modes(core, factors)
-        one_core, one_kernel = core, factors
-
-        if modes:
-            one_core, one_kernel = _merged(core, factors, device.kronecker(_of_modes(factors, modes)))
-
-        steps = _steps(one_core, one_kernel)
-        y = operation.run(x, _sum(weight, steps, scale).to(x.dtype), bias)
+        steps = _form(core, factors, modes)
+        y = operation.run(x, device.cast(_sum(weight, steps, scale), x.dtype), bias)
         # A caller may change the output in place, which autograd refuses of a view made in here.
         if y._is_view():
             y = torch.ops.aten._unsafe_view(y, y.shape)
 
         ctx.operation, ctx.scale, ctx.modes, ctx.count = operation, scale, modes, len(factors)
-        ctx.save_for_backward(x, weight, bias, core, *factors, *steps.factors, *steps.rows)
+        ctx.save_for_backward(x, weight, bias, core, *factors, *_to_save(steps, modes))
 
         return y
 
@@ -226,37 +198,28 @@ class _Summed(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, bias, core, *saved = ctx.saved_tensors
-        operation, scale, factors = ctx.operation, ctx.scale, saved[: ctx.count]
+        operation, scale = ctx.operation, ctx.scale
+        factors, steps = _saved_steps(saved, ctx.count, ctx.modes)
 
         if torch.is_grad_enabled():
             return again(ctx, _differentiable, (x, weight, bias, operation, scale, core, *factors), (), grad)
 
-        # Saved were the factors as they were given, then the factors and the rows of the steps, equally many of each.
-        steps_taken = (len(saved) - ctx.count) // 2
-        steps = Steps(tuple(saved[ctx.count : -steps_taken]), tuple(saved[-steps_taken:]))
         wants_x = ctx.needs_input_grad[0]
-        used = _sum(weight, steps, scale).to(x.dtype) if wants_x else weight
+        used = device.cast(_sum(weight, steps, scale), x.dtype) if wants_x else weight
 
         # The layer's own backward gives the gradient of the whole weight, as full fine-tuning has it. It lives only
         # until it is projected onto core and factors.
         grad_x, grad_weight = operation.gradients(grad, x, used, wants_x)
-
-        grad_core, *grad_factors = _project(grad_weight, steps, scale, core.dtype)
-
-        # What came back for the one factor of the kernel is split into the gradients of the factors it was made of.
-        if ctx.modes:
-            of_kernel = device.kronecker_gradients(grad_factors.pop(), _of_modes(factors, ctx.modes))
-            grad_factors += [None] * (ctx.count - 2)
-
-            for mode, gradient in zip(ctx.modes, of_kernel, strict=True):
-                grad_factors[mode] = gradient
 
         if not ctx.needs_input_grad[2]:
             grad_bias = None
         else:
             grad_bias = operation.bias_gradient(grad)
 
-        return grad_x, None, grad_bias, None, None, grad_core.reshape(core.shape), *grad_factors
+        return grad_x, None, grad_bias, None, None, *_gradients(grad_weight, core, factors, steps, ctx.modes, scale)
+
+
+_sum_and_run = call_of(_Summed)
 
 
 def _differentiable(
@@ -267,7 +230,7 @@ def _differentiable(
 
 def _kernel_modes(core: Tensor, factors: Factors, least: int = 2) -> list[int]:
     """The modes of a convolution's kernel whose factors are seen as one: two or three, if the product is small."""
-    if len(factors) < 4:
+    if len(factors) < 2 + least:
         return []
 
     modes = [mode for mode in range(2, len(factors)) if core.shape[mode] > 1 or factors[mode] is not None]
@@ -297,6 +260,45 @@ def _merged(core: Tensor, factors: Factors, kernel: Tensor) -> tuple[Tensor, tup
     return core.reshape(core.shape[0], core.shape[1], -1), (factors[0], factors[1], kernel)
 
 
+def _form(core: Tensor, factors: Factors, modes: Sequence[int]) -> Steps:
+    """The products that form dW, all but the last; the factors of ``modes`` as one."""
+    if modes:
+        core, factors = _merged(core, factors, device.kronecker(_of_modes(factors, modes)))
+    return _steps(core, factors)
+
+
+def _to_save(steps: Steps, modes: Sequence[int]) -> Sequence[Any]:
+    """What a backward needs of the steps besides the factors of the form."""
+    if modes:
+        return steps.factors[2], *steps.rows
+    return steps.rows
+
+
+def _saved_steps(saved: list[Any], count: int, modes: Sequence[int]) -> tuple[list[Any], Steps]:
+    """The factors of the form, and the steps as ``_to_save`` gave them."""
+    factors, rest = saved[:count], saved[count:]
+    if modes:
+        return factors, Steps((factors[0], factors[1], rest[0]), rest[1:])
+    return factors, Steps(factors, rest)
+
+
+def _gradients(
+    grad: Tensor, core: Tensor, factors: Sequence[Any], steps: Steps, modes: Sequence[int], scale: float
+) -> list[Any]:
+    """The gradients of the core and of each factor from that of the weight."""
+    grad_core, *grad_factors = _project(grad, steps, scale, core.dtype)
+
+    # What came back for the one factor of the kernel is split into the gradients of the factors it was made of.
+    if modes:
+        of_kernel = device.kronecker_gradients(grad_factors.pop(), _of_modes(factors, modes))
+        grad_factors += [None] * (len(factors) - 2)
+
+        for mode, gradient in zip(modes, of_kernel, strict=True):
+            grad_factors[mode] = gradient
+
+    return [grad_core.reshape(core.shape), *grad_factors]
+
+
 def _steps(core: Tensor, factors: Factors) -> Steps:
     """The products that form dW, all but the last."""
     # Each step sees what there is as a matrix whose columns are the last mode, still in its rank, and multiplies it by
@@ -306,28 +308,27 @@ def _steps(core: Tensor, factors: Factors) -> Steps:
     current, ranks = core, core.shape
     for mode in range(len(factors) - 1, -1, -1):
         # shape: (rest, J), then (I, rest)
-        if current.ndim == 2 and current.shape[1] == ranks[mode]:
-            matrix = current
-        else:
-            matrix = current.reshape(-1, ranks[mode])
+        if current.ndim > 2 or current.shape[1] != ranks[mode]:
+            current = current.reshape(-1, ranks[mode])
 
-        rows.append(matrix)
+        rows.append(current)
 
         if mode:
             factor = factors[mode]
-            # factor @ matrix.T
-            current = matrix.t() if factor is None else F.linear(factor, matrix)
+            # factor @ current.T
+            current = current.t() if factor is None else F.linear(factor, current)
 
     rows.reverse()
 
-    return Steps(tuple(factors), tuple(rows))
+    return Steps(factors, rows)
 
 
 def _sum(weight: Tensor, steps: Steps, scale: float) -> Tensor:
     """``W + s dW``: the last product, into a copy of W."""
     rows, factor = steps.rows[0], steps.factors[0]
-    matrix = weight.reshape(-1, rows.shape[0])
-    return device.add_update(matrix, factor, rows, scale).view(weight.shape)
+    if weight.shape[1:] == rows.shape[:1]:
+        return device.add_update(weight, factor, rows, scale)
+    return device.add_update(weight.reshape(-1, rows.shape[0]), factor, rows, scale).view(weight.shape)
 
 
 def _project(grad: Tensor, steps: Steps, scale: float, dtype: torch.dtype) -> list[Any]:
@@ -338,27 +339,25 @@ def _project(grad: Tensor, steps: Steps, scale: float, dtype: torch.dtype) -> li
     # The chain of ``_steps`` backwards. A step was out = factor @ rows.T, so the gradient of its factor is
     # grad_out @ rows and that of its rows is grad_out.T @ factor. The rows of a step are the output of the one before.
     found: list[Any] = []
+    current, times = grad, scale
 
-    # shape: (I1, rest)
-    current = grad.reshape(-1, steps.rows[0].shape[0])
-    for mode, (factor, rows) in enumerate(zip(steps.factors, steps.rows, strict=True)):
-        if mode:
-            # shape: (I, rest), from (rest of the mode before, its J)
-            current = current.reshape(-1, rows.shape[0])
-
-        times = scale if mode == 0 else 1.0
+    # shape: (I1, rest), then (I, rest) from (rest of the mode before, its J)
+    for factor, rows in zip(steps.factors, steps.rows, strict=True):
+        current = current.reshape(-1, rows.shape[0])
 
         if factor is None:
             found.append(None)
-            current = current.t().to(dtype)
-
+            current = device.cast(current.t(), dtype)
             if times != 1:
                 current = times * current
+        elif times == 1 and current.dtype == dtype:
+            found.append(torch.mm(current, rows))
+            current = torch.mm(current.t(), factor)
+        else:
+            narrow_rows, narrow_factor = device.cast(rows, current.dtype), device.cast(factor, current.dtype)
+            found.append(device.cast(device.product(current, narrow_rows, dtype, times), dtype))
+            current = device.cast(device.product(current.t(), narrow_factor, dtype, times), dtype)
 
-            continue
-
-        narrow_rows, narrow_factor = rows.to(current.dtype), factor.to(current.dtype)
-        found.append(device.product(current, narrow_rows, dtype, times).to(dtype))
-        current = device.product(current.t(), narrow_factor, dtype, times).to(dtype)
+        times = 1.0
 
     return [current, *found]

@@ -44,8 +44,8 @@ class Layer:
             in ``weight``, with the arguments of its forward. None where there is no such form; the layer is then run
             as a shell with W + dW (``flora.layers.shell``).
         factored: ``(module, form, scale, *args, **kwargs) -> change of the output``, without forming the dense update.
-        fused: ``(choice, module, delta, *args, **kwargs) -> output`` of the layer and its change in one function, in
-            the way that the plan chose, or None for arguments that it does not take.
+        fused: ``(choice, module, weight, bias, delta, *args, **kwargs) -> output`` of the layer and its change in one
+            function, in the way that the plan chose, or None for arguments that it does not take.
         folds: ``module -> {parameter name: fold}``, how the stored weight is seen as an N-d tensor by default.
     """
 

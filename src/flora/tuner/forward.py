@@ -18,7 +18,53 @@ from flora.layers import device
 from flora.layers.planning import KINDS, Choice, Work, choose
 from flora.layers.shell import call_with
 from flora.layers.table import is_plain
+from flora.tucker.delta import TuckerDelta
 from flora.tuner.adapted import AdaptedLayer
+
+
+def straight_output(layer: AdaptedLayer, x: Any) -> Any:
+    """The output in the usual case, or None: ``adapted_output`` then says how the layer runs.
+
+    The usual case is one active adapter, on a layer whose row has a fused function, called with one tensor of a shape
+    that was met before. On a GPU small layers take as long as the host takes to launch them, so everything here is
+    looked up once and past ``nn.Module.__getattr__``. What may have changed since the last call is looked at anew.
+    """
+    if type(x) is not Tensor or torch.compiler.is_compiling():
+        return None
+
+    own = layer.__dict__
+    fused, active, modules = own["row"].fused, own["_active_adapter"], own["_modules"]
+    if type(active) is list and len(active) == 1:
+        active = active[0]
+    if fused is None or type(active) is not str or own["_disable_adapters"] or own["merged_adapters"]:
+        return None
+
+    base, delta = modules["base_layer"], modules[own["adapter_layer_names"][0]]._modules.get(active)
+    stored = base._parameters
+    if delta is None or "weight" not in stored or not _is_bare(layer, base, delta):
+        return None
+
+    facts = (x.shape, x.dtype, x.device, type(base), own["training"], True, active)
+    choice = own["choices"].get(facts)
+    if choice is None or choice.way == "called" or (own["training"] and own["settings"][active].dropout):
+        return None
+
+    return fused(choice, base, stored["weight"], stored.get("bias"), delta, x)
+
+
+def _is_bare(layer: AdaptedLayer, base: nn.Module, delta: TuckerDelta) -> bool:
+    """Whether nothing stands between the layer and its parameters: no hook, no other tensor in front, no sharding."""
+    own, weight = base.__dict__, base._parameters["weight"]
+    return not (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or "_hf_hook" in own
+        or "_hf_hook" in delta.__dict__
+        or "weight" in own
+        or type(weight) is not nn.Parameter
+        or hasattr(weight, SHARDED)
+        or layer.quantization_backend is not None
+    )
 
 
 def adapted_output(layer: AdaptedLayer, active: list[str], *args: Any, **kwargs: Any) -> Any:
@@ -53,7 +99,7 @@ def choice_for(layer: AdaptedLayer, active: list[str], x: Any) -> Choice:
     # Everything that the choice depends on is the key of the layer's memory of choices. Asking anew at each forward
     # would cost more time than a small layer takes.
     base = layer.base_layer
-    facts = (x.shape, x.dtype, x.device.type, type(base), layer.training, readable(layer), *active)
+    facts = (x.shape, x.dtype, x.device, type(base), layer.training, readable(layer), *active)
     choice = layer.choices.get(facts)
     if choice is None:
         choice = _choose(layer, active, _work(layer, active, x, compiled=False))
@@ -186,7 +232,8 @@ def _summed(choice: Choice, layer: AdaptedLayer, active: list[str], *args: Any, 
     # the sum of all updates is formed and the layer's function is called with it.
     row, base = layer.row, layer.base_layer
     if len(active) == 1 and row.fused is not None:
-        out = row.fused(choice, base, layer.delta(active[0]), *args, **kwargs)
+        bias = getattr(base, "bias", None)
+        out = row.fused(choice, base, base.weight, bias, layer.delta(active[0]), *args, **kwargs)
         if out is not None:
             return out
 
@@ -203,7 +250,9 @@ def _beside(choice: Choice, layer: AdaptedLayer, active: list[str], *args: Any, 
     remaining, out = active, None
 
     if layer.row.fused is not None and readable(layer) and not _drops(layer, active[0]):
-        out = layer.row.fused(choice, layer.base_layer, layer.delta(active[0]), *args, **kwargs)
+        base: Any = layer.base_layer
+        bias = getattr(base, "bias", None)
+        out = layer.row.fused(choice, base, base.weight, bias, layer.delta(active[0]), *args, **kwargs)
         remaining = active if out is None else active[1:]
 
     if out is None:

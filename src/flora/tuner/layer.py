@@ -86,6 +86,12 @@ class FloraLayer(AdaptedLayer):
         """
         if not self.reached and not torch.compiler.is_compiling():
             self.reached = True
+
+        if adapter_names is None and len(args) == 1 and not kwargs:
+            out = forward.straight_output(self, args[0])
+            if out is not None:
+                return out
+
         if self.disable_adapters and self.merged:
             self.unmerge()
         if adapter_names is not None and not self.disable_adapters:

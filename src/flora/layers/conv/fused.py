@@ -21,30 +21,37 @@ from flora.tucker.delta import TuckerDelta
 from flora.tucker.form import mode_product
 
 
-def conv(choice: Choice, module: Any, delta: TuckerDelta, input: Tensor) -> Tensor | None:
+def conv(
+    choice: Choice, module: Any, weight: Tensor, bias: Tensor | None, delta: TuckerDelta, input: Tensor
+) -> Tensor | None:
     """Conv1d to Conv3d with the change, or None for inputs that it does not take. input: (batch, in, *spatial)."""
-    if input.ndim != module.weight.ndim:
+    if input.ndim != weight.ndim:
         return None
-    return _run(choice, module, delta, of_conv(module, input))
+    return _run(choice, weight, bias, delta, of_conv(module, input))
 
 
 def conv_transpose(
-    choice: Choice, module: Any, delta: TuckerDelta, input: Tensor, output_size: list[int] | None = None
+    choice: Choice,
+    module: Any,
+    weight: Tensor,
+    bias: Tensor | None,
+    delta: TuckerDelta,
+    input: Tensor,
+    output_size: list[int] | None = None,
 ) -> Tensor | None:
     """The same for ConvTranspose1d to ConvTranspose3d."""
-    if input.ndim != module.weight.ndim:
+    if input.ndim != weight.ndim:
         return None
-    return _run(choice, module, delta, of_transposed(module, input, output_size))
+    return _run(choice, weight, bias, delta, of_transposed(module, input, output_size))
 
 
-def _run(choice: Choice, module: Any, delta: TuckerDelta, placed: Placed) -> Tensor | None:
-    weight, geometry = module.weight, placed.geometry
-    ready = prepare(placed.x, weight, module.bias)
+def _run(choice: Choice, weight: Tensor, bias: Tensor | None, delta: TuckerDelta, placed: Placed) -> Tensor | None:
+    ready = prepare(placed.x, weight, bias)
     if ready is None:
         return None
 
     with ready.autocast:
-        return _ready(choice, weight, delta, ready, geometry)
+        return _ready(choice, weight, delta, ready, placed.geometry)
 
 
 def _ready(choice: Choice, weight: Tensor, delta: TuckerDelta, ready: Ready, geometry: Geometry) -> Tensor | None:
@@ -55,9 +62,18 @@ def _ready(choice: Choice, weight: Tensor, delta: TuckerDelta, ready: Ready, geo
         core, factors = delta.tensors()
         return run(geometry, ready.x, weight, ready.bias, core, factors, delta.scale)
 
+    if not ready.fused:
+        return None
+
+    return _narrow(choice, weight, ready.bias, delta, ready.x, geometry)
+
+
+def _narrow(
+    choice: Choice, weight: Tensor, bias: Tensor | None, delta: TuckerDelta, x: Tensor, geometry: Geometry
+) -> Tensor | None:
     # Through narrow tensors: the factors of the channels are applied to the activations, which the groups of a
     # convolution would each have to do for themselves.
-    if not ready.fused or geometry.groups > 1:
+    if geometry.groups > 1:
         return None
 
     form, sums = delta.stored_form.scaled(delta.scale), choice.way == "summed"
@@ -67,16 +83,16 @@ def _ready(choice: Choice, weight: Tensor, delta: TuckerDelta, ready: Ready, geo
 
     # A kernel of one pixel without padding is a product on the channels, dW = out @ down, and needs no convolution.
     # shape: down (Jo, I)
-    weight = weight.to(ready.x.dtype)
+    weight = device.cast(weight, x.dtype)
     if weight[0, 0].numel() == 1 and not geometry.transposed and not any(geometry.padding):
         core = form.core.flatten(1)
 
         down = core if inner is None else core @ inner.T
 
-        return pointwise(ready.x, weight, ready.bias, down, out, geometry.stride, sums)
+        return pointwise(x, weight, bias, down, out, geometry.stride, sums)
 
     kernel = plain.kernel_factor(form)
-    y: Tensor = _Conv.apply(ready.x, weight, ready.bias, form.core, kernel, inner, out, geometry, sums)  # type: ignore[no-untyped-call]
+    y: Tensor = _Conv.apply(x, weight, bias, form.core, kernel, inner, out, geometry, sums)  # type: ignore[no-untyped-call]
 
     return y
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flora.layers import device, plain, summed
-from flora.layers.gate import again, is_exporting, prepare, without_autocast
+from flora.layers.gate import again, call_of, is_exporting, prepare, without_autocast
 from flora.layers.linear import compiled
 from flora.layers.linear.products import gradients_of_products, products, sum_of_weights
 from flora.layers.planning import Choice
@@ -57,33 +57,28 @@ class Product(NamedTuple):
         return grad.reshape(-1, grad.shape[-1]).sum(0)
 
 
-def linear(choice: Choice, module: Any, delta: TuckerDelta, input: Tensor) -> Tensor | None:
+def linear(
+    choice: Choice, module: Any, weight: Tensor, bias: Tensor | None, delta: TuckerDelta, input: Tensor
+) -> Tensor | None:
     """A linear layer with the change, or None for inputs that it does not take. input: (..., in) -> (..., out)."""
     if choice.gradient == "dense":
-        core, factors = delta.tensors()
-        return _dense(Product(False), module.weight, module.bias, core, factors, delta.scale, input)
-    return small(choice, module.weight, module.bias, delta.stored_form, delta.scale, input)
+        return _dense(STRAIGHT, weight, bias, delta, input)
+    return small(choice, weight, bias, delta.stored_form, delta.scale, input)
 
 
-def linear_transposed(choice: Choice, module: Any, delta: TuckerDelta, x: Tensor) -> Tensor | None:
+def linear_transposed(
+    choice: Choice, module: Any, weight: Tensor, bias: Tensor | None, delta: TuckerDelta, x: Tensor
+) -> Tensor | None:
     """The same for a weight stored as (in, out), as in GPT-2's Conv1D."""
     if choice.gradient == "dense":
-        core, factors = delta.tensors()
-        return _dense(Product(True), module.weight, module.bias, core, factors, delta.scale, x)
+        return _dense(TRANSPOSED, weight, bias, delta, x)
     form = delta.stored_form
     turned = Tucker(form.core.T, (form.factors[1], form.factors[0]))
-    return small(choice, module.weight.T, module.bias, turned, delta.scale, x)
+    return small(choice, weight.T, bias, turned, delta.scale, x)
 
 
-def _dense(
-    operation: Product,
-    weight: Tensor,
-    bias: Tensor | None,
-    core: Tensor,
-    factors: tuple[Tensor | None, ...],
-    scale: float,
-    x: Tensor,
-) -> Tensor | None:
+def _dense(operation: Product, weight: Tensor, bias: Tensor | None, delta: TuckerDelta, x: Tensor) -> Tensor | None:
+    core, factors = delta.tensors()
     ready = prepare(x, weight, bias)
     if ready is None:
         return None
@@ -91,7 +86,10 @@ def _dense(
     run = summed.run if ready.fused else summed.run_plain
 
     with ready.autocast:
-        return run(operation, ready.x, weight, ready.bias, core, factors, scale)
+        return run(operation, ready.x, weight, ready.bias, core, factors, delta.scale)
+
+
+STRAIGHT, TRANSPOSED = Product(False), Product(True)
 
 
 def small(choice: Choice, weight: Tensor, bias: Tensor | None, form: Tucker, scale: float, x: Tensor) -> Tensor | None:
@@ -111,8 +109,9 @@ def small(choice: Choice, weight: Tensor, bias: Tensor | None, form: Tucker, sca
     ready = prepare(x, weight, bias)
     if ready is None:
         return None
+
     with ready.autocast:
-        return _small(choice, weight.to(ready.x.dtype), ready.bias, form, scale, ready.x, ready.fused)
+        return _small(choice, device.cast(weight, ready.x.dtype), ready.bias, form, scale, ready.x, ready.fused)
 
 
 def _small(
@@ -130,7 +129,7 @@ def _small(
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
     sums = choice.way == "summed"
-    y: Tensor = _Linear.apply(rows, weight, bias, form.core, inner, out, scale, sums)  # type: ignore[no-untyped-call]
+    y: Tensor = _run(rows, weight, bias, form.core, inner, out, scale, sums)
 
     if x.ndim == 2:
         return y
@@ -161,51 +160,85 @@ class _Linear(torch.autograd.Function):
         scale: float,
         sums: bool,
     ) -> Tensor:
-        scaled = _scaled(core, scale)
-        exact_up, exact_down = _fold(scaled, inner, out)
-        up, down = None if exact_up is None else exact_up.to(x.dtype), exact_down.to(x.dtype)
-        hidden = None
+        folded = _folded(core, inner, out, scale, x.dtype)
+        hidden, changed = None, None
 
         if sums:
-            y = F.linear(x, sum_of_weights(weight, exact_up, exact_down), bias)
+            changed = sum_of_weights(weight, folded.exact_up, folded.exact_down)
+            y = F.linear(x, changed, bias)
         else:
-            y, hidden = products(x, weight, bias, up, down)
+            y, hidden = products(x, weight, bias, folded.up, folded.down)
+
+        # W + dW is formed once more in backward, unless it is small beside what LoRA would keep of this layer.
+        if changed is not None and not device.keeps_sum(weight, x, core.shape[0]):
+            changed = None
 
         # A GPU keeps the small matrices for backward; on a CPU forming them again is cheaper than keeping them.
         ctx.scale, ctx.sums = scale, sums
-        kept = device.kept(x, scaled, exact_up, exact_down, up, down)
-        ctx.save_for_backward(x, weight, bias, core, inner, out, hidden, *kept)
+        ctx.save_for_backward(x, weight, bias, core, inner, out, hidden, changed, *device.kept(x, *folded))
 
         return y
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight, bias, core, inner, out, hidden, scaled, exact_up, exact_down, up, down = ctx.saved_tensors
+        x, weight, bias, core, inner, out, hidden, changed, *kept = ctx.saved_tensors
         scale = ctx.scale
 
         if torch.is_grad_enabled():
             return again(ctx, _plain_linear, (x, weight, bias, core, inner, out), (scale,), grad)
 
         # They were not kept (see forward).
-        if scaled is None:
-            scaled = _scaled(core, scale)
-            exact_up, exact_down = _fold(scaled, inner, out)
-            up, down = None if exact_up is None else exact_up.to(x.dtype), exact_down.to(x.dtype)
+        folded = Folded(*kept) if kept[0] is not None else _folded(core, inner, out, scale, x.dtype)
 
-        changed, beside = None, None
+        beside = None
 
-        if ctx.needs_input_grad[0] and ctx.sums:
-            changed = sum_of_weights(weight, exact_up, exact_down)
-        elif ctx.needs_input_grad[0]:
+        if not ctx.needs_input_grad[0]:
+            changed = None
+        elif not ctx.sums:
             beside = weight
+        elif changed is None:
+            changed = sum_of_weights(weight, folded.exact_up, folded.exact_down)
 
-        found = gradients_of_products(grad.contiguous(), x, changed, beside, up, down, hidden, core.dtype)
-        grad_core, grad_inner, grad_out = _unfold(scaled, inner, out, found.down, found.up)
+        found = gradients_of_products(grad.contiguous(), x, changed, beside, folded.up, folded.down, hidden, core.dtype)
+        grad_core, grad_inner, grad_out = _unfold(folded.scaled, inner, out, found.down, found.up)
 
         grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
 
         return found.x, None, grad_bias, _scaled(grad_core, scale), grad_inner, grad_out, None, None
+
+
+_run = call_of(_Linear)
+
+
+class Folded(NamedTuple):
+    """The form as two matrices, exact in the dtype of the adapter, and in the dtype of the input.
+
+    Attributes:
+        scaled: the core times the scale, shape (Jo, Ji).
+        exact_up: shape (O, J), None for the identity.
+        exact_down: shape (J, I).
+        up: as ``exact_up``.
+        down: as ``exact_down``.
+    """
+
+    scaled: Tensor
+    exact_up: Tensor | None
+    exact_down: Tensor
+    up: Tensor | None
+    down: Tensor
+
+
+def _folded(core: Tensor, inner: Tensor | None, out: Tensor | None, scale: float, dtype: torch.dtype) -> Folded:
+    scaled = _scaled(core, scale)
+    exact_up, exact_down = _fold(scaled, inner, out)
+
+    if exact_up is None:
+        up = None
+    else:
+        up = device.cast(exact_up, dtype)
+
+    return Folded(scaled, exact_up, exact_down, up, device.cast(exact_down, dtype))
 
 
 def _scaled(core: Tensor, scale: float) -> Tensor:
@@ -235,10 +268,10 @@ def _unfold(
     """The gradients of core, inner and out from those of up and down, in the dtype of the adapter."""
     # The three cases of ``_fold``, differentiated: a core that is ``down`` itself, one that was multiplied into it
     # (down = core @ inner.T), and one that was multiplied into ``up`` (up = out @ core, down = inner.T).
-    grad_down = grad_down.to(core.dtype)
+    grad_down = device.cast(grad_down, core.dtype)
 
     if grad_up is not None:
-        grad_up = grad_up.to(core.dtype)
+        grad_up = device.cast(grad_up, core.dtype)
     if inner is None:
         return grad_down, None, grad_up
     if _folds_down(core, inner):
