@@ -38,7 +38,7 @@ def layer_table() -> str:
     for cls, row in LAYERS.items():
         kinds.setdefault(row.kind, []).append(f"`{name_of(cls)}`")
     lines = [
-        "| kind | layers | PEFT's LoRA | LyCORIS | export besides merged weights | `target_modules` |",
+        "| kind | layers | PEFT's LoRA | LyCORIS | exports, apart from merging | `target_modules` |",
         "|---|---|---|---|---|---|",
     ]
     lines += [
