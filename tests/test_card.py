@@ -11,6 +11,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 import flora
+from flora.convert import convert
 from flora.report.card import model_card
 from flora.storage.card import adapter_card, is_hub_id
 
@@ -60,6 +61,35 @@ def test_a_card_that_somebody_wrote_stays(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("# Mine\n")
     saved_from_plain_torch(tmp_path)
     assert "# Mine" in (tmp_path / "README.md").read_text()
+
+
+def test_a_card_of_trl_says_how_to_load_it_and_its_example_runs_with_the_import(tmp_path: Path) -> None:
+    example = (
+        "## Quick start\n\n```python\nfrom transformers import pipeline\n\ngenerator = pipeline(model='me/it')\n```\n"
+    )
+    (tmp_path / "README.md").write_text(f"---\nlibrary_name: transformers\ntags: [trl, sft]\n---\n# Mine\n\n{example}")
+    saved_by_peft(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "import flora  # tells PEFT the method\nfrom transformers import pipeline\n" in card.text
+    assert "import flora\nfrom peft import PeftModel\n" in card.text
+    assert {"flora", "tucker"} <= set(card.data.tags)
+    before = (tmp_path / "README.md").read_text()
+    saved_by_peft(tmp_path)
+    assert (tmp_path / "README.md").read_text().count("## Load") == before.count("## Load") == 1
+
+
+def test_what_convert_writes_has_a_card(tmp_path: Path) -> None:
+    config = flora.FloraConfig(r=2, target_modules=["query"], init_weights=False)
+    get_peft_model(BertForSequenceClassification(TINY), config).save_pretrained(tmp_path / "adapter")
+    run = {"base_model_name_or_path": "google/bert", "peft_type": "TUCKER"}
+    (tmp_path / "adapter" / "README.md").write_text(model_card(METRICS, run, "adapter"))
+    for kind, first in (("flora", "import flora\nfrom peft"), ("lora", "flora-peft is not needed")):
+        convert(tmp_path / "adapter", tmp_path / kind, to=kind)
+        card = ModelCard.load(tmp_path / kind / "README.md")
+        assert first in card.text
+        assert ("import flora" in card.text) == (kind == "flora")
+        assert str(tmp_path) not in card.content
+        assert {result.metric_type: result.metric_value for result in card.data.eval_results} == {"accuracy": 0.75}
 
 
 def test_the_example_of_a_plain_model_loads(tmp_path: Path) -> None:

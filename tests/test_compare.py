@@ -159,7 +159,7 @@ def test_a_run_with_the_same_settings_is_not_run_again(
     compare(other, ["frozen"], [0], overwrite=True)
     assert len(ran) >= 2 + 1, "everything is run again"
     assert {path.name for path in folder_of(settings).iterdir()} == {
-        "README.md", "compare.json", "compare.png", "runs", note.name
+        "README.md", "compare.html", "compare.json", "compare.png", "runs", note.name
     }  # fmt: skip
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -22,6 +23,7 @@ from flora.convert.report import Report, compare, size_of
 from flora.errors import MALFORMED, UserError, WrongTypeError, user_errors
 from flora.layers.layout import Layout
 from flora.storage.atomic import check_target, staged
+from flora.storage.card import complete_card, results_in
 from flora.storage.replacing import ADAPTER, TENSORS, Kind
 from flora.storage.tensors import CONFIG, DTYPES, as_path, check_exists, read_object
 
@@ -179,6 +181,20 @@ def save(
         ValueError: the format cannot hold the adapter; names the weight, the reason and the remedy.
         OSError: it cannot be written; nothing is left behind.
     """
+    return _save(adapter, path, format, prefix, mid, drop_extras, overwrite, [])
+
+
+def _save(
+    adapter: Adapter,
+    path: str | Path,
+    format: Target,
+    prefix: str | None,
+    mid: bool,
+    drop_extras: bool,
+    overwrite: bool,
+    results: Sequence[Any],
+) -> Report:
+    """:func:`save`; a folder's card gets the measurements ``results``."""
     if not isinstance(adapter, Adapter):
         raise WrongTypeError(
             f"save needs an Adapter, as load and extract give it, got a {type(adapter).__name__}; an adapted model is "
@@ -207,6 +223,9 @@ def save(
 
         largest, relative, worst = compare(adapter, written)
         count = size_of(work)
+
+        if work.is_dir():
+            complete_card(work, read_object(work / CONFIG), results)
 
     return Report(path, format, len(adapter.weights), largest, relative, worst, count, None, tuple(remarks or ()))
 
@@ -250,5 +269,6 @@ def convert(
     """
     check_target(Path(target), _kind(to), overwrite=overwrite, sources=[source])
     adapter = load(source, base=base, scale=scale)
-    report = save(adapter, target, format=to, prefix=prefix, mid=mid, drop_extras=drop_extras, overwrite=overwrite)
+    results = results_in(Path(source)) if Path(source).is_dir() else []
+    report = _save(adapter, target, to, prefix, mid, drop_extras, overwrite, results)
     return replace(report, source_bytes=size_of(Path(os.fspath(source))))

@@ -16,16 +16,18 @@ AUTO_CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSeq
 
 LOAD = """## Load
 
-`import flora` comes first: it tells PEFT what the adapter is (`pip install flora-peft`).
+{first}
 
 ```python
-import flora
-from peft import PeftModel
+{imports}
 {library}
 {base}
 model = PeftModel.from_pretrained(base, "{folder}")
 ```
 """
+OURS = "TUCKER"  # the peft_type of an adapter that needs `import flora`
+FIRST = "`import flora` comes first: it tells PEFT what the adapter is (`pip install flora-peft`)."
+PLAIN = "Plain PEFT loads it; flora-peft is not needed."
 
 
 def adapter_card(
@@ -63,15 +65,32 @@ def adapter_card(
     else:
         told = "a base model that is not on the hub"
 
-    lead = (
-        f"A FLoRA adapter for {told}: the change of each weight is a small Tucker form with as many dimensions as the "
-        f"weight. Written by [flora-peft]({HOME})."
-    )
-    library, loading = _how_to_load(config, base, options)
-    load = LOAD.format(library=library, base=loading, folder=folder)
+    if _is_ours(config):
+        kind = "FLoRA"
+        form = ": the change of each weight is a small Tucker form with as many dimensions as the weight"
+    else:
+        kind, form = "LoRA", ", converted from a FLoRA adapter"
+
+    lead = f"A {kind} adapter for {told}{form}. Written by [flora-peft]({HOME})."
+    load = _load_section(config, options, folder)
     parts = [f"---\n{data.to_yaml()}\n---", f"# {title}", lead, load.rstrip(), about.strip()]
 
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _is_ours(config: Mapping[str, Any]) -> bool:
+    return str(config.get("peft_type") or OURS) == OURS
+
+
+def _load_section(config: Mapping[str, Any], options: str = "", folder: str = "path/to/this/folder") -> str:
+    library, base = _how_to_load(config, str(config.get("base_model_name_or_path") or ""), options)
+    imports = "from peft import PeftModel"
+    first = PLAIN
+    if _is_ours(config):
+        imports = f"import flora\n{imports}"
+        first = FIRST
+
+    return LOAD.format(first=first, imports=imports, library=library, base=base, folder=folder)
 
 
 def is_hub_id(name: str) -> bool:
@@ -101,15 +120,49 @@ def _how_to_load(config: Mapping[str, Any], base: str, options: str) -> tuple[st
     return f"from {library} import {name}\n", f'base = {name}.from_pretrained("{where}"{options})'
 
 
-def fill_blank_card(folder: Path, config: Mapping[str, Any]) -> None:
-    """Writes a card into a folder that has none, or replaces the blank one that PEFT writes; others stay."""
-    path, card = folder / CARD, ModelCard(adapter_card(config))
+def complete_card(folder: Path, config: Mapping[str, Any], results: Sequence[EvalResult] = ()) -> None:
+    """Makes the card of an adapter's folder say how to load it.
+
+    A folder without a card gets ours, and so does one with PEFT's blank template. A card that somebody wrote, or TRL or
+    transformers' Trainer, stays; what it lacks is added.
+
+    Args:
+        folder: Of the adapter.
+        config: What is in its ``adapter_config.json``.
+        results: Measurements, for a card of ours.
+    """
+    path, card = folder / CARD, ModelCard(adapter_card(config, results=results))
     if path.is_file():
         text = path.read_text(encoding="utf-8")
-        if "import flora" in text or BLANK not in text:
+        if "import flora" in text:
+            return
+        if BLANK not in text:
+            _add_loading(path, text, config)
             return
 
         # PEFT promises this entry to its readers, also where it is no id of the hub.
         card.data["base_model"] = ModelCard(text, ignore_metadata_errors=True).data.get("base_model")
 
     card.save(path)
+
+
+def _add_loading(path: Path, text: str, config: Mapping[str, Any]) -> None:
+    """Adds to a card how the adapter is loaded, and to an example that calls ``pipeline`` the import it needs."""
+    card = ModelCard(text, ignore_metadata_errors=True)
+    card.data["tags"] = sorted({*(card.data.get("tags") or []), "flora", "tucker"})
+
+    example = "```python\nfrom transformers import pipeline\n"
+    told = card.text.replace(example, example.replace("\nfrom", "\nimport flora  # tells PEFT the method\nfrom"))
+    card.text = f"{told.rstrip()}\n\n{_load_section(config)}"
+    card.save(path)
+
+
+def results_in(folder: Path) -> list[EvalResult]:
+    """The measurements that the card of a folder has for the hub; none where there is no card that can be read."""
+    path = folder / CARD
+    if not path.is_file():
+        return []
+
+    found = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.eval_results
+
+    return list(found or [])

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from flora.errors import UserError, WrongTypeError
 from flora.layers.entries import Entries, check_entries, check_number
 from flora.layers.layout import layout_from_json
-from flora.storage.card import fill_blank_card
+from flora.storage.card import complete_card
 from flora.tucker.initialize import INITIALIZERS
 from flora.tucker.ranks import check_rank
 from flora.tuner.selection import Selection
@@ -169,7 +169,7 @@ class FloraConfig(PeftConfig):
             raise UserError("layers_pattern needs layers_to_transform, which says which of the layers to adapt")
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """PEFT's own, and a model card that says how to load the adapter, where PEFT's is blank or there is none.
+        """PEFT's own; then the folder's model card says how to load the adapter.
 
         Args:
             save_directory: the folder of the adapter.
@@ -177,7 +177,7 @@ class FloraConfig(PeftConfig):
         """
         super().save_pretrained(save_directory, **kwargs)
         folder = Path(save_directory)
-        fill_blank_card(folder, json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")))
+        complete_card(folder, json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")))
 
     @classmethod
     def from_pretrained(

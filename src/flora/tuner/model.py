@@ -20,6 +20,7 @@ from flora.tucker.form import Tucker, concatenate
 from flora.tuner import targets as find
 from flora.tuner.applied import mark_merged, warn_if_merged, warn_of_scale
 from flora.tuner.config import FloraConfig
+from flora.tuner.elsewhere import guard_optimizers, guard_saving
 from flora.tuner.layer import BASE, FloraLayer
 from flora.tuner.merging import check_finite, merged_weights
 from flora.tuner.parameter import ParamWrapper
@@ -181,6 +182,8 @@ class FloraModel(BaseTuner):
             self._places = {}
 
         watch(model)
+        guard_saving(model)
+        guard_optimizers()
         freeze = any(cast(FloraConfig, other).freeze_batch_norm for other in self.peft_config.values())
         settle_statistics(model, freeze=freeze, training=not config.inference_mode)
 
