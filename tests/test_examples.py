@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,6 +58,25 @@ def test_a_cnn_in_a_loop_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_language_model_with_trl(tmp_path: Path) -> None:
     folder = example("llm_with_trl").main(locate("sample:text/llama"), tmp_path / "llm", steps=2)
+    assert (folder / ADAPTER).is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True])
+def test_preferences_from_a_file(packed: bool, tmp_path: Path) -> None:
+    if packed:
+        pytest.importorskip("bitsandbytes")
+
+    row = {"question": "Name the opposite of hot .", "chosen": "cold", "rejected": "hot", "source": "me"}
+    (tmp_path / "pairs.jsonl").write_text((json.dumps(row) + "\n") * 4)
+    folder = example("llm_preferences").main(
+        tmp_path / "pairs.jsonl",
+        locate("sample:text/llama"),
+        tmp_path / "preferred",
+        columns={"question": "prompt"},
+        load_in_4bit=packed,
+        steps=2,
+    )
     assert (folder / ADAPTER).is_file()
 
 

@@ -10,8 +10,11 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
+from flora.recipes import config_names
 from flora.runs import schedule
 from flora.runs.schedule import check_schedule, fit_to_data, steps_of
+from flora.runs.settings import read
+from flora.runs.training import training_arguments
 
 
 def arguments(folder: Path, **given: Any) -> TrainingArguments:
@@ -21,6 +24,9 @@ def arguments(folder: Path, **given: Any) -> TrainingArguments:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"weight_decay": -0.1}, "training.weight_decay is -0.1, expected 0 or more"),
+        ({"dataloader_num_workers": -1}, "training.dataloader_num_workers is -1, expected 0 or more"),
+        ({"save_steps": 0}, "training.save_steps is 0, expected steps from 1, or a share of the run"),
         ({"learning_rate": 1000.0}, "training.learning_rate is 1000, expected above 0 and at most 1"),
         ({"learning_rate": -1.0}, "training.learning_rate is -1"),
         ({"learning_rate": float("nan")}, "training.learning_rate is nan"),
@@ -92,3 +98,23 @@ def test_steps_are_counted_as_the_trainer_counts_them(tmp_path: Path, count: int
     loader = trainer.get_train_dataloader()
     *_, max_steps = trainer.set_initial_training_values(settings, loader)
     assert steps_of(settings, count) == max_steps
+
+
+FULL = [name for name in config_names() if not name.endswith("-tiny") and name != "digits"]  # its data are fixed
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_the_defaults_of_a_recipe_fit_data_of_any_size(name: str, tmp_path: Path) -> None:
+    """Warm-up, logging and evaluation are shares of the run or epochs; the best checkpoint is kept."""
+    settings = read(name, ["training.bf16=false"] if "bf16" in read(name).training else [])
+    given = training_arguments(settings, tmp_path)
+    assert given.warmup_steps < 1, "a share of the run"
+    assert 0 < given.logging_steps < 1
+    assert given.eval_strategy == given.save_strategy
+    assert given.eval_strategy == "epoch" or 0 < given.eval_steps < 1
+    assert given.load_best_model_at_end
+    assert given.dataloader_num_workers <= schedule.cores()
+    assert given.learning_rate <= 0.05
+    assert given.save_total_limit == 2
+    fit_to_data(given, 7)
+    assert given.per_device_train_batch_size <= 7

@@ -70,7 +70,7 @@ def read_record(entry: object, names: Mapping[str, str] | None = None) -> Record
     if "chosen" in row:
         raise UserError(
             "it has 'chosen' and 'rejected': preferences are learnt by TRL's DPOTrainer, which takes "
-            "peft_config=FloraConfig(...)"
+            "peft_config=FloraConfig(...); examples/llm_preferences.py does it for such a file"
         )
 
     if "prompt" in row and "completion" in row:
