@@ -473,3 +473,10 @@ def test_without_a_terminal_progress_is_lines(
     assert [line.split()[1] for line in losses] == ["2/4", "4/4"]
     assert all("loss " in line and "learning_rate " in line for line in losses)
     assert json.loads(Path("out/metrics.json").read_text())["steps"] == 4
+
+
+def test_a_plan_counts_what_is_trained_in_full() -> None:
+    report = flora.plan_model(network(), config(r=2, modules_to_save=["head"])).report
+    live = get_peft_model(network(), config(r=2, modules_to_save=["head"]))
+    assert report["trainable_parameters"] == sum(v.numel() for v in live.parameters() if v.requires_grad)
+    assert {"layer": "head (Linear)", "reason": "trained in full, in modules_to_save", "count": 1} in report["left_out"]

@@ -187,9 +187,10 @@ def test_llama_cpp_computes_what_the_adapter_says(converter: str, tmp_path: Path
 
     plain, adapted = expected(llama()), expected(written_in(adapter))
     assert (plain - adapted).abs().max() > 0.5, "the change has to be seen"
-    torch.testing.assert_close(log_probabilities(tmp_path / "base.gguf", None), plain, rtol=0, atol=2e-3)
+    # llama.cpp keeps keys and values in 16 bits.
+    torch.testing.assert_close(log_probabilities(tmp_path / "base.gguf", None), plain, rtol=0, atol=0.01)
     found = log_probabilities(tmp_path / "base.gguf", tmp_path / "lora.gguf")
-    torch.testing.assert_close(found, adapted, rtol=0, atol=2e-3)
+    torch.testing.assert_close(found, adapted, rtol=0, atol=0.01)
 
 
 # ---- merged models -------------------------------------------------------------------------------------------------

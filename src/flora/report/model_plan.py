@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from peft import get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from tabulate import tabulate
 from torch import nn
 
@@ -134,7 +135,9 @@ def _planned(base: nn.Module, name: str, config: FloraConfig, positions: int, de
 
     device = device or ("gpu" if torch.cuda.is_available() else "cpu")
     counts = Counter(_rows(adapted, positions, device == "cpu"))
-    trained = sum(row.parameters * count for row, count in counts.items())
+    wholes = [module for module in adapted.modules() if isinstance(module, ModulesToSaveWrapper)]
+    in_full = sum(value.numel() for module in wholes for value in module.parameters() if value.requires_grad)
+    trained = in_full + sum(row.parameters * count for row, count in counts.items())
 
     return {
         "model": name,
@@ -194,6 +197,10 @@ def _left_out(adapted: nn.Module) -> Iterator[tuple[str, str]]:
 
         if isinstance(module, FloraLayer):
             inside.append(f"{name}.")
+        elif isinstance(module, ModulesToSaveWrapper):
+            inside.append(f"{name}.")
+            kind = type(module.original_module).__name__
+            yield f"{_generic(name.removeprefix(PREFIX))} ({kind})", "trained in full, in modules_to_save"
         elif next(module.parameters(recurse=False), None) is not None:
             if find_layer(module):
                 reason = refusal(module)
