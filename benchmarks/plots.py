@@ -8,15 +8,16 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.ratios import ratio
+from flora.report.plots import colour_of
 
 LOOKS = {
-    "full": ("full fine-tuning", "s", "0.45"),
-    "flora": ("FLoRA", "o", "C3"),
-    "lora": ("PEFT LoRA, equal rank", "^", "C0"),
-    "lora-params": ("PEFT LoRA, equal parameters", "v", "C9"),
-    "lokr": ("PEFT LoKr", "D", "C1"),
-    "lycoris": ("LyCORIS LoCon, Tucker", "P", "C2"),
-    "authors": ("the authors' scheme", "X", "C4"),
+    "full": ("full fine-tuning", "s"),
+    "flora": ("FLoRA", "o"),
+    "lora": ("PEFT LoRA, equal rank", "^"),
+    "lora-params": ("PEFT LoRA, equal parameters", "v"),
+    "lokr": ("PEFT LoKr", "D"),
+    "lycoris": ("LyCORIS LoCon, Tucker", "P"),
+    "authors": ("the authors' scheme", "X"),
 }
 
 
@@ -24,11 +25,13 @@ def step_times(rows: list[dict[str, Any]], path: Path) -> None:
     """A row for each layer and a mark for each method, on a logarithmic axis; FLoRA in front."""
     figure = Figure(figsize=(8.4, 0.42 * len(rows) + 2), layout="constrained")
     axes = figure.subplots()
-    for method, (label, marker, colour) in LOOKS.items():
+    for method, (label, marker) in LOOKS.items():
         points = [(times, place) for place, row in enumerate(rows) if (times := ratio(row, method, "frozen"))]
         if points:
             front = 3 if method == "flora" else 2
-            axes.scatter(*zip(*points, strict=True), marker=marker, color=colour, label=label, s=42, zorder=front)
+            axes.scatter(
+                *zip(*points, strict=True), marker=marker, color=colour_of(method), label=label, s=42, zorder=front
+            )
     axes.axvline(1, color="black", linewidth=1, label="frozen")
     axes.set_yticks(range(len(rows)), [row["case"] for row in rows])
     axes.invert_yaxis()

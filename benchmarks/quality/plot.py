@@ -13,16 +13,11 @@ from matplotlib.ticker import NullFormatter
 
 from benchmarks.quality.pairs import OURS, Cell, interval
 from flora.comparison.methods import METHODS
+from flora.report.plots import colour_of
 
 # A method has one colour and one mark in all panels; those that are not here are told in the tables only.
-LOOKS = {
-    "bitfit": ("C4", "X"),
-    "lora": ("C0", "^"),
-    "lycoris": ("C2", "P"),
-    "flora": ("C1", "D"),
-    OURS: ("C3", "o"),
-    "full": ("0.4", "s"),
-}
+MARKS = {"bitfit": "X", "lora": "^", "lycoris": "P", "flora": "D", OURS: "o", "full": "s"}
+LOOKS = {method: (colour_of(method), mark) for method, mark in MARKS.items()}
 BESIDE = 1.12  # between neighbours that have the same number of parameters
 
 

@@ -207,7 +207,7 @@ def _check_ours(folder: Path) -> None:
 
 def _remove_results(folder: Path) -> None:
     """Removes what an earlier comparison wrote: its runs, its report and the adapter that it kept."""
-    for name in ("README.md", "compare.png", "compare.json"):
+    for name in ("README.md", "compare.html", "compare.png", "compare.json"):
         (folder / name).unlink(missing_ok=True)
 
     # `runs` is what a comparison is recognised by, so it goes last.

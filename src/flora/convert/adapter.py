@@ -26,7 +26,7 @@ class Entry:
         scale: the constant s; the change is ``scale * form``.
         layout: what the dimensions of the stored weight mean, or None when the files do not say.
 
-    Example:
+    Examples:
         >>> import torch
         >>> entry = Entry(Tucker(torch.ones(2, 3), (torch.ones(5, 2), None)), scale=0.5)
         >>> entry.shape, entry.dense()[0, 0].item()

@@ -49,7 +49,7 @@ def colours(count: int) -> list[int]:
 def hex_colours(count: int) -> list[str]:
     """The same palette as a page writes colours.
 
-    Example:
+    Examples:
         >>> hex_colours(2)[0]
         '#000000'
     """

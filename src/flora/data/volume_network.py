@@ -74,7 +74,7 @@ class VolumeNetwork(PreTrainedModel):
 
     In training it takes patches. In evaluation it takes volumes of any size, by MONAI's sliding window.
 
-    Example:
+    Examples:
         >>> args = {"channels": [4, 8], "strides": [2]}
         >>> model = VolumeNetwork(VolumeNetworkConfig("UNet", args, classes=3, patch=[8, 8, 8])).eval()
         >>> tuple(model(torch.zeros(1, 1, 13, 9, 5)).logits.shape)

@@ -47,7 +47,7 @@ def roles_of(axes: Sequence[str], fold: Fold | None = None) -> tuple[Role, ...]:
             is taken for an output.
         fold: how the weight is seen as an N-d tensor.
 
-    Example:
+    Examples:
         >>> from flora.tucker.fold import parse_fold
         >>> roles_of(("gates", "in"), parse_fold("(gates hidden) input, gates=4", (20, 7)))
         ('output', 'output', 'summed')

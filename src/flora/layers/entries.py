@@ -25,7 +25,7 @@ class Entries:
     Raises:
         UserError, WrongTypeError: a field has a value that cannot be used; the message names it.
 
-    Example:
+    Examples:
         >>> entries = Entries({"r": 8, "alpha": 16, "rank_pattern": {"attn": 4}})
         >>> entries.scale(("layers.0.attn.out_proj.weight", "layers.0.attn.out_proj", "layers.0.attn"))
         4.0

@@ -22,7 +22,7 @@ def wrapped_modules(keys: Iterable[str]) -> frozenset[str]:
     Args:
         keys: of the file, with or without PEFT's prefix.
 
-    Example:
+    Examples:
         >>> sorted(wrapped_modules(["net.base_layer.0.tucker_weight.core", "head.lora_A.weight"]))
         ['head', 'net.base_layer.0']
     """
@@ -38,7 +38,7 @@ def module_of(path: str, wrapped: Collection[str]) -> str:
         wrapped: where the file has wrappers (:func:`wrapped_modules`). Anywhere else ``base_layer`` is a name that
             the model itself uses, and stays.
 
-    Example:
+    Examples:
         >>> module_of("net.base_layer.0.base_layer.bias", {"net.base_layer.0"})
         'net.base_layer.0.bias'
     """
@@ -56,7 +56,7 @@ def in_file(name: str, wrappers: Mapping[str, int]) -> str:
         wrappers: the modules that PEFT has put wrappers around, and how many; what is inside such a module is inside
             all of its wrappers.
 
-    Example:
+    Examples:
         >>> in_file("vit.embeddings.projection.bias", {"vit.embeddings": 2, "vit.embeddings.projection": 1})
         'vit.embeddings.base_layer.base_layer.projection.base_layer.bias'
     """

@@ -38,7 +38,7 @@ def names_of(module: str, weight: str = "weight") -> tuple[str, ...]:
         module: the name of the adapted module in the base model.
         weight: of the weight in that module; dotted where the weight is that of a module inside.
 
-    Example:
+    Examples:
         >>> names_of("layers.0.attn", "out_proj.weight")
         ('layers.0.attn.out_proj.weight', 'layers.0.attn.out_proj', 'layers.0.attn')
     """

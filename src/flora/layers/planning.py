@@ -137,7 +137,7 @@ def choose(
             hook, where the layer has to be called as a module.
         dropping: whether the adapter drops some of its inputs now.
 
-    Example:
+    Examples:
         >>> choose(Work("linear", (768, 3072), (8, 8), 4096, 4096)).way
         'summed'
         >>> choose(Work("linear", (768, 3072), (8, 8), 4096, 4096), readable=False).way
@@ -444,7 +444,7 @@ def plan(
     Raises:
         ValueError: ranks and shape do not fit, or the kind or the device is unknown.
 
-    Example:
+    Examples:
         >>> plan((768, 3072), (8, 8)).way
         'summed'
         >>> plan((768, 3072), (8, 8), positions=77).way

@@ -32,7 +32,7 @@ def mode_energy(core: Tensor, mode: int) -> list[float]:
 def in_order(name: str) -> list[tuple[int, str]]:
     """What names are sorted by, so that layer 2 comes before layer 10.
 
-    Example:
+    Examples:
         >>> sorted(["blocks.10.conv", "blocks.2.conv"], key=in_order)
         ['blocks.2.conv', 'blocks.10.conv']
     """
@@ -42,7 +42,7 @@ def in_order(name: str) -> list[tuple[int, str]]:
 def effective_rank(energy: list[float]) -> float:
     """How many directions of equal strength would spread the energy as widely: the exponential of its entropy.
 
-    Example:
+    Examples:
         >>> effective_rank([0.25, 0.25, 0.25, 0.25]), effective_rank([1.0, 0.0])
         (4.0, 1.0)
     """

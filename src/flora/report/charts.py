@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from flora.report.page import Chart
 
 INK = "#010203"  # stands for the colour of the text around a chart
-STYLE = {
+STYLE: Any = {
     "axes.edgecolor": INK,
     "axes.facecolor": "none",
     "axes.labelcolor": INK,
@@ -63,5 +63,5 @@ def chart(what: str, draw: Callable[[Axes], None], size: tuple[float, float] = (
 def legend_below(axes: Axes) -> None:
     """Puts the legend under a chart, where it hides nothing."""
     handles, labels = axes.get_legend_handles_labels()
-    options = {"loc": "outside lower center", "ncols": min(4, len(labels)), "frameon": False, "fontsize": "small"}
+    options: Any = {"loc": "outside lower center", "ncols": min(4, len(labels)), "frameon": False, "fontsize": "small"}
     cast("Figure", axes.figure).legend(handles, labels, **options)

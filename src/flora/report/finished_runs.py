@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -52,10 +53,7 @@ def finished_page(report: Report) -> str:
     metric, runs = report["metric"], report["runs"]
     names = [run["name"] for run in runs]
     panels = list(dict.fromkeys(panel for run in runs for panel in run["curves"]))
-    charts = [
-        chart(f"{panel} of every run against steps", lambda axes, panel=panel: _draw(axes, runs, panel))
-        for panel in panels
-    ]
+    charts = [chart(f"{panel} of every run against steps", partial(_draw, runs=runs, panel=panel)) for panel in panels]
 
     columns = (
         "run", f"{metric} (test)", f"{metric} (validation)", "trained parameters", "file", "steps", "time", "seed",
@@ -105,7 +103,7 @@ def _draw(axes: Axes, runs: list[dict[str, Any]], panel: str) -> None:
         for curve in curves:
             dashed = len(curves) > 1 and curve.label == "validation"
             label = f"{run['name']}{', validation' if dashed else ''}"
-            style = {"linestyle": "--" if dashed else "-", "color": RUNS[index % len(RUNS)]}
+            style: Any = {"linestyle": "--" if dashed else "-", "color": RUNS[index % len(RUNS)]}
             axes.plot(curve.steps, curve.values, marker="o", markersize=3, label=label, **style)
 
     axes.set(title=panel, xlabel="step", ylabel=panel)

@@ -80,7 +80,7 @@ def plan_model(model: nn.Module, config: FloraConfig, *, positions: int = 4096, 
     Raises:
         ValueError: Nothing in the model matches the config.
 
-    Example:
+    Examples:
         >>> network = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 24, 3))
         >>> plan = plan_model(network, FloraConfig(target_modules="all"))
         >>> [row["ranks"] for row in plan.report["rows"]]

@@ -96,7 +96,7 @@ def _findings(findings: Findings) -> list[Section]:
         sections.append(Table(f"Classes: {findings.score}", ("class", findings.score), rows))
 
     examples = [_illustration(example) for example in findings.examples]
-    notes = ()
+    notes: tuple[str, ...] = ()
     if not examples and not findings.classes:
         notes = ("Examples are shown only by a run of one process.",)
 

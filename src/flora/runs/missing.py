@@ -33,7 +33,7 @@ def install_hint(module: str, config: str = "") -> str:
     Returns:
         Half a sentence, to be put behind "needs ...".
 
-    Example:
+    Examples:
         >>> install_hint("datasets", "text_causal-tiny")
         'datasets, which is not installed: pip install "flora-peft[text]"'
     """

@@ -18,7 +18,7 @@ REFERENCE = re.compile(r"(?P<file>.+\.py):(?P<function>\w+)")
 def is_reference(text: str) -> bool:
     """Whether a text is ``file.py:function``.
 
-    Example:
+    Examples:
         >>> is_reference("models/net.py:make"), is_reference("owner/name"), is_reference("config.json")
         (True, False, False)
     """

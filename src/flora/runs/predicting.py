@@ -108,7 +108,7 @@ def expand(inputs: Sequence[str], endings: Sequence[str]) -> list[str]:
 def file_names(inputs: Sequence[str], endings: Sequence[str]) -> list[str]:
     """A name for what is written for each input: that of its file, with its number where two files have the same.
 
-    Example:
+    Examples:
         >>> file_names(["a/scan.nii.gz", "b/scan.nii.gz", "b/other.nii"], (".nii", ".nii.gz"))
         ['scan-0', 'scan-1', 'other']
         >>> file_names(["a text"], ())

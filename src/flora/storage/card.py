@@ -163,6 +163,6 @@ def results_in(folder: Path) -> list[EvalResult]:
     if not path.is_file():
         return []
 
-    found = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.eval_results
+    data = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
 
-    return list(found or [])
+    return list(getattr(data, "eval_results", None) or [])

@@ -6,7 +6,7 @@ from __future__ import annotations
 def size(count: float) -> str:
     """Bytes in the largest decimal unit that leaves at least 1.
 
-    Example:
+    Examples:
         >>> size(43_700)
         '43.7 KB'
     """

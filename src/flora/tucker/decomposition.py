@@ -53,7 +53,7 @@ def decompose(tensor: Tensor, ranks: Ranks, *, sweeps: int = 50, tolerance: floa
     Raises:
         ValueError: ranks and shape do not fit, or the tensor has NaN or infinite entries.
 
-    Example:
+    Examples:
         >>> form = decompose(torch.ones(5, 7, 3), (1, 1, 1))
         >>> form.ranks, form.error < 1e-6
         ((1, 1, 1), True)

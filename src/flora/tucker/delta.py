@@ -36,7 +36,7 @@ class TuckerDelta(nn.Module):
     Raises:
         ValueError: ranks, shape or fold do not fit each other.
 
-    Example:
+    Examples:
         >>> layer = nn.Conv2d(6, 10, 3)
         >>> _ = nn.utils.parametrize.register_parametrization(layer, "weight", TuckerDelta((10, 6, 3, 3), (4, 4, 2, 2)))
         >>> layer(torch.zeros(1, 6, 5, 5)).shape

@@ -75,7 +75,7 @@ def parse_fold(pattern: str, shape: Sequence[int], name: str = "weight") -> Fold
     Raises:
         ValueError: the pattern is not of this form, or does not fit the shape.
 
-    Example:
+    Examples:
         >>> parse_fold("(gates hidden) input, gates=4", (20, 7)).shape
         (4, 5, 7)
     """

@@ -88,7 +88,7 @@ class Tucker:
     Raises:
         ValueError: if the factors do not fit the core.
 
-    Example:
+    Examples:
         >>> form = Tucker(torch.ones(2, 3), (torch.ones(5, 2), None))
         >>> form.shape, form.ranks, form.num_params
         ((5, 3), (2, 3), 16)

@@ -89,7 +89,7 @@ def resolve(
         TypeError: a rank is not an int.
         ValueError: a rank is below 1, the list has the wrong length, or a listed rank is above its dimension.
 
-    Example:
+    Examples:
         >>> resolve((512, 256, 3, 3), 32, 2, roles=("output", "summed", "kernel", "kernel"))
         (32, 32, 2, 2)
         >>> resolve((96, 1, 7, 7), 8, 2, roles=("output", "summed", "kernel", "kernel"))

@@ -89,7 +89,7 @@ class FloraConfig(PeftConfig):
     Raises:
         ValueError, TypeError: a field is out of range, or ``scale`` and ``alpha`` are both given.
 
-    Example:
+    Examples:
         >>> FloraConfig(r=16, kernel_r=2, target_modules="all-conv").peft_type.value
         'TUCKER'
     """

@@ -121,7 +121,7 @@ def start(
         ValueError: the model has no such adapter, it is merged or trained already, there are fewer than two batches, or
             a gradient cannot be had. The model is then as it was.
 
-    Example:
+    Examples:
         >>> layer = nn.Sequential(nn.Linear(8, 4))
         >>> model = get_peft_model(layer, FloraConfig(r=2, target_modules=["0"]))
         >>> data = [(torch.randn(16, 8), torch.randn(16, 4)) for _ in range(4)]
@@ -170,7 +170,7 @@ def adapt(
     Raises:
         ValueError: as :func:`start`; or the budget is too small.
 
-    Example:
+    Examples:
         >>> layer = nn.Sequential(nn.Linear(8, 4))
         >>> data = [(torch.randn(16, 8), torch.randn(16, 4)) for _ in range(4)]
         >>> squares = lambda model, batch: (model(batch[0]) - batch[1]).square().mean()
