@@ -11,16 +11,28 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import EvalPrediction
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, EvalPrediction
 
 import flora_cli
+from flora.data.diffusion_pipeline import add_noise
 from flora.data.samples import locate
 from flora.recipes.diffusion import Task, compute_metrics, load_base, load_data, read_picture
+from flora.runs.merging import merge
+from flora.runs.predicting import predict
 from flora.runs.reloading import load_adapter
 from flora.runs.settings import read
-from flora.runs.training import train
+from flora.runs.training import evaluate, train
 
 MODEL = "sample:signals/stable-diffusion"
 
@@ -159,3 +171,127 @@ def test_the_exported_file_has_the_names_of_the_unet_and_the_same_change(tmp_pat
         torch.testing.assert_close(change, after[name].double() - before[name].double(), atol=1e-6, rtol=0)
     assert stems == {key.partition(".")[0] for key in file}
     assert len(stems) == 83
+
+
+# ---- captions, Stable Diffusion XL and 3 -----------------------------------------------------------------------------
+
+
+def test_captions_beside_the_pictures(rings: Path) -> None:
+    (rings / "1.txt").write_text("a ring\n on grass")
+    data = load_data(task(rings), 0).train
+    told = [data[index]["encoder_hidden_states"] for index in range(5)]
+    assert all(torch.equal(told[0], told[index]) for index in (2, 3, 4))
+    assert not torch.equal(told[0], told[1])
+    (rings / "1.txt").write_text(" ")
+    with pytest.raises(ValueError, match=r"1\.txt is empty; write a caption"):
+        load_data(task(rings), 0)
+
+
+def test_captions_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (20, 30), (9, 9, 9)).save(stream, "JPEG")
+    pictures = [{"bytes": stream.getvalue(), "path": None}] * 3
+    rows = datasets.Dataset.from_dict({"image": pictures, "text": ["a ring", None, "a dog"]})
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *args, **kwargs: {"train": rows.cast_column("image", datasets.Image())}
+    )
+    data = load_data(task("org/rings", caption_column="text", prompt="a dog"), 0).train
+    told = [data[index]["encoder_hidden_states"] for index in range(3)]
+    assert torch.equal(told[1], told[2])
+    assert not torch.equal(told[0], told[1])
+    with pytest.raises(ValueError, match="org/rings has no column 'caption', only image, text"):
+        load_data(task("org/rings", caption_column="caption"), 0)
+
+
+def text_encoder(kind: type, width: int) -> Any:
+    config = CLIPTextConfig(
+        vocab_size=514, hidden_size=width, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=16, projection_dim=width, bos_token_id=512, eos_token_id=513, pad_token_id=513,
+    )  # fmt: skip
+    return kind(config)
+
+
+def autoencoder(channels: int) -> Any:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 8), norm_num_groups=2, latent_channels=channels, sample_size=16,
+        shift_factor=0.1 if channels > 4 else None,
+    )  # fmt: skip
+
+
+def write_xl(folder: Path) -> None:
+    tokenizer = CLIPTokenizer.from_pretrained(locate(MODEL), subfolder="tokenizer")
+    unet = UNet2DConditionModel(
+        sample_size=8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), block_out_channels=(8, 12), layers_per_block=1,
+        attention_head_dim=(2, 3), transformer_layers_per_block=(1, 1), use_linear_projection=True, norm_num_groups=4,
+        cross_attention_dim=8 + 12, addition_embed_type="text_time", addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=6 * 4 + 12,
+    )  # fmt: skip
+    StableDiffusionXLPipeline(
+        vae=autoencoder(4), unet=unet, tokenizer=tokenizer, tokenizer_2=tokenizer, scheduler=EulerDiscreteScheduler(),
+        text_encoder=text_encoder(CLIPTextModel, 8), text_encoder_2=text_encoder(CLIPTextModelWithProjection, 12),
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def write_3(folder: Path) -> None:
+    tokenizer = CLIPTokenizer.from_pretrained(locate(MODEL), subfolder="tokenizer")
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=6, out_channels=6, num_layers=2, attention_head_dim=4,
+        num_attention_heads=3, joint_attention_dim=32, caption_projection_dim=12, pooled_projection_dim=8 + 12,
+        pos_embed_max_size=8,
+    )  # fmt: skip
+    StableDiffusion3Pipeline(
+        vae=autoencoder(6), transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        tokenizer=tokenizer, tokenizer_2=tokenizer, tokenizer_3=None, text_encoder_3=None,
+        text_encoder=text_encoder(CLIPTextModelWithProjection, 8),
+        text_encoder_2=text_encoder(CLIPTextModelWithProjection, 12),
+    ).save_pretrained(folder)  # fmt: skip
+
+
+# numpy's word on a tensor that diffusers' own sampler hands to it.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("write", [write_xl, write_3])
+def test_newer_pipelines_train_measure_paint_and_merge(write: Any, rings: Path, tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    write(tmp_path / "model")
+    (rings / "2.txt").write_text("a small ring")
+    changes = {
+        "output": tmp_path / "run", "task.model": tmp_path / "model", "task.data": rings, "task.resolution": 16,
+        "adapter.r": 2, "training.max_steps": 2, "training.disable_tqdm": "true",
+        "adapter.exclude_modules": ".*(conv_in|conv_out|proj_out|context_embedder|pos_embed.*)",
+    }  # fmt: skip
+    settings = read("diffusion-tiny", [f"{key}={value}" for key, value in changes.items()])
+    metrics = train(settings)
+    found, same = evaluate(tmp_path / "run")
+    assert same is True
+    assert found == pytest.approx(metrics["test"], rel=1e-6)
+
+    (result,) = predict(tmp_path / "run", ["a photo of sks ring"])
+    with Image.open(result["file"]) as picture:
+        assert picture.size == (16, 16)
+
+    base = load_base(settings.task)
+    before = {key: value.clone() for key, value in base.state_dict().items()}
+    after = load_adapter(base, tmp_path / "run").merge_and_unload().state_dict()
+    assert merge(tmp_path / "run", tmp_path / "merged").difference is not None
+    stored = type(base).from_pretrained(tmp_path / "merged").state_dict()
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+    for key, value in after.items():
+        torch.testing.assert_close(stored[key], value, atol=1e-6, rtol=1e-5)
+
+
+def test_the_noise_of_flow_matching() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    clean, random = torch.randn(1, 3, 5, 7), np.random.default_rng(5)
+    for _ in range(4):
+        noisy = add_noise(clean, scheduler, random)
+        share = noisy.time / 1000
+        torch.testing.assert_close(noisy.picture, clean + share * noisy.target)
+        assert 0 < float(share) < 1
+
+
+def test_another_pipeline_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
+    with pytest.raises(ValueError, match="is a KandinskyPipeline, expected one of StableDiffusionPipeline"):
+        load_base(task(tmp_path, model=str(tmp_path)))

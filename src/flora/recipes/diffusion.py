@@ -1,9 +1,11 @@
-"""One thing for a text-to-image model: the UNet of Stable Diffusion learns a few pictures under a prompt (DreamBooth).
+"""Pictures for a text-to-image model: Stable Diffusion 1, 2, XL or 3 learns them under a prompt or their captions.
 
-Data: a folder with pictures of the thing, or a data set of the hub with a column of images. Latents of the pictures and
-the embedding of the prompt are computed once, before training; autoencoder and text encoder stay as they are. A sample
-is a picture with one drawn noise at one drawn timestep. The draw of a sample depends on its number and the seed alone,
-so a run that is resumed sees what it would have seen; validation and test draw noises that training does not.
+Data: a folder with pictures, or a data set of the hub with a column of images. The caption of ``NAME.png`` is the text
+in ``NAME.txt``; a picture without one stands under the prompt, which for a few pictures of one thing is DreamBooth.
+Latents and the embeddings of captions are computed once, before training; autoencoder and text encoders stay as they
+are. A sample is a picture with one drawn noise at one drawn timestep. The draw of a sample depends on its number and
+the seed alone, so a run that is resumed sees what it would have seen; validation and test draw noises that training
+does not.
 
 DreamBooth: arXiv 2208.12242 (without its prior preservation).
 """
@@ -16,25 +18,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DDPMScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL
 from PIL import Image, ImageOps
 from sklearn.metrics import r2_score
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
-from torch.utils.data import Dataset
-from transformers import CLIPTextModel, CLIPTokenizer, EvalPrediction, Trainer
+from torch.utils.data import Dataset, default_collate
+from transformers import EvalPrediction, Trainer
 
-from flora.data.records import IMAGES, Bad, Item, hub, is_local, load_pretrained, row_file, sift, split_paths
+from flora.data.diffusion_pipeline import Family, add_noise, encode_prompts, family_of, painter
+from flora.data.records import IMAGES, Bad, Item, hub, is_local, load_pretrained, row_file, sift, split_paths, text_of
 from flora.data.samples import locate
 from flora.data.shown import Findings, Shown
 from flora.errors import UserError
@@ -45,16 +42,24 @@ EVALUATED = 64  # draws of each picture in validation and test
 Source = Callable[[], "Path | io.BytesIO"]  # gives the file of a picture when it is needed
 
 
+class Picture(NamedTuple):
+    """A picture and the text that it stands under."""
+
+    source: Source
+    caption: str
+
+
 @dataclass
 class Task:
     """Settings of the data and the base model.
 
     Args:
-        model: a folder or hub id in the layout of Stable Diffusion 1 or 2 (unet, vae, text_encoder, ...).
+        model: a folder or hub id of a pipeline of diffusers: Stable Diffusion 1, 2, XL or 3.
         data: a folder with pictures, or the hub id of a data set. Where it has no parts validation and test, the
             pictures of training are measured, with other noises.
-        prompt: that stands for the thing, with a rare word for its name.
+        prompt: of the pictures that have no caption; for one thing, with a rare word for its name.
         image_column: of the hub data set.
+        caption_column: of the hub data set, with the captions; null gives all pictures the prompt.
         resolution: pixels of a side; pictures are scaled and cropped to squares.
         draws: noises of each picture in an epoch.
         bad_data: "error" stops at pictures that cannot be used, "skip" leaves them out.
@@ -64,6 +69,7 @@ class Task:
     data: str = "diffusers/dog-example"
     prompt: str = "a photo of sks dog"
     image_column: str = "image"
+    caption_column: str | None = None
     resolution: int = 512
     draws: int = 160
     bad_data: Bad = "error"
@@ -78,12 +84,12 @@ class Task:
 
 
 class NoiseTrainer(Trainer):
-    """The loss is the mean squared error of the predicted noise."""
+    """The loss is the mean squared error of what the network predicts."""
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss, and on request what the UNet gives."""
+        """The loss, and on request what the network gives."""
         outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
         loss = mse_loss(outputs.sample.float(), inputs["labels"].float())
         if return_outputs:
@@ -94,31 +100,37 @@ class NoiseTrainer(Trainer):
 TRAINER = NoiseTrainer
 
 
-class Noised(Dataset[dict[str, Tensor]]):
-    """``draws`` of noise for each of the latents (pictures, channels, height, width), as the UNet takes them.
+class Noised(Dataset[dict[str, Any]]):
+    """Pictures with drawn noise, as the network takes them.
 
-    The embedding of the prompt is (tokens, width); another ``stream`` draws other noises; labels are what to predict.
+    Args:
+        latents: shape (pictures, channels, height, width).
+        told: What the network is told beside each picture, such as the embedding of its caption.
+        family: Of the pipeline.
+        scheduler: Of the noise.
+        draws: Of noise for each picture.
+        stream: Another one draws other noises.
     """
 
-    def __init__(self, latents: Tensor, embedding: Tensor, scheduler: Any, draws: int, stream: int) -> None:
-        self.latents, self.embedding, self.scheduler = latents, embedding, scheduler
+    def __init__(
+        self, latents: Tensor, told: Sequence[dict[str, Any]], family: Family, scheduler: Any, draws: int, stream: int
+    ) -> None:
+        self.latents, self.told, self.family, self.scheduler = latents, told, family, scheduler
         self.draws, self.stream = draws, stream
 
     def __len__(self) -> int:
         return len(self.latents) * self.draws
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        random = np.random.default_rng([self.stream, index])
-        clean = self.latents[index % len(self.latents)][None]
-        noise = torch.tensor(random.standard_normal(clean.shape, dtype=np.float32))
-        time = torch.tensor(random.integers(self.scheduler.config.num_train_timesteps, size=1))
-        velocity = self.scheduler.config.prediction_type == "v_prediction"
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The arguments of the network for one picture, and what it is to predict as ``labels``."""
+        number = index % len(self.latents)
+        noisy = add_noise(self.latents[number][None], self.scheduler, np.random.default_rng([self.stream, index]))
 
         return {
-            "sample": self.scheduler.add_noise(clean, noise, time)[0],
-            "timestep": time[0],
-            "encoder_hidden_states": self.embedding,
-            "labels": (self.scheduler.get_velocity(clean, noise, time) if velocity else noise)[0],
+            self.family.picture: noisy.picture[0],
+            "timestep": noisy.time[0],
+            **self.told[number],
+            "labels": noisy.target[0],
         }
 
 
@@ -130,15 +142,15 @@ def read_picture(source: Source, resolution: int) -> Tensor:
     return torch.tensor(np.asarray(square)).permute(2, 0, 1) / 127.5 - 1
 
 
-def pictures(task: Task) -> dict[str, list[Item[Source]]]:
-    """The pictures of each part that the data has.
+def pictures(task: Task) -> dict[str, list[Item[Picture]]]:
+    """The pictures of each part that the data has, with their captions.
 
     Raises:
         FileNotFoundError, ValueError: the data is not there, a folder is empty, or a column is missing.
     """
     where = locate(task.data)
     if not is_local(where):
-        return {split: _rows(where, split, rows, task.image_column) for split, rows in hub(where).items()}
+        return {split: _rows(where, split, rows, task) for split, rows in hub(where).items()}
 
     parts = {}
     for split, folder in split_paths(Path(where)).items():
@@ -146,37 +158,52 @@ def pictures(task: Task) -> dict[str, list[Item[Source]]]:
         if not files:
             raise UserError(f"{folder} has no pictures ({', '.join(IMAGES)}); put those of the thing there")
 
-        parts[split] = [Item(str(path), cast("Source", partial(Path, path))) for path in files]
+        parts[split] = [Item(str(path), Picture(partial(Path, path), _caption(path, task.prompt))) for path in files]
 
     return parts
 
 
-def _rows(where: str, split: str, rows: Any, column: str) -> list[Item[Source]]:
+def _caption(path: Path, prompt: str) -> str:
+    """The text beside a picture, or the prompt where there is none."""
+    beside = path.with_suffix(".txt")
+    if not beside.is_file():
+        return prompt
+
+    text = " ".join(text_of(beside).split())
+    if not text:
+        raise UserError(f"{beside} is empty; write a caption, or remove it: the picture then stands under task.prompt")
+
+    return text
+
+
+def _rows(where: str, split: str, rows: Any, task: Task) -> list[Item[Picture]]:
     from datasets import Image as Column
 
-    if column not in rows.column_names:
-        raise UserError(f"{where} has no column {column!r}, only {', '.join(rows.column_names)}")
-    files = rows.select_columns(column).cast_column(column, Column(decode=False))
-    return [Item(f"{where}, {split} row {row}", partial(row_file, files, row, column)) for row in range(len(files))]
+    wanted = [column for column in (task.image_column, task.caption_column) if column is not None]
+    for column in wanted:
+        if column not in rows.column_names:
+            raise UserError(f"{where} has no column {column!r}, only {', '.join(rows.column_names)}")
+
+    files = rows.select_columns(wanted).cast_column(task.image_column, Column(decode=False))
+    if task.caption_column is None:
+        captions = [task.prompt] * len(files)
+    else:
+        captions = [str(text or "").strip() or task.prompt for text in files[task.caption_column]]
+
+    return [
+        Item(f"{where}, {split} row {row}", Picture(partial(row_file, files, row, task.image_column), caption))
+        for row, caption in enumerate(captions)
+    ]
 
 
 @torch.no_grad()
-def embed(prompt: str, where: str) -> Tensor:
-    """What the text encoder of the model makes of a prompt, (tokens, width)."""
-    tokenizer = load_pretrained(CLIPTokenizer, where, subfolder="tokenizer")
-    encoder = load_pretrained(CLIPTextModel, where, subfolder="text_encoder")
-    tokens = tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt")
-    return cast("Tensor", encoder(tokens.input_ids)[0][0])
-
-
-@torch.no_grad()
-def encode(items: Sequence[Item[Source]], resolution: int, vae: Any) -> Tensor:
-    """The latents of pictures, (pictures, channels, height, width); the mode of each, so nothing is drawn."""
+def encode(items: Sequence[Item[Picture]], resolution: int, vae: Any) -> Tensor:
+    """The latents of pictures, shape (pictures, channels, height, width); the mode of each, so nothing is drawn."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vae = vae.to(device)
-    images = (read_picture(item.value, resolution)[None].to(device) for item in items)
+    images = (read_picture(item.value.source, resolution)[None].to(device) for item in items)
     latents = torch.cat([vae.encode(image).latent_dist.mode() for image in images]).cpu()
-    return latents * float(vae.config.scaling_factor)
+    return (latents - float(vae.config.shift_factor or 0)) * float(vae.config.scaling_factor)
 
 
 def load_data(task: Task, seed: int) -> Data:
@@ -186,29 +213,45 @@ def load_data(task: Task, seed: int) -> Data:
         FileNotFoundError, ValueError: pictures or a part of the pipeline cannot be used; names file and reason.
     """
     where = locate(task.model)
-    check = partial(read_picture, resolution=task.resolution)
+    family = family_of(where)
+
+    def check(picture: Picture) -> None:
+        read_picture(picture.source, task.resolution)
+
     good = {split: sift(items, check, bad=task.bad_data, what="pictures") for split, items in pictures(task).items()}
-    embedding, scheduler = embed(task.prompt, where), load_pretrained(DDPMScheduler, where, subfolder="scheduler")
+    captions = {split: [item.value.caption for item in items] for split, items in good.items()}
+    known = encode_prompts(where, family, [text for texts in captions.values() for text in texts], task.resolution)
+    told = {split: [known[text] for text in texts] for split, texts in captions.items()}
+    scheduler = load_pretrained(family.noise, where, subfolder="scheduler")
     vae = load_pretrained(AutoencoderKL, where, subfolder="vae")
     latents = {split: encode(items, task.resolution, vae) for split, items in good.items()}
-    validation, test = (
-        Noised(latents.get(split, latents["train"]), embedding, scheduler, EVALUATED, stream)
-        for stream, split in enumerate(("validation", "test"))
-    )
 
-    return Data(Noised(latents["train"], embedding, scheduler, task.draws, seed + 2), validation, test)
+    def noised(split: str, draws: int, stream: int) -> Noised:
+        # Where there are no pictures to measure, those of training are measured, with other noises.
+        if split not in good:
+            split = "train"
+        return Noised(latents[split], told[split], family, scheduler, draws, stream)
+
+    return Data(
+        noised("train", task.draws, seed + 2),
+        noised("validation", EVALUATED, 0),
+        noised("test", EVALUATED, 1),
+        collate=default_collate,
+    )
 
 
 def load_base(task: Task) -> Any:
-    """The UNet of the pipeline; raises where there is none, or one that takes more than a prompt (XL)."""
+    """The network of the pipeline that paints: a UNet, or a transformer."""
     where = locate(task.model)
-    unet = load_pretrained(UNet2DConditionModel, where, subfolder="unet")
-    if unet.config.addition_embed_type is not None:
-        raise UserError(f"task.model {where!r} takes more than a prompt; give a Stable Diffusion 1 or 2")
+    family = family_of(where)
+    network = load_pretrained(family.network, where, subfolder=family.part)
 
-    unet.name_or_path = str(Path(where) / "unet") if is_local(where) else where
+    if is_local(where):
+        network.name_or_path = str(Path(where) / family.part)
+    else:
+        network.name_or_path = where
 
-    return unet
+    return network
 
 
 STEPS = 30  # of the sampler
@@ -217,17 +260,7 @@ STEPS = 30  # of the sampler
 def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[str, Any]]:
     """Paints a prompt: a PNG, always the same for the same number of the input."""
     where = locate(task.model)
-    parts = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel, "tokenizer": CLIPTokenizer}
-    loaded = {name: load_pretrained(kind, where, subfolder=name) for name, kind in parts.items()}
-    trained = load_pretrained(DDPMScheduler, where, subfolder="scheduler").config
-
-    # What Stable Diffusion's own sampler is set to, where the config of the training noise does not say it.
-    sampler = {"steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False}
-    scheduler = cast("Any", DDIMScheduler).from_config(trained, **sampler)
-    options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipeline = cast("Any", StableDiffusionPipeline)(
-        **loaded, unet=model.get_base_model(), scheduler=scheduler, **options
-    )
+    pipeline = painter(where, family_of(where), model.get_base_model())
     pipeline.to(model.device).set_progress_bar_config(disable=True)
 
     def answer(request: Request) -> dict[str, Any]:
@@ -242,7 +275,7 @@ def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[
 
 
 def findings(tested: Tested) -> Findings:
-    """Pictures painted from the prompt, beside one of those that were learnt; one where there is no GPU."""
+    """Pictures painted from the text of one that was learnt, beside it; one where there is no GPU."""
     task, model = tested.task, cast("Any", tested.model)
     if model is None:
         return Findings("Samples", [])
@@ -252,18 +285,24 @@ def findings(tested: Tested) -> Findings:
     else:
         count = 4
 
-    learnt = read_picture(pictures(task)["train"][0].value, task.resolution)
-    values = (127.5 * (learnt.permute(1, 2, 0) + 1)).round().clamp(0, 255).byte().numpy()
+    learnt = pictures(task)["train"][0].value
+    values = (
+        (127.5 * (read_picture(learnt.source, task.resolution).permute(1, 2, 0) + 1))
+        .round()
+        .clamp(0, 255)
+        .byte()
+        .numpy()
+    )
     examples = [Shown(pictures=[("a picture that was learnt", Image.fromarray(values))])]
 
     with tempfile.TemporaryDirectory() as scratch:
         answer = predictor(task, model, Path(scratch))
         for number in range(count):
-            path = answer(Request(task.prompt, number, str(number), Path(scratch), None))["file"]
+            path = answer(Request(learnt.caption, number, str(number), Path(scratch), None))["file"]
             with Image.open(path) as painted:
                 examples.append(Shown(pictures=[(f"painted, noise {number}", painted.copy())]))
 
-    return Findings(f"Painted from {task.prompt!r}", examples)
+    return Findings(f"Painted from {learnt.caption!r}", examples)
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:

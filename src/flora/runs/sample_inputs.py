@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from flora.errors import UserError
@@ -14,7 +13,7 @@ FRAMES = 64  # of sound features, where the model leaves their number open
 FEATURES = ("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel")  # the size of one frame
 
 
-def random_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+def random_inputs(model: PreTrainedModel) -> dict[str, Any]:
     """Two random samples of the kind the model takes: images, volumes, token ids, sound, or noise and a prompt.
 
     Raises:
@@ -34,21 +33,44 @@ def random_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
             "(input_values, input_features) can be made at random; use merge_and_unload(safe_merge=True) of PEFT"
         )
 
-    return {
-        key: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
-        for key, value in inputs.items()
-    }
+    return cast("dict[str, Any]", _placed(inputs, model))
 
 
-def _inputs(name: str | None, config: Any, random: torch.Generator) -> dict[str, Tensor] | None:
+def _placed(value: Any, model: PreTrainedModel) -> Any:
+    """Tensors, alone or in a dict, on the device of the model; numbers with a fraction in its dtype."""
+    if isinstance(value, dict):
+        return {key: _placed(part, model) for key, part in value.items()}
+    if value.is_floating_point():
+        return value.to(model.device, model.dtype)
+    return value.to(model.device)
+
+
+def _inputs(name: str | None, config: Any, random: torch.Generator) -> dict[str, Any] | None:
+    # A transformer of Stable Diffusion 3.
+    if hasattr(config, "joint_attention_dim") and hasattr(config, "pooled_projection_dim"):
+        return {
+            "hidden_states": torch.randn(
+                2, config.in_channels, config.sample_size, config.sample_size, generator=random
+            ),
+            "timestep": torch.tensor([1.0, 500.0]),
+            "encoder_hidden_states": torch.randn(2, 7, config.joint_attention_dim, generator=random),
+            "pooled_projections": torch.randn(2, config.pooled_projection_dim, generator=random),
+        }
+
     # A UNet2DConditionModel.
     if hasattr(config, "cross_attention_dim") and hasattr(config, "sample_size"):
         shape = (2, config.in_channels, config.sample_size, config.sample_size)
-        return {
+        found: dict[str, Any] = {
             "sample": torch.randn(shape, generator=random),
             "timestep": torch.tensor([1.0, 500.0]),
             "encoder_hidden_states": torch.randn(2, 7, config.cross_attention_dim, generator=random),
         }
+        # That of Stable Diffusion XL is told the pooled prompt and six sizes too.
+        if getattr(config, "addition_embed_type", None) == "text_time":
+            width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            pooled = torch.randn(2, width, generator=random)
+            found["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": torch.full((2, 6), 64.0)}
+        return found
 
     if name == "pixel_values":
         return {name: torch.randn(2, *_image_shape(config), generator=random)}
