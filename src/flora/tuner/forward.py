@@ -99,8 +99,14 @@ def choice_for(layer: AdaptedLayer, active: list[str], x: Any) -> Choice:
     # Everything that the choice depends on is the key of the layer's memory of choices. Asking anew at each forward
     # would cost more time than a small layer takes.
     base = layer.base_layer
-    facts = (x.shape, x.dtype, x.device, type(base), layer.training, readable(layer), *active)
-    choice = layer.choices.get(facts)
+    facts: tuple[Any, ...] = (x.shape, x.dtype, x.device, type(base), layer.training, readable(layer), *active)
+
+    try:
+        choice = layer.choices.get(facts)
+    except TypeError:
+        # The sizes are a tracer's symbols, which cannot be looked up.
+        return _choose(layer, active, _work(layer, active, x, compiled=True))
+
     if choice is None:
         choice = _choose(layer, active, _work(layer, active, x, compiled=False))
 

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from flora.errors import UserError
@@ -28,7 +30,10 @@ from flora.layers.summed import with_update
 from flora.tucker.form import Tucker
 from flora.tuner.adapted import AdaptedLayer
 from flora.tuner.forward import SHARDED
-from flora.tuner.merging import base_weight
+from flora.tuner.merging import base_weight, unmerge
+
+# What an exporter or tracer puts in the place of an ordinary tensor.
+STAND_INS = (FakeTensor, FunctionalTensor)
 
 # While a batch runs with an adapter for each sample, a weight that is read would have to be several.
 ADAPTER_PER_SAMPLE: ContextVar[bool] = ContextVar("adapter_per_sample", default=False)
@@ -109,6 +114,10 @@ def _weights_of(layer: AdaptedLayer) -> dict[str, tuple[AdaptedLayer, str]]:
     found: dict[str, tuple[AdaptedLayer, str]] = {}
     part: nn.Module = layer
     while isinstance(part, AdaptedLayer):
+        # As a call does: what is merged is taken out while adapters are disabled.
+        if part.disable_adapters and part.merged:
+            unmerge(part)
+
         for weight in part.attributes if part.in_force() else ():
             found.setdefault(weight, (part, weight))
 
@@ -137,12 +146,18 @@ def read(layer: AdaptedLayer, weight: str) -> Tensor:
         packed or sharded, it answers questions about the weight and refuses every operation.
 
     Raises:
-        UserError: an adapter runs for each sample, so there is no one weight.
+        UserError: an adapter runs for each sample, so there is no one weight; or the model is traced by symbols.
     """
     adapters = layer.in_force()
     stored = layer.stored(weight)
     if not adapters:
         return stored
+
+    if isinstance(stored, torch.fx.Proxy):
+        raise UserError(
+            f"{layer.place}: its {weight} is read while torch.fx traces the model by symbols, which knows no W + s dW; "
+            "merge the adapter first, or use torch.export"
+        )
 
     can_be_summed = _is_ordinary(layer, stored) or _stands_for_numbers(layer, stored)
     if not can_be_summed:
@@ -154,7 +169,7 @@ def read(layer: AdaptedLayer, weight: str) -> Tensor:
             "instead of the layer being called; run one batch per adapter, with set_adapter"
         )
 
-    if _is_watched():
+    if _is_watched() or type(stored) in STAND_INS:
         _note(layer, weight)
         return with_update(_values(layer, stored), layer.dense(adapters, weight))
 
@@ -166,9 +181,9 @@ def read(layer: AdaptedLayer, weight: str) -> Tensor:
 
 def _is_ordinary(layer: AdaptedLayer, stored: Tensor) -> bool:
     """Whether the weight is a tensor of numbers, as a whole and in its place."""
-    return (
-        type(stored) in (Tensor, nn.Parameter) and not hasattr(stored, SHARDED) and layer.quantization_backend is None
-    )
+    if layer.quantization_backend is not None or type(stored) not in (Tensor, nn.Parameter, *STAND_INS):
+        return False
+    return not hasattr(stored, SHARDED)
 
 
 def _stands_for_numbers(layer: AdaptedLayer, stored: Tensor) -> bool:

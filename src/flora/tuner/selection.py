@@ -10,6 +10,7 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
 from flora.layers.patterns import Expression, exact_name, exact_pattern
 
+PARAMETRIZATIONS = "parametrizations"  # where a module of torch keeps those of its weights
 CONDENSED_FROM = 20  # names from which a list is shortened to ends of names
 
 # The first number in a name that is a part of its own is the index of the layer; two parts stand before it.
@@ -84,7 +85,7 @@ class Selection:
         """Whether the module is targeted; PEFT's own word for one that would be but is excluded."""
         if self.excluded.has(name) or self.is_saved(name):
             return _ExcludedModule()
-        if not self.wanted.has(name):
+        if not self.wanted.has(name) or self._is_parametrization(name):
             return False
         if not self.indices or self.wanted.expression is not None or self.wanted.names_in_full(name):
             return True
@@ -94,6 +95,12 @@ class Selection:
     def is_saved(self, name: str) -> bool:
         """Whether the module is one of ``modules_to_save``, or inside one."""
         return any(f".{saved}." in f".{name}." for saved in self.saved)
+
+    def _is_parametrization(self, name: str) -> bool:
+        """Whether the module is one that torch makes a parametrized weight by: "0" would be the end of its name."""
+        if f".{PARAMETRIZATIONS}." not in f".{name}." or self.wanted.names_in_full(name):
+            return False
+        return self.wanted.expression is None or PARAMETRIZATIONS not in self.wanted.expression.shown
 
     def _is_in_layers(self, name: str) -> bool:
         found = next((match for layer in self.layers if (match := layer.match(name))), None)
