@@ -177,7 +177,6 @@ WRAPPERS: dict[str, Callable[[PeftModel, Tensor], Tensor]] = {
     "double, swapped": _swapped,
     "checkpointed": lambda model, x: checkpoint(model, x, use_reentrant=False),
     "inference mode": _without_gradients,
-    "jvp": lambda model, x: torch.func.jvp(model, (x,), (x,))[0],
     "traced by jit": lambda model, x: torch.jit.trace(model, (x + 1,), check_trace=False)(x),
     "exported": _exported,
     "fx, symbolic sizes": _fx,
