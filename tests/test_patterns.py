@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+import time
 from typing import Any
 
 import pytest
@@ -221,3 +224,33 @@ def test_entries_ask_every_table_by_all_names_of_a_weight() -> None:
     assert entries.scale(names_of(*OUT)) == 4.0
     assert entries.fold(names_of(*OUT)) == "(a b) c, a=2"
     assert entries.fold(names_of("attn", "in_proj_weight")) is None
+
+
+@given(
+    keys=st.lists(
+        st.lists(st.sampled_from(["a", "b", "0", ".", r"\."]), min_size=1, max_size=5).map("".join), max_size=6
+    ),
+    name=st.lists(st.text("ab0", min_size=1, max_size=2), min_size=1, max_size=4).map(".".join),
+)
+def test_ends_of_names_are_looked_up_as_the_expression_matches(keys: list[str], name: str) -> None:
+    """A dot without a backslash is any character, as in the expression of the key."""
+    matching = [key for key in keys if re.match(rf"(.*\.)?({key})$", name)]
+    table = Patterns(dict.fromkeys(keys, 1))
+    found = table.find((name,))
+    assert (found and found.key) == (matching[0] if matching else None)
+    assert set(table.unmatched([name])) == set(keys) - set(matching)
+
+
+def test_a_table_of_ends_of_names_is_read_in_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Expression, "match", lambda self, name: pytest.fail(f"{self.shown} was tried"))
+    count = 5000
+    table = Patterns({f"layers.{n}.q" if n % 2 else rf"layers\.{n}\.q": n for n in range(count)})
+    names = [f"model.layers.{n}.q" for n in range(count)]
+    assert [table.find((name,)).value for name in names] == [*range(count)]
+    assert table.unmatched(names) == []
+
+
+def test_a_busy_machine_does_not_make_a_match_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = itertools.count(step=100)
+    monkeypatch.setattr(time, "perf_counter", lambda: next(seconds))
+    assert Patterns({r"x+\d": 1}).find(("m.xx7",)) is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import regex
@@ -18,6 +18,7 @@ MOST_REPEATS = 10_000  # copies that the counts of a pattern, {n} within {m}, ma
 SECONDS = 10.0  # for all the slow matches of one table of patterns together
 SLOW = 0.01  # seconds; what takes less does not count
 _COUNT = re.compile(r"\{(\d*),?(\d*)\}")
+_CHARACTER = re.compile(r"\\\.|[\w.]")  # of a key that is a name; a dot without a backslash is any character
 
 
 class Found(NamedTuple, Generic[Value]):
@@ -113,14 +114,15 @@ class Expression:
         Raises:
             UserError: it takes too long.
         """
-        start = time.perf_counter()
+        # Of this thread's work: a machine that is busy with something else must not make a match slow.
+        start = time.thread_time()
 
         try:
             found = self.compiled.match(name, timeout=max(self.clock.left, SLOW))
         except TimeoutError:
             found, self.clock.left = None, 0.0
 
-        self.clock.spend(time.perf_counter() - start)
+        self.clock.spend(time.thread_time() - start)
 
         if self.clock.left <= 0:
             raise UserError(
@@ -131,6 +133,52 @@ class Expression:
         return found
 
 
+def _is_end(key: str) -> bool:
+    """Whether a key is a name or the end of one: characters of names, and dots with or without a backslash."""
+    return re.fullmatch(rf"(?:{_CHARACTER.pattern})+", key) is not None
+
+
+class _Ends(Generic[Value]):
+    """Keys that are ends of names, each looked up under the places of its free dots, which stand for any character."""
+
+    def __init__(self) -> None:
+        # Length -> places of the free dots -> the key's text -> the first entry of that text.
+        self.found: dict[int, dict[tuple[int, ...], dict[str, Found[Value]]]] = {}
+        self.entries: list[Found[Value]] = []
+
+    def add(self, entry: Found[Value]) -> None:
+        """Takes in the entry of a key for which ``_is_end`` holds."""
+        characters = _CHARACTER.findall(entry.key)
+        free = tuple(place for place, character in enumerate(characters) if character == ".")
+        text = "".join(character[-1] for character in characters)
+        self.found.setdefault(len(text), {}).setdefault(free, {}).setdefault(text, entry)
+        self.entries.append(entry)
+
+    def matching(self, name: str) -> Iterator[Found[Value]]:
+        """The entries that hold for a name; of several keys that mean the same, the first."""
+        start = 0
+        while True:
+            end = name[start:]
+
+            for free, texts in self.found.get(len(end), {}).items():
+                characters = list(end)
+                for place in free:
+                    characters[place] = "."
+
+                entry = texts.get("".join(characters))
+                if entry is not None:
+                    yield entry
+
+            start = name.find(".", start) + 1
+            if not start:
+                return
+
+    def unmatched(self, names: Iterable[str]) -> list[Found[Value]]:
+        """The entries whose key means none of these names."""
+        met = {entry.key for name in names for entry in self.matching(name)}
+        return [entry for entry in self.entries if entry.key not in met]
+
+
 class Patterns(Generic[Value]):
     """A table of a config, such as ``rank_pattern``: regular expression or end of a name -> value.
 
@@ -139,8 +187,8 @@ class Patterns(Generic[Value]):
     several keys that match it, the first. A key matches a name, or the end of one that begins after a dot, as PEFT
     has it.
 
-    Each key is compiled once and exact names are looked up, so a table with an entry for each of n weights is read in
-    time linear in n.
+    Names and ends of names are looked up, other keys compiled once, so a table with an entry for each of n weights is
+    read in time linear in n.
 
     Args:
         given: key -> value.
@@ -153,8 +201,7 @@ class Patterns(Generic[Value]):
     def __init__(self, given: Mapping[str, Value], field: str = "the pattern") -> None:
         self.field = field
         self.exact: dict[str, Found[Value]] = {}
-        # Last part of a name -> its entry.
-        self.leaves: dict[str, Found[Value]] = {}
+        self.ends: _Ends[Value] = _Ends()
         self.others: list[tuple[Expression, Found[Value]]] = []
         clock = Clock()
 
@@ -163,8 +210,8 @@ class Patterns(Generic[Value]):
             name = exact_name(key)
             if name is not None:
                 self.exact[name] = entry
-            elif re.fullmatch(r"\w+", key):
-                self.leaves[key] = entry
+            elif _is_end(key):
+                self.ends.add(entry)
             else:
                 self.others.append((Expression(rf"(.*\.)?({key})$", field, key, clock), entry))
 
@@ -186,16 +233,18 @@ class Patterns(Generic[Value]):
 
     def unmatched(self, names: Collection[str]) -> list[str]:
         """The keys that match none of these names."""
-        leaves = {name.rpartition(".")[2] for name in names}
         unmatched = [entry for name, entry in self.exact.items() if name not in names]
-        unmatched += [entry for leaf, entry in self.leaves.items() if leaf not in leaves]
+        unmatched += self.ends.unmatched(names)
         unmatched += [entry for expression, entry in self.others if not any(map(expression.match, names))]
         return [entry.key for entry in sorted(unmatched, key=lambda entry: entry.place)]
 
     def _first(self, name: str) -> Found[Value] | None:
         # Entries of plain names are looked up; only those of expressions are tried one by one, and no further than the
         # entry that is already found, since the first in the table holds.
-        plain = [entry for entry in (self.exact.get(name), self.leaves.get(name.rpartition(".")[2])) if entry]
+        plain = [*self.ends.matching(name)]
+        if name in self.exact:
+            plain.append(self.exact[name])
+
         first = min(plain, key=lambda entry: entry.place, default=None)
         for expression, entry in self.others:
             if first is not None and first.place < entry.place:
