@@ -178,6 +178,7 @@ def starts(lines: Sequence[Mapping[str, Any]]) -> str:
             if not own:
                 continue
             steps = [line["start"]["step"] for line in own]
+            cost = [line["start"]["seconds"] / (line["seconds"] / line["steps"]) for line in own]
             counts = ", ".join(f"{step:g}: {steps.count(step)}" for step in sorted(set(steps)))
             out = statistics.fmean(len(line["start"]["left_out"]) for line in own)
             rows.append(
@@ -186,6 +187,7 @@ def starts(lines: Sequence[Mapping[str, Any]]) -> str:
                     "method": METHODS[method].title,
                     "size of the step: how often": counts,
                     "weights left out": f"{out:.1f}",
+                    "time, in training steps": f"{statistics.median(cost):.0f}",
                 }
             )
     return _markdown(rows)
