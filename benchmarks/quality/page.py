@@ -50,6 +50,10 @@ samples and the order, the same for all methods.
 ![test score against trainable parameters](quality.png)
 
 The picture shows the setting without tuning; only full fine-tuning is at its best rate, as a mark to reach.
+
+The start is an option and no default: its mean is ahead of the other adapters' on four tasks, told apart on CIFAR only,
+and behind on the handwritten digits, the smallest training set (100 images), where steps of 0.1 to 0.3 were chosen on a
+single batch for judging.
 """
 AWAY = "2c697203"  # begins the commit of the lines that another machine made
 AWAY_NOTE = """The lines of the commit 2c69720 were made on another machine, whose tree may have been that of the commit
