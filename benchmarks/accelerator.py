@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ class Row:
         head: what every method trains in full, a name in the model.
         targets: raw parameters that are adapted as well.
         blocks: names of the classes that a compiler is given one by one.
+        part: quick -> the model that is compiled, with one block of each shape, and what it is in words; by default
+            the whole model.
     """
 
     build: Callable[[bool], nn.Module]
@@ -43,6 +46,7 @@ class Row:
     head: str | None = None
     targets: tuple[str, ...] = ()
     blocks: tuple[str, ...] = ()
+    part: tuple[Callable[[bool], nn.Module], str] | None = None
 
 
 def linear(inner: int, out: int) -> Row:
@@ -57,29 +61,33 @@ def linear(inner: int, out: int) -> Row:
     return Row(build, inputs, "8,192 tokens")
 
 
-def convnext(quick: bool) -> nn.Module:
+def convnext(quick: bool, depths: Sequence[int] = (3, 3, 27, 3)) -> nn.Module:
     """ConvNeXt-V2-Large."""
     from transformers import ConvNextV2Config, ConvNextV2ForImageClassification
 
-    depths, widths = ([1, 1, 2, 1], [16, 32, 32, 32]) if quick else ([3, 3, 27, 3], [192, 384, 768, 1536])
-    return ConvNextV2ForImageClassification(ConvNextV2Config(depths=depths, hidden_sizes=widths, num_labels=10))
+    widths = [192, 384, 768, 1536]
+    if quick:
+        depths, widths = [min(depth, 2) for depth in depths], [16, 32, 32, 32]
+    return ConvNextV2ForImageClassification(ConvNextV2Config(depths=list(depths), hidden_sizes=widths, num_labels=10))
 
 
-def resnet(quick: bool) -> nn.Module:
+def resnet(quick: bool, depths: Sequence[int] = (3, 4, 6, 3)) -> nn.Module:
     """ResNet-50."""
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    small = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]} if quick else {}
-    return ResNetForImageClassification(ResNetConfig(num_labels=10, **small))
+    size: dict[str, Any] = {"depths": list(depths)}
+    if quick:
+        size = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]}
+    return ResNetForImageClassification(ResNetConfig(num_labels=10, **size))
 
 
-def llama_block(quick: bool) -> nn.Module:
-    """Two blocks of a Llama-like model with eight experts, two for each token (Mixtral)."""
+def llama_block(quick: bool, layers: int = 2) -> nn.Module:
+    """Blocks of a Llama-like model with eight experts, two for each token (Mixtral)."""
     from transformers import MixtralConfig, MixtralModel
 
     width, inner = (64, 96) if quick else (2048, 4096)
     config = MixtralConfig(
-        vocab_size=128, hidden_size=width, intermediate_size=inner, num_hidden_layers=2, num_local_experts=8,
+        vocab_size=128, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_local_experts=8,
         num_attention_heads=4 if quick else 16, num_key_value_heads=2 if quick else 4,
     )  # fmt: skip
     config._experts_implementation = "grouped_mm"
@@ -119,13 +127,21 @@ def hidden_states(quick: bool) -> dict[str, Tensor]:
 
 
 ROWS: dict[str, Row] = {
-    "convnext": Row(convnext, images(64), "batch 64, 224 x 224", "classifier", blocks=("ConvNextV2Layer",)),
+    "convnext": Row(
+        convnext,
+        images(64),
+        "batch 64, 224 x 224",
+        "classifier",
+        blocks=("ConvNextV2Layer",),
+        part=(partial(convnext, depths=(1, 1, 1, 1)), "one block of each of four widths"),
+    ),
     "unet": Row(
         lambda quick: DiffusionUNet((32, 32, 64), 32) if quick else DiffusionUNet(),
         latents,
         "batch 16, latents of 64 x 64",
         "head",
         blocks=(Residual.__name__, Attention.__name__),
+        part=(lambda quick: DiffusionUNet((32, 32) if quick else (320, 640), 32 if quick else 768), "two resolutions"),
     ),
     "unet3d": Row(
         lambda quick: VolumeUNet((8, 16)) if quick else VolumeUNet(),
@@ -133,14 +149,23 @@ ROWS: dict[str, Row] = {
         "batch 2, 96 x 96 x 96",
         "head",
         blocks=(VolumeBlock.__name__,),
+        part=(lambda quick: VolumeUNet((8, 16) if quick else (32, 64, 128)), "three resolutions"),
     ),
-    "resnet": Row(resnet, images(128), "batch 128, 224 x 224", "classifier.1", blocks=("ResNetBottleNeckLayer",)),
+    "resnet": Row(
+        resnet,
+        images(128),
+        "batch 128, 224 x 224",
+        "classifier.1",
+        blocks=("ResNetBottleNeckLayer",),
+        part=(partial(resnet, depths=(1, 1, 1, 1)), "one block of each of four widths"),
+    ),
     "llama": Row(
         llama_block,
         hidden_states,
         "4 x 2,048 tokens, 2 of 8 experts",
         targets=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
         blocks=("MixtralDecoderLayer",),
+        part=(partial(llama_block, layers=1), "one block"),
     ),
     "linear-4096-4096": linear(4096, 4096),
     "linear-4096-1024": linear(4096, 1024),
@@ -264,18 +289,23 @@ class Run:
     steps: dict[str, clock.Step] = field(default_factory=dict)
 
 
-def measure(name: str, asked: Any, found: dict[str, Any], save: Callable[[], None]) -> None:
-    """Measures one row in every mode; ``found`` grows, and is saved after each mode."""
+def measure(name: str, modes: Sequence[str], asked: Any, found: dict[str, Any], save: Callable[[], None]) -> None:
+    """Measures one row in these modes; ``found`` grows, and is saved after each mode."""
     row, cuda = ROWS[name], asked.device == "cuda"
-    methods: dict[str, Any] = {}
-    line = {"case": name, "group": "linear" if name.startswith("linear") else "model", "size": row.size, "rank": RANK}
+    line = _line(name, found)
+    if "skipped" in line:
+        return
+    methods = line["methods"]
+    build = row.build
+    if "compiled" in modes and row.part is not None:
+        build, line["compiled_part"] = row.part
+
     torch.manual_seed(asked.seed)
     try:
-        base = row.build(asked.quick)
+        base = build(asked.quick)
     except ImportError as error:
-        found["models"].append({**line, "skipped": str(error)})
+        line["skipped"] = str(error)
         return
-    found["rows" if line["group"] == "linear" else "models"].append({**line, "methods": methods})
 
     dtype = torch.bfloat16
     base = base.to(asked.device, dtype)
@@ -284,11 +314,11 @@ def measure(name: str, asked: Any, found: dict[str, Any], save: Callable[[], Non
     for method in METHODS:
         model = under(method, copy.deepcopy(base), row)
         count = sum(value.numel() for value in model.parameters() if value.requires_grad)
-        methods[method] = {"parameters": count, "ms": {}, "peak": {}}
+        methods.setdefault(method, {"parameters": count, "ms": {}, "peak": {}})
         run.models[method], run.steps[method] = model, training_step(model, inputs)
     del base
 
-    for mode in asked.modes:
+    for mode in modes:
         if mode == "captured" and not cuda:
             continue
         time_mode(mode, run, methods)
@@ -298,6 +328,18 @@ def measure(name: str, asked: Any, found: dict[str, Any], save: Callable[[], Non
     gc.collect()
     if cuda:
         torch.cuda.empty_cache()
+
+
+def _line(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    """What was found of a row so far."""
+    group = "linear" if name.startswith("linear") else "model"
+    lines = found["rows" if group == "linear" else "models"]
+    for line in lines:
+        if line["case"] == name:
+            return line  # type: ignore[no-any-return]
+    line = {"case": name, "group": group, "size": ROWS[name].size, "rank": RANK, "methods": {}}
+    lines.append(line)
+    return line
 
 
 def time_mode(mode: str, run: Run, methods: dict[str, Any]) -> None:

@@ -1,12 +1,15 @@
 """What a training step takes on a CUDA device in bfloat16: frozen, FLoRA, LoRA and full fine-tuning, in three modes.
 
-``python benchmarks/gpu.py [--rows NAME,...] [--modes MODE,...] [--minutes N] [--profile] [--out FOLDER]``
-writes ``gpu.json`` after every row and mode, and stops when its minutes are over. ``--device cpu --quick`` runs small
-rows on a CPU, to see that everything runs. Rows whose package is missing are reported as not run.
+``python benchmarks/gpu.py [--rows NAME,...] [--modes MODE,...] [--minutes N] [--commit HASH] [--out FOLDER]``
+writes ``gpu.json`` after every row and mode, and stops when its minutes are over. Every row is first run eager and
+captured, then, in the same order, compiled, because compilers take long; the rows that matter most come first.
+``--device cpu --quick`` runs small rows on a CPU, to see that everything runs. Rows whose package is missing are
+reported as not run.
 
-*eager*: the host prepares each kernel, and the device is waited for after each step. *compiled*: the blocks of the
-model under ``torch.compile``. *captured*: the eager step recorded once as a CUDA graph and replayed, which is the time
-of the device alone.
+*eager*: the host prepares each kernel, and the device is waited for after each step. *compiled*: a model with
+one block of each shape, each block under ``torch.compile``, which takes the compiler a fraction of the whole model's
+time; relative times hold for the blocks. *captured*: the eager step recorded once as a CUDA graph and replayed, which
+is the time of the device alone.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small rows, two repeats")
     parser.add_argument("--profile", action="store_true", help="also the kernels of FLoRA's and of the full step")
     parser.add_argument("--out", type=Path, help="folder of the result")
+    parser.add_argument("--commit", help="hash of the code, where the copy has no git; else that of a file COMMIT")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
@@ -61,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if asked.rows == ("list",):
         print("\n".join(accelerator.ROWS))
         return 0
-    options = results.Options(asked.quick, (1,), asked.seed, results.load())
+    options = results.Options(asked.quick, (1,), asked.seed, results.load(), asked.commit)
     folder = asked.out or (results.QUICK if asked.quick else results.RESULTS)
     found: dict[str, Any] = {
         "device": asked.device,
@@ -80,18 +84,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         raise SystemExit(f"unknown rows {', '.join(unknown)}; --rows list prints them")
     names = asked.rows or tuple(accelerator.ROWS)
-    for place, name in enumerate(names):
+    passes = [("captured", "eager"), ("compiled",)]
+    left = [(name, modes) for modes in passes for name in names if set(modes) & set(asked.modes)]
+    while left:
+        name, modes = left[0]
         try:
-            accelerator.measure(name, asked, found, save)
-        except OutOfTimeError:
-            found["not_run"] = [f"{left}: out of time" for left in names[place:]]
-            break
+            accelerator.measure(name, [mode for mode in asked.modes if mode in modes], asked, found, save)
         except Exception as error:  # one row that fails must not take the others along
-            if time.perf_counter() - begun > 60 * asked.minutes - 1:  # a compiler has wrapped it
-                found["not_run"] = [f"{left}: out of time" for left in names[place:]]
+            over = isinstance(error, OutOfTimeError) or time.perf_counter() - begun > 60 * asked.minutes - 1
+            if over:  # a compiler may have wrapped it
                 break
-            found.setdefault("failed", {})[name] = f"{type(error).__name__}: {error}"[:2000]
+            found.setdefault("failed", {})[f"{name}, {' and '.join(modes)}"] = f"{type(error).__name__}: {error}"[:2000]
             print(f"{name} failed: {type(error).__name__}: {error}"[:3000], flush=True)
+        left.pop(0)
+    if left:
+        found["not_run"] = [f"{name}, {' and '.join(modes)}: out of time" for name, modes in left]
     signal.setitimer(signal.ITIMER_REAL, 0)
     save()
     print(accelerator.summary(found), f"took {found['took']} s", sep="\n", flush=True)

@@ -20,11 +20,31 @@ def section(result: Row) -> list[str]:
     """Times and peak memory in each mode."""
     rows = [*result["rows"], *result["models"]]
     parts = ["## On a GPU", f"{result['machine']['device']}, {result['dtype']}."]
+    if "commit_note" in result:
+        parts.append(f"The commit is {result['commit_note']}.")
+    parts += ["Where FLoRA loses:", "\n".join(losses(rows)) or "Nowhere."]
     for mode, meaning in MODES.items():
         parts += [f"### {mode.capitalize()}", meaning, times(rows, mode)]
         if mode != "captured":
             parts += ["Peak memory of a step, MiB:", peaks(rows, mode)]
     return parts
+
+
+def losses(rows: Sequence[Row]) -> list[str]:
+    """A line for every row and mode in which FLoRA takes longer than LoRA, or 1.05 times full fine-tuning."""
+    lines = []
+    for row in rows:
+        for mode in MODES:
+            if mode not in row.get("methods", {}).get("frozen", {}).get("ms", {}):
+                continue
+            behind = [
+                f"{times:.2f} times {NAMES[name]}"
+                for name, limit in (("lora", 1.0), ("full", 1.05))
+                if (times := ratio(row, "flora", name, mode=mode)) is not None and times > limit
+            ]
+            if behind:
+                lines.append(f"* {row['case']}, {mode}: {' and '.join(behind)}")
+    return lines
 
 
 def times(rows: Sequence[Row], mode: str) -> str:
@@ -40,7 +60,10 @@ def times(rows: Sequence[Row], mode: str) -> str:
         frozen = row["methods"]["frozen"]["ms"][mode]["median"]
         others = [ratio(row, name, "frozen", mode=mode) for name in SHOWN[1:]]
         cells = [f"{times:.2f}" if times else DASH for times in others]
-        lines.append([row["case"], f"{row['size']}, r = {row['rank']}", f"{frozen:.2f}", *cells])
+        size = f"{row['size']}, r = {row['rank']}"
+        if mode == "compiled" and "compiled_part" in row:
+            size = f"{size}, {row['compiled_part']}"
+        lines.append([row["case"], size, f"{frozen:.2f}", *cells])
     return markdown(lines, ["what", "input", "frozen, ms", *(NAMES[name] for name in SHOWN[1:])])
 
 

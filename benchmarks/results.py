@@ -30,19 +30,21 @@ class Options:
         threads: thread counts to time with; the first is the headline.
         seed: of weights, inputs and orders.
         load: of the machine before the question was asked, averaged over the last minute.
+        commit: of the code, where the run has no git to ask.
     """
 
     quick: bool = False
     threads: tuple[int, ...] = (1, 2)
     seed: int = 0
     load: float | None = None
+    commit: str | None = None
 
 
 def provenance(options: Options) -> dict[str, Any]:
     """Machine, versions, commit, date and options of a run."""
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": commit(),
+        "commit": options.commit or commit(),
         "machine": {
             "cpu": cpu(),
             "cores": os.cpu_count(),
@@ -58,12 +60,16 @@ def provenance(options: Options) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Of the checkout, marked "-dirty" where the library or a script differs from it; None without git."""
+    """Of the checkout, marked "-dirty" where the library or a script differs from it.
+
+    A copy without git may have the hash in a file ``COMMIT`` at its root; None where it has not.
+    """
     try:
         head = _git("rev-parse", "HEAD")
         changed = _git("status", "--porcelain", "--", "src", "benchmarks/*.py")
     except (OSError, subprocess.SubprocessError):
-        return None
+        written = ROOT / "COMMIT"
+        return written.read_text(encoding="utf-8").strip() if written.exists() else None
     return head + ("-dirty" if changed else "")
 
 

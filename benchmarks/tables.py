@@ -41,8 +41,9 @@ def origin(results: Mapping[str, Row]) -> str:
         machine = result["machine"]
         versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
         commit = (result["commit"] or "unknown")[:12] + ("-dirty" if "dirty" in str(result["commit"]) else "")
+        commit = f"about `{commit}`" if result.get("commit_is_approximate") else f"`{commit}`"
         where = f"{machine['cpu']}, {machine['cores']} cores, {machine['device']}"
-        rows.append([name, result["date"], f"`{commit}`", where, f"{machine['load_before']}", result["seed"], versions])
+        rows.append([name, result["date"], commit, where, f"{machine['load_before']}", result["seed"], versions])
     return markdown(rows, ["question", "date", "commit", "machine", "load before", "seed", "versions"])
 
 

@@ -118,15 +118,16 @@ def _score(row: dict[str, Any]) -> str:
 
 
 def gpu_table() -> str:
-    """Step time and peak memory of the largest linear layer and of whole models on a GPU, for each method."""
+    """Where FLoRA loses on a GPU; then each method's time and memory, of whole models and its worst linear layer."""
     report = read("gpu")
     shown = ("frozen", "flora", "lora", "full")
     lines = [
         "| training step | | " + " | ".join(NAMES[name] if name != "frozen" else name for name in shown) + " |",
         "|---|---|---|---|---|---|",
     ]
-    linear = [row for row in report["rows"] if row.get("group") == "linear" and "methods" in row][-1:]
-    chosen = [*linear, *(row for row in report["models"] if "methods" in row)]
+    linear = [row for row in report["rows"] if row.get("group") == "linear" and "methods" in row]
+    worst = max(linear, key=lambda row: _eager(row, "flora") / _eager(row, "lora"))
+    chosen = [*(row for row in report["models"] if "methods" in row), worst]
     for row in chosen:
         methods = [row["methods"].get(name, {}) for name in shown]
         label = f"{CASES.get(row['case'], row['case'])}, {row['size']}"
@@ -141,12 +142,34 @@ def gpu_table() -> str:
     lines += [
         "",
         f"{report['machine']['device']}, {report['dtype']}, torch {versions['torch']}, PEFT {versions['peft']}, rank "
-        f"{chosen[0]['rank']} for both adapters, commit {report['commit'][:7]}. A step is a forward and a backward "
-        "without an optimiser.",
+        f"{chosen[0]['rank']} for both adapters, commit {'about ' if report.get('commit_is_approximate') else ''}"
+        f"{report['commit'][:7]}. A step is a forward and a backward without an optimiser.",
         "",
         *_against_lora(chosen),
     ]
-    return "\n".join(lines)
+    return "\n".join([*_where_it_loses([*report["models"], *linear]), "", *lines])
+
+
+def _eager(row: dict[str, Any], method: str) -> float:
+    return float(row["methods"][method]["ms"]["eager"]["median"])
+
+
+def _where_it_loses(rows: list[dict[str, Any]]) -> list[str]:
+    """A sentence for each mode with the rows in which FLoRA takes longer than LoRA."""
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.ratios import ratio
+
+    sentences = []
+    for mode, meaning in MODES.items():
+        found = [row for row in rows if all(mode in row["methods"][name]["ms"] for name in ("flora", "lora"))]
+        behind = []
+        for row in found:
+            times = ratio(row, "flora", "lora", mode=mode)
+            if times is not None and times > 1:
+                behind.append(f"{CASES.get(row['case'], row['case'])} ({times:.2f} times LoRA's step)")
+        told = f"in {len(behind)} of {len(found)}: {', '.join(behind)}" if behind else f"in none of {len(found)}"
+        sentences.append(f"* {meaning}: {told}.")
+    return ["Rows in which FLoRA takes longer than LoRA:", "", *sentences]
 
 
 def _number(value: float | None, unit: str, digits: int) -> str:
@@ -155,16 +178,17 @@ def _number(value: float | None, unit: str, digits: int) -> str:
 
 def _against_lora(rows: list[dict[str, Any]]) -> list[str]:
     """A sentence per row: how FLoRA compares with LoRA and with full fine-tuning, in time and memory."""
+    from benchmarks.ratios import ratio
+
     lines = []
     for row in rows:
-        flora, lora, full = (row["methods"].get(name, {}) for name in ("flora", "lora", "full"))
+        flora, lora = (row["methods"].get(name, {}) for name in ("flora", "lora"))
         parts = []
         for mode, meaning in MODES.items():
-            times = [method.get("ms", {}).get(mode, {}).get("median") for method in (flora, lora, full)]
-            if all(times):
-                against_lora, against_full = times[0] / times[1], times[0] / times[2]
+            against = [ratio(row, "flora", other, mode=mode) for other in ("lora", "full")]
+            if None not in against:
                 parts.append(
-                    f"{against_lora:.2f} times LoRA's step and {against_full:.2f} times that of full fine-tuning "
+                    f"{against[0]:.2f} times LoRA's step and {against[1]:.2f} times that of full fine-tuning "
                     f"({meaning})"
                 )
         peaks = [method.get("peak", {}).get("eager") for method in (flora, lora)]
@@ -189,6 +213,9 @@ CASES = {  # the names of the GPU's rows, in words
     "resnet": "ResNet-50",
     "llama": "two Mixtral blocks with experts",
     "linear-4096-4096": "Linear 4096 -> 4096",
+    "linear-4096-1024": "Linear 4096 -> 1024",
+    "linear-4096-14336": "Linear 4096 -> 14336",
+    "linear-768-3072": "Linear 768 -> 3072",
 }
 NAMES = {
     "frozen": "head only",

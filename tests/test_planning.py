@@ -148,17 +148,29 @@ def test_on_a_gpu_the_gradient_is_dense_where_tokens_far_outnumber_channels() ->
     assert choose(wide) == SUMMED_NARROW
 
 
+KINDS = {  # kind, size of the kernel, groups, transposed
+    "linear": ("linear", (), 1, False),
+    "embedding": ("embedding", (), 1, False),
+    "1x1": ("conv", (1, 1), 1, False),
+    "1-D": ("conv", (5,), 1, False),
+    "3x3": ("conv", (3, 3), 1, False),
+    "3x3x3": ("conv", (3, 3, 3), 1, False),
+    "grouped": ("conv", (3, 3), 4, False),
+    "transposed": ("conv", (2, 2), 1, True),
+}
+
+
 @given(
-    st.sampled_from(["linear", "conv"]), st.integers(2, 2048), st.integers(2, 2048), st.integers(1, 64),
-    st.integers(1, 100_000), st.sampled_from([2, 4]), st.booleans(),
+    st.sampled_from(sorted(KINDS)), st.integers(2, 2048), st.integers(2, 2048), st.integers(1, 64),
+    st.integers(1, 100_000), st.sampled_from([2, 4]), st.booleans(), st.booleans(),
 )  # fmt: skip
 def test_no_choice_has_more_operations_and_bytes_than_every_alternative(  # type: ignore[no-untyped-def]
-    kind, out, inner, rank, positions, size, cpu
+    name, out, inner, rank, positions, size, cpu, compiled
 ) -> None:
     """Called is what summed is without being one function: it is never cheaper."""
-    kernel = (3, 3) if kind == "conv" else ()
-    ranks = (min(rank, out), min(rank, inner), *(2 for _ in kernel))
-    work = Work(kind, (out, inner, *kernel), ranks, positions, positions, cpu=cpu, element_size=size)
+    kind, kernel, groups, transposed = KINDS[name]
+    ranks = (min(rank, out), min(rank, inner), *(min(2, pixels) for pixels in kernel))
+    work = Work(kind, (out, inner, *kernel), ranks, positions, positions, groups, transposed, cpu, size, compiled)
     chosen, priced = choose(work), dict(costs(work))
     called = priced[SUMMED]
     others = [cost for choice, cost in priced.items() if choice.way != chosen.way] + [called]
