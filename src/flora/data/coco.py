@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import defaultdict
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flora.data.images import Source, hub_column, hub_images, read_image
-from flora.data.records import SPLIT_NAMES, Bad, Item, sift, split_paths
+from flora.data.records import SPLIT_NAMES, Bad, Item, json_of, sift, split_paths
 from flora.errors import UserError
 
 SLACK = 2  # pixels that a box may stick out of its image
@@ -70,12 +69,10 @@ def read_coco(path: Path, folder: Path) -> Part:
         ValueError: the file is not JSON, or not of this format; names it, with the line.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json_of(path)
         images = {image["id"]: folder / image["file_name"] for image in content["images"]}
         categories = {category["id"]: category["name"] for category in content["categories"]}
         rows = [Item(f"{path}: annotation {row.get('id', at)}", row) for at, row in enumerate(content["annotations"])]
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from None
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not of COCO's format: {type(error).__name__} {error}") from None
 

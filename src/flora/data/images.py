@@ -12,7 +12,7 @@ from typing import IO, Any, Literal
 from PIL import Image
 from torch.utils.data import Dataset
 
-from flora.data.records import Bad, Item, check_labels
+from flora.data.records import Bad, Item, check_labels, regular
 from flora.errors import UserError
 
 
@@ -39,7 +39,7 @@ class HubFile:
             return BytesIO(stored["bytes"])
         if not stored.get("path"):
             raise UserError("the row has no image")
-        return Path(stored["path"]).open(mode)
+        return regular(Path(stored["path"])).open(mode)
 
 
 Source = Path | HubFile
@@ -98,6 +98,9 @@ def read_image(source: Source) -> Image.Image:
     Raises:
         OSError, ValueError, SyntaxError: it cannot be decoded.
     """
+    if isinstance(source, Path):
+        regular(source)
+
     with source.open("rb") as stream, Image.open(stream) as image:
         image.load()
         copy: Image.Image = image.copy()

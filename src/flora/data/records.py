@@ -15,7 +15,7 @@ from typing import Any, Generic, Literal, TypeVar, cast
 
 from tqdm import tqdm
 
-from flora.errors import UserError
+from flora.errors import UserError, user_errors
 from flora.storage.progress import hidden_bars
 
 Value = TypeVar("Value")
@@ -83,9 +83,6 @@ def sift(items: Iterable[Item[Value]], check: Callable[[Value], object], *, bad:
 
 def _reason(value: Value, check: Callable[[Value], object]) -> str | None:
     """Why the check refuses a value."""
-    if isinstance(value, Path) and value.exists() and not value.is_file():
-        return "is not a regular file"
-
     try:
         check(value)
     except Exception as error:  # a decoder raises whatever it likes about a broken, or a hostile, file
@@ -94,17 +91,24 @@ def _reason(value: Value, check: Callable[[Value], object]) -> str | None:
     return None
 
 
+def regular(path: Path) -> Path:
+    """The path of a file that may be opened: a device never ends, and a pipe is waited for.
+
+    Raises:
+        UserError: it is there and is no regular file.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path.name} is not a regular file")
+    return path
+
+
 def text_of(path: Path) -> str:
     """The text of a UTF-8 file.
 
     Raises:
         ValueError: it is not UTF-8; names file and line.
     """
-    # A device never ends.
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is not a regular file")
-
-    data = path.read_bytes()
+    data = regular(path).read_bytes()
 
     try:
         return data.decode("utf-8-sig")
@@ -120,6 +124,22 @@ def json_lines(path: Path) -> list[Item[str]]:
     return [Item(f"{path}:{at}", line) for at, line in enumerate(lines, start=1) if line.strip()]
 
 
+def json_of(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        UserError: it cannot be parsed; names the line.
+    """
+    text = text_of(path)
+
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets in brackets
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
 def json_entries(path: Path) -> list[Item[Any]]:
     """The entries of a ``.json`` file that is one list, or the lines of a ``.jsonl`` file; for :func:`parsed`.
 
@@ -129,11 +149,7 @@ def json_entries(path: Path) -> list[Item[Any]]:
     if path.suffix != ".json":
         return cast("list[Item[Any]]", json_lines(path))
 
-    try:
-        entries = json.loads(text_of(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from None
-
+    entries = json_of(path)
     if not isinstance(entries, list):
         raise UserError(f"{path} must be one list of entries, got {type(entries).__name__}")
 
@@ -144,15 +160,18 @@ def table_rows(path: Path, columns: Sequence[str]) -> list[Item[Any]]:
     """The rows of a .csv file, or of a .tsv file without quoting, by column; without a header those of ``columns``."""
     dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
     text = text_of(path)
-    header = next(csv.reader([text.partition("\n")[0].rstrip("\r")], **dialect), [])
-    names = None if set(columns) & set(header) else columns
 
-    reader = csv.DictReader(io.StringIO(text, newline=""), names, **dialect)
+    # A field may be larger than Python's reader takes.
+    with user_errors(csv.Error, about=str(path)):
+        header = next(csv.reader([text.partition("\n")[0].rstrip("\r")], **dialect), [])
+        names = None if set(columns) & set(header) else columns
 
-    return [  # fields beyond the header lie under None
-        Item(f"{path}:{reader.line_num}", {key: field for key, field in row.items() if field is not None})
-        for row in reader
-    ]
+        reader = csv.DictReader(io.StringIO(text, newline=""), names, **dialect)
+
+        return [  # fields beyond the header lie under None
+            Item(f"{path}:{reader.line_num}", {key: field for key, field in row.items() if field is not None})
+            for row in reader
+        ]
 
 
 def parsed(entry: object, required: Sequence[str] = ()) -> dict[str, Any]:
@@ -208,7 +227,7 @@ def check_image(path: Path) -> None:
     """
     from PIL import Image
 
-    with Image.open(path) as image:
+    with Image.open(regular(path)) as image:
         image.load()
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
+from flora.data.records import regular
 from flora.errors import UserError
 
 NIFTI = (".nii", ".nii.gz")
@@ -61,11 +62,8 @@ def read_file(path: Path) -> MetaTensor:
     Raises:
         UserError: the file cannot be read, has too many voxels or other dimensions.
     """
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path.name} is not a regular file")
-
     try:
-        found = cast("Any", nibabel).load(path)
+        found = cast("Any", nibabel).load(regular(path))
         # Told by the header, before anything is allocated.
         if math.prod(found.shape) > MOST_VOXELS:
             raise UserError(f"{path.name} is said to have the size {found.shape}, which is more than can be read")
@@ -87,9 +85,20 @@ def turned(volume: MetaTensor, reading: Reading) -> MetaTensor:
 
 
 def resampled(volume: MetaTensor, reading: Reading, mode: str = "bilinear") -> MetaTensor:
-    """The volume with voxels of the size ``reading.spacing``."""
+    """The volume with voxels of the size ``reading.spacing``.
+
+    Raises:
+        UserError: there would be too many of them.
+    """
     if reading.spacing is None:
         return volume
+
+    # A header may say that a voxel is a kilometre wide.
+    sides = [side * own / new for side, own, new in zip(volume.shape[1:], volume.pixdim, reading.spacing, strict=True)]
+    if not math.prod(max(1.0, float(side)) for side in sides) <= MOST_VOXELS:
+        shown = " x ".join(f"{side:.0f}" for side in sides)
+        raise UserError(f"at the spacing {list(reading.spacing)} it would have {shown} voxels, more than can be held")
+
     return cast("MetaTensor", Spacing(pixdim=tuple(reading.spacing), mode=mode)(volume))
 
 

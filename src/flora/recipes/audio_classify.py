@@ -32,6 +32,7 @@ from flora.data.records import (
     hub,
     is_local,
     load_pretrained,
+    regular,
     row_file,
     sift,
     split_paths,
@@ -45,6 +46,7 @@ from flora.recipes import Data, Request, Tested
 
 METRIC = "accuracy"
 SOUNDS = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif")
+MOST_SAMPLES = 2**28  # of a sound: hours
 HEAD_SEED = 0  # of a head that the base model does not have yet
 
 
@@ -92,7 +94,14 @@ def read_sound(clip: Clip, rate: int) -> np.ndarray:
         ValueError: it cannot be decoded, has no samples, or some that are not finite.
     """
     try:
-        wave, own = soundfile.read(clip.open(), dtype="float32", always_2d=True)
+        with soundfile.SoundFile(clip.open()) as sound:
+            own = sound.samplerate
+
+            # Told by the header, before anything is allocated.
+            if sound.frames * max(sound.channels, rate / own) > MOST_SAMPLES:
+                raise UserError(f"is said to have {sound.frames} samples at {own} Hz, which is more than can be read")
+
+            wave = sound.read(dtype="float32", always_2d=True)
     except soundfile.SoundFileError as error:
         raise UserError(f"cannot be decoded ({error})") from None
 
@@ -129,7 +138,7 @@ def _of_folder(root: Path) -> tuple[dict[str, list[Item[Clip]]], list[str]]:
             raise UserError(f"{path / unknown[0]}: {paths['train']} has no such class, only {', '.join(classes)}")
 
         label_of = {item.place: classes.index(item.value.relative_to(path).parts[0]) for item in files}
-        parts[split] = [Item(item.place, Clip(partial(Path, item.value), label_of[item.place])) for item in files]
+        parts[split] = [Item(item.place, Clip(partial(regular, item.value), label_of[item.place])) for item in files]
 
     return parts, classes
 

@@ -31,7 +31,19 @@ from torch.utils.data import Dataset, default_collate
 from transformers import EvalPrediction, Trainer
 
 from flora.data.diffusion_pipeline import Family, add_noise, encode_prompts, family_of, painter
-from flora.data.records import IMAGES, Bad, Item, hub, is_local, load_pretrained, row_file, sift, split_paths, text_of
+from flora.data.records import (
+    IMAGES,
+    Bad,
+    Item,
+    hub,
+    is_local,
+    load_pretrained,
+    regular,
+    row_file,
+    sift,
+    split_paths,
+    text_of,
+)
 from flora.data.samples import locate
 from flora.data.shown import Findings, Shown
 from flora.errors import UserError
@@ -158,7 +170,7 @@ def pictures(task: Task) -> dict[str, list[Item[Picture]]]:
         if not files:
             raise UserError(f"{folder} has no pictures ({', '.join(IMAGES)}); put those of the thing there")
 
-        parts[split] = [Item(str(path), Picture(partial(Path, path), _caption(path, task.prompt))) for path in files]
+        parts[split] = [Item(str(path), Picture(partial(regular, path), _caption(path, task.prompt))) for path in files]
 
     return parts
 
