@@ -406,6 +406,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb. An error of the user or the system is one line and exit code 2; a traceback is a bug of flora."""
     given = sys.argv[1:] if argv is None else argv
+    prepare_streams()
+
     if asks_for_keys(given):
         given = ["recipes", "keys", given[1]]
 
@@ -425,12 +427,8 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"interrupted{how_to_go_on(args)}", code=130)
     except ModuleNotFoundError as error:
         return _missing(error, args)
-    except BrokenPipeError:
-        # Python flushes what is left when it ends, which must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return READER_ENDED
     except OSError as error:  # whatever the system refuses: no such file, no permission, no space left
-        return _fail(_system_message(error))
+        return _refused(error)
     except MemoryError:
         return _fail("out of memory")
     except Exception as error:
@@ -440,8 +438,42 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(str(error), users_code)
 
 
+def _refused(error: OSError) -> int:
+    """What the system refuses; where that is the printing itself, what is left of it goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # Python flushes once more when it ends, which must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    if isinstance(error, BrokenPipeError):
+        return READER_ENDED
+
+    return _fail(_system_message(error))
+
+
+def prepare_streams() -> None:
+    """Makes everything printable: in any encoding, and where a stream is closed.
+
+    A file that is opened while a standard stream is closed gets its number, and then what is printed.
+    """
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    while nowhere <= 2:
+        nowhere = os.dup(nowhere)
+    os.close(nowhere)
+
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 (it stays open)
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _fail(message: str, code: int = 2) -> int:
-    print(f"flora: error: {' '.join(message.split())}", file=sys.stderr)
+    # Names in files that somebody sent could otherwise move the cursor, or clear the screen.
+    shown = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in " ".join(message.split()))
+    print(f"flora: error: {shown}", file=sys.stderr)
     return code
 
 

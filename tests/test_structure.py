@@ -41,7 +41,7 @@ LEVELS: list[set[str]] = [
 FOREIGN: dict[str, set[str]] = {
     "errors": set(),
     "tucker": {"einops"},
-    "storage": {"huggingface_hub", "safetensors", "tqdm", "transformers"},
+    "storage": {"huggingface_hub", "safetensors", "tqdm", "transformers", "yaml"},
     "layers": {"regex", "transformers", "triton"},
     "tuner": {"peft", "safetensors", "tqdm", "transformers"},
     "convert": {
@@ -49,7 +49,6 @@ FOREIGN: dict[str, set[str]] = {
         "safetensors",
         "tqdm",
         "transformers",
-        "yaml",
     },  # never peft: a format is key names and shapes
     "flora": set(),
 }

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-# What parsers and torch raise about contents that nobody wrote so on purpose: a wrong type, a number of thousands of
-# digits, brackets in brackets, a tensor of 65 dimensions.
-MALFORMED = (ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError, re.error)
 
 
 class UserError(ValueError):
@@ -37,6 +32,9 @@ class WrongTypeError(UserError, TypeError):
 @contextmanager
 def user_errors(*kinds: type[Exception], about: str = "") -> Iterator[None]:
     """Stands where something that the user gave is handed to another library: what that refuses is a UserError.
+
+    Nothing of ours stands inside but the call: what our own code raises there would look like the user's fault. What
+    comes from outside is looked at, field by field, by the code that reads it.
 
     Args:
         kinds: the exceptions by which the library refuses.

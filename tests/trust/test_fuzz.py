@@ -14,7 +14,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import nibabel
+import numpy as np
 import pytest
+import soundfile
 import torch
 from fuzzing import mutate
 from killing import is_change, is_inside
@@ -23,14 +26,23 @@ from safetensors.torch import save_file
 
 from convert_cases import random_adapter
 from flora.convert import convert, load, save
-from flora.data.records import check_image, class_folders, json_entries, parsed, sift, table_rows
+from flora.convert.streaming import stream_merged
+from flora.data.coco import examples, read_coco
+from flora.data.records import Item, check_image, class_folders, json_entries, parsed, sift, table_rows
+from flora.data.volume_files import Pair, Reading, read_pair
 from flora.errors import UserError
+from flora.recipes.audio_classify import Clip, read_sound
 from flora.report.anatomy import anatomy
 from flora.runs.settings import read
 from foreign_models import build
 from test_extract import save_model
 from test_merge import picked
 
+COCO = {
+    "images": [{"id": 1, "file_name": "a.png", "width": 7, "height": 5}],
+    "categories": [{"id": 3, "name": "cat"}],
+    "annotations": [{"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 1, 3, 2], "area": 6, "iscrowd": 0}],
+}
 FEW, MANY = 300, 50_000
 SECONDS = 10
 MEMORY = 1 << 20  # KiB
@@ -48,7 +60,8 @@ def read_adapter(path: Path, scratch: Path) -> None:
 
 
 def read_base(path: Path, scratch: Path) -> None:
-    load(path / "adapter", base=path / "base")
+    """As `flora merge` does."""
+    stream_merged(path / "base", load(path / "adapter", base=path / "base"), scratch / "merged")
 
 
 def read_config(path: Path, scratch: Path) -> None:
@@ -63,8 +76,19 @@ def read_data(path: Path, scratch: Path) -> None:
         sift(table_rows(file, ["text", "label"]), parsed, bad="skip", what="rows")
     items, _ = class_folders(path / "images")
     sift(items, check_image, bad="skip", what="images")
+    part = read_coco(path / "coco.json", path / "images" / "cat")
+    examples(part, list(part.categories.values()), "skip", "images")
+    sift(
+        [Item("a.wav", Clip(lambda: path / "a.wav", 0))],
+        lambda clip: read_sound(clip, 8_000),
+        bad="skip",
+        what="sounds",
+    )
+    pair = Pair(path / "a.nii.gz", path / "b.nii")
+    sift([Item("a.nii.gz", pair)], lambda pair: read_pair(pair, READING), bad="skip", what="volumes")
 
 
+READING = Reading(num_channels=1, classes=2, spacing=[1, 1, 1])
 ACTIONS: dict[str, Callable[[Path, Path], None]] = {
     "flora": read_adapter,
     "lora": read_adapter,
@@ -75,6 +99,18 @@ ACTIONS: dict[str, Callable[[Path, Path], None]] = {
     "config": read_config,
     "data": read_data,
 }
+
+
+# What is looked at in turn: a config and a base model take ten times as long as the others.
+TURNS = [
+    *(name for name in ACTIONS if name not in ("base", "config")),
+    "flora",
+    "lora",
+    "kohya",
+    "data",
+    "base",
+    "config",
+]
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +141,10 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.new("L", (7, 5)).save(data / "images" / name / "b.jpg")
     (data / "a.jsonl").write_text('{"text": "x", "label": 1}\n' * 3)
     (data / "a.csv").write_text("text,label\nx,1\ny,2\n")
+    (data / "coco.json").write_text(json.dumps(COCO))
+    soundfile.write(data / "a.wav", np.linspace(-1, 1, 50), 8_000)
+    for name in ("a.nii.gz", "b.nii"):
+        nibabel.save(nibabel.Nifti1Image(np.ones((5, 4, 3), np.uint8), np.eye(4)), data / name)
     return root
 
 
@@ -169,7 +209,7 @@ def outcome(action: str, number: int, seeds: Path, scratch: Path) -> str | None:
 def fuzz(count: int, seeds: Path, scratch: Path) -> Iterator[str]:
     """Every fault in that many inputs, spread over the actions."""
     for number in range(count):
-        action = list(ACTIONS)[number % len(ACTIONS)]
+        action = TURNS[number % len(TURNS)]
         wrong = outcome(action, number, seeds, scratch / "case")
         if wrong is not None:
             yield f"{action} {number}: {wrong}"

@@ -20,11 +20,11 @@ from PIL import Image
 from flora.data.coco import read_coco
 from flora.data.images import read_image
 from flora.data.records import Item, check_image, json_entries, regular, sift, table_rows, text_of
-from flora.data.volume_unet import VolumeUNetConfig
+from flora.data.volume_files import Pair, Reading, read_file, read_pair
+from flora.data.volume_files import read_image as read_volume
 from flora.errors import UserError
 from flora.recipes.audio_classify import Clip, read_sound
 from flora.recipes.diffusion import read_picture
-from flora.recipes.volume_segment import read_array, read_pair
 
 FLOOR = 1 << 28  # bytes by which memory may grow
 
@@ -50,18 +50,25 @@ def write_volume(path: Path, *, sides: tuple[int, int, int] = (5, 4, 3), said: t
 def test_a_volume_of_terabytes_in_a_file_of_bytes(tmp_path: Path) -> None:
     path = write_volume(tmp_path / "huge.nii.gz", said=(32767, 32767, 32767))
     with pytest.raises(UserError, match=r"huge.nii.gz is said to have the size \(32767, 32767, 32767\)"):
-        read_array(path)
+        read_file(path)
+
+
+def test_voxels_as_wide_as_a_kilometre(tmp_path: Path) -> None:
+    path = tmp_path / "wide.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(np.ones((5, 4, 3), np.uint8), np.diag([1e6, 1e6, 1e6, 1])), path)
+    with pytest.raises(UserError, match="it would have 5000000 x 4000000 x 3000000 voxels, more than can be held"):
+        read_volume(path, Reading(num_channels=1, classes=2, spacing=[1, 1, 1]))
 
 
 def test_bad_volumes_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = VolumeUNetConfig(num_channels=1, classes=2)
+    reading = Reading(num_channels=1, classes=2)
     good = write_volume(tmp_path / "good.nii.gz")
     bad = [write_volume(tmp_path / "huge.nii.gz", said=(32767, 32767, 32767)), tmp_path / "device.nii.gz"]
     bad[1].symlink_to("/dev/zero")
     cut = tmp_path / "cut.nii.gz"
     cut.write_bytes(good.read_bytes()[:60])
-    pairs = [Item(path.name, (path, good)) for path in (good, *bad, cut)]
-    check = partial(read_pair, config=config)
+    pairs = [Item(path.name, Pair(path, good)) for path in (good, *bad, cut)]
+    check = partial(read_pair, reading=reading)
 
     assert [item.place for item in sift(pairs, check, bad="skip", what="volumes")] == ["good.nii.gz"]
     printed = capsys.readouterr().out
@@ -119,7 +126,7 @@ READERS = {
     "entries": lambda path: json_entries(path.with_suffix(".json")),
     "table": lambda path: table_rows(path, ["text"]),
     "coco": lambda path: read_coco(path, path.parent),
-    "volume": read_array,
+    "volume": read_file,
     "sound": lambda path: read_sound(Clip(partial(regular, path), 0), 16_000),
 }
 

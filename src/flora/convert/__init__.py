@@ -20,7 +20,7 @@ from flora.convert.adapter import Adapter, Entry
 from flora.convert.base_model import Base, open_base
 from flora.convert.formats import dense, kohya, lora, native, official
 from flora.convert.report import Report, compare, size_of
-from flora.errors import MALFORMED, UserError, WrongTypeError, user_errors
+from flora.errors import UserError, WrongTypeError
 from flora.layers.layout import Layout
 from flora.storage.atomic import check_target, staged
 from flora.storage.card import complete_card, results_in
@@ -93,11 +93,6 @@ def load(path: str | Path, *, base: Base | nn.Module | str | Path | None = None,
         ValueError: no format matches, or the file is truncated, corrupt, foreign, has NaN or does not fit together.
     """
     path = as_path(path, "an adapter")
-    with user_errors(*MALFORMED, about=f"{path} cannot be read as an adapter"):
-        return _load(Path(path), base, scale)
-
-
-def _load(path: Path, base: Base | nn.Module | str | Path | None, scale: float | None) -> Adapter:
     kind = detect(path)
     if scale is not None and kind != "official":
         raise UserError(f"{path} has the format {kind!r}, which stores the scale; leave scale out")

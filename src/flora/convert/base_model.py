@@ -7,7 +7,6 @@ that is installed, or from a module that the running program has imported itself
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,11 +15,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml
 from torch import nn
 
-from flora.errors import MALFORMED, UserError, user_errors
+from flora.errors import UserError, user_errors
 from flora.layers.layout import Layout, of_module
+from flora.storage.atomic import read_json
+from flora.storage.parsing import read_yaml
 from flora.storage.tensors import check_exists, read_object
 
 ALWAYS_KNOWN = ("flora", "transformers")  # packages that every installation has
@@ -70,8 +70,7 @@ def open_base(base: Base | nn.Module | str | Path) -> Base:
     if isinstance(base, nn.Module):
         model = base
     else:
-        with user_errors(*MALFORMED, about=f"{base} cannot be opened as a model"):
-            model = _build(check_exists(Path(base), "base model"))
+        model = _build(check_exists(Path(base), "base model"))
 
     shapes = {
         name: tuple(parameter.shape)
@@ -186,12 +185,7 @@ def _transformers_config(source: str) -> Any:
     if not path.is_file():
         return AutoConfig.from_pretrained(source)
 
-    text = path.read_text(encoding="utf-8")
-
-    if path.suffix in (".yaml", ".yml"):
-        values = yaml.safe_load(text)
-    else:
-        values = json.loads(text)
+    values = read_yaml(path) if path.suffix in (".yaml", ".yml") else read_json(path)
 
     if not isinstance(values, dict) or "model_type" not in values:
         raise UserError("it has no model_type")

@@ -14,7 +14,6 @@ from typing import Any, cast
 
 import monai.networks.nets
 import torch
-import yaml
 from monai.inferers.utils import sliding_window_inference
 from monai.losses.dice import DiceCELoss
 from monai.losses.ds_loss import DeepSupervisionLoss
@@ -22,7 +21,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
-from flora.errors import MALFORMED, UserError, user_errors
+from flora.errors import UserError, user_errors
+from flora.storage.parsing import read_yaml
 from flora.storage.tensors import read_pickled, read_tensors
 
 NETS = "monai.networks.nets"
@@ -257,12 +257,7 @@ def read_bundle(folder: Path) -> tuple[str, dict[str, Any]]:
         raise FileNotFoundError(f"task.network is the folder {folder}, which has none of {', '.join(map(str, paths))}")
 
     # JSON is YAML too.
-    try:
-        with user_errors(*MALFORMED, about=f"{path} is no valid config"):
-            found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is no valid config: {' '.join(str(error).split())}") from None
-
+    found = read_yaml(path)
     defined = found.get("network_def") if isinstance(found, dict) else None
     if not isinstance(defined, dict) or not isinstance(defined.get("_target_"), str):
         raise UserError(f"{path} has no network_def with a _target_; give task.network and task.network_args")

@@ -11,10 +11,10 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
 
-import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from flora.errors import MALFORMED, UserError, user_errors
+from flora.errors import UserError
+from flora.storage.parsing import parse_yaml, read_yaml
 
 # Set by PEFT, by the Trainer or at the top of the config.
 HIDDEN = {
@@ -125,11 +125,10 @@ class Config:
         given = {key: value for key, value in self.values.items() if value is not None}
 
         try:
-            with user_errors(*MALFORMED, about=str(self.path)):
-                return cast("Namespace", parser.parse_object(given))
-        except Exception as error:  # argparse.ArgumentError, which is no UserError
+            return cast("Namespace", parser.parse_object(given))
+        except Exception as error:  # what jsonargparse raises about a value: ArgumentError, and errors of many kinds
             key = _key_in(str(error))
-            if isinstance(error, UserError) or key is None:
+            if key is None:
                 raise UserError(f"{self.path}: {' '.join(str(error).split())}") from None
 
             value = _lookup(self.values, key)
@@ -171,12 +170,7 @@ def _item(text: str) -> Item:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    try:
-        with user_errors(*MALFORMED, about=f"{path} is not valid YAML"):
-            given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-
+    given = read_yaml(path)
     if not isinstance(given, dict):
         raise UserError(f"{path} must be a mapping of settings, got {type(given).__name__}")
     if not all(isinstance(key, str) for key in given):
@@ -235,11 +229,18 @@ def _value(item: Item, kind: Any) -> Any:
     if text.startswith("{"):
         text = re.sub(r":(?=[^\s/])", ": ", text)
 
-    try:
-        with user_errors(*MALFORMED, about=f"the value of {_short(str(item))}"):
-            return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"the value of {item} is not valid YAML") from None
+    value = parse_yaml(text, f"the value of {_short(str(item))}")
+    # A path may look like something else: `run #2.json` has no comment, and 2024-01-01 is a name.
+    if str in choices and not _is_one_of(value, choices) and not item.text.startswith(("'", '"')):
+        return item.text
+
+    return value
+
+
+def _is_one_of(value: Any, choices: Iterable[Any]) -> bool:
+    """Whether a value has one of the types that are no text: a list, a group, a number, null."""
+    kinds = tuple(get_origin(choice) or choice for choice in choices if choice is not str)
+    return isinstance(value, tuple(kind for kind in kinds if isinstance(kind, type)))
 
 
 def _flatten(given: Mapping[str, Any], groups: Mapping[str, Any]) -> Iterator[str]:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -18,6 +17,7 @@ from flora.errors import UserError, user_errors
 from flora.runs.run_folder import ADAPTER, ADAPTER_CONFIG, RunFolder
 from flora.runs.settings import Settings, read
 from flora.storage.atomic import read_json
+from flora.storage.parsing import read_yaml
 from flora.storage.progress import hidden_bars
 from flora.storage.tensors import read_tensors
 
@@ -53,8 +53,8 @@ def read_run(folder: Path, overrides: Iterable[str] = (), *, run_recipe_file: bo
 def _recipe_file(path: Path) -> str | None:
     """The Python file that a config names as its recipe, or None where it goes by a packaged name."""
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+        given = read_yaml(path)
+    except UserError:
         # Whoever reads it next says what is wrong.
         return None
 

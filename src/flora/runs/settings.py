@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 
-from flora.errors import MALFORMED, UserError, user_errors
+from flora.errors import UserError, user_errors
 from flora.recipes import Recipe, config_path, load_recipe, optional
 from flora.runs.config_file import Config
 from flora.runs.run_folder import CONFIG as FILE
@@ -131,10 +131,12 @@ def read(config: str, overrides: Iterable[str] = ()) -> Settings:
     adapter = _given_only(checked.adapter, given.values.get("adapter"))
     training = _given_only(checked.training, given.values.get("training"))
 
-    with user_errors(*MALFORMED):
+    # PEFT, and a recipe of the user's own, refuse values in this way.
+    with user_errors(ValueError, TypeError):
         _checked_adapter(given, adapter)
         task = recipe.Task(**vars(checked.task))
-        comparison = Comparison(**vars(checked.compare))
+
+    comparison = Comparison(**vars(checked.compare))
 
     if not 0 <= checked.seed <= LARGEST_SEED:
         raise UserError(f"seed is {checked.seed}, expected 0 to {LARGEST_SEED}")
@@ -165,10 +167,15 @@ def _output(given: Config, path: Path) -> Path:
         return Path("outputs") / path.stem
     if not isinstance(text, str) or text == "" or "\0" in text:
         raise UserError(f"output is {text!r}, expected the path of a folder")
-    if text.startswith("~/"):
-        return Path(text).expanduser()
 
-    return Path(text)
+    output = Path(text).expanduser() if text.startswith("~/") else Path(text)
+    # A run that replaces another works beside it, under a name that is made of its own.
+    if output.name in ("", ".."):
+        output = output.resolve()
+    if not output.name:
+        raise UserError(f"output is {text!r}, expected the path of a folder that can be made")
+
+    return output
 
 
 def _take_start(given: Config) -> str:

@@ -108,6 +108,9 @@ def claim(target: Path, *, wait: bool = False, keep: Collection[str] = ()) -> It
         OSError: the folder beside it cannot be made.
     """
     place = _real(target)
+    if not place.name:
+        raise UserError(f"{target} is no place for an output; give the path of a file or folder in it")
+
     # A record lock holds off other processes, but not threads.
     turn = _turns.setdefault(place, threading.RLock())
     if not turn.acquire(blocking=wait):
@@ -323,9 +326,12 @@ def _remove_empty(folders: Sequence[Path]) -> None:
 def _lock(folder: Path, target: Path, wait: bool) -> Lock:
     """The lock on the folder of a claim, which is made where it is not there."""
     while True:
+        # Everything in the folder is removed, so it must be the one that is made here and not a way to another.
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            raise UserError(f"{folder} is in the way of {target}: it is no folder that flora made; move it away")
+
         try:
-            if not folder.is_symlink():
-                folder.mkdir(exist_ok=True)
+            folder.mkdir(exist_ok=True)
         except OSError as error:
             raise _named(error, target) from None
 
@@ -361,8 +367,9 @@ def _put_right(folder: Path, place: Path) -> None:
 
 
 def _clear(folder: Path, keep: Collection[str]) -> None:
+    """Removes what is in the folder of a claim, but for some names; nothing of ours is a link, so links go too."""
     for path in folder.iterdir():
-        if path.name not in keep and path.name != LOCK:
+        if path.name != LOCK and (path.name not in keep or path.is_symlink()):
             _remove(path)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import Tensor
 
-from flora.errors import MALFORMED, UserError, user_errors
+from flora.errors import UserError
 from flora.storage.tensors import check_exists, open_tensors, read_object
 
 INDEX = ".safetensors.index.json"
@@ -31,10 +31,6 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path) -> None:
-        with user_errors(*MALFORMED, about=f"{path} cannot be read as a model's weights"):
-            self._open(Path(path))
-
-    def _open(self, path: Path) -> None:
         self.path = check_exists(Path(path), "model")
         self.index: Path | None = None
 

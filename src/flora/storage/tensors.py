@@ -22,6 +22,7 @@ CONFIG = "adapter_config.json"
 MOST_DIMS = 16  # of a weight
 # Under which a checkpoint keeps the weights; the last is nnU-Net's.
 NESTED = ("state_dict", "model", "module", "network_weights")
+LONGEST_KEY = 10_000  # characters
 NOTE = "flora"  # the key of a file's metadata under which the layouts are recorded; readers ignore it
 WEIGHTS = "adapter_model.safetensors"
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -78,6 +79,9 @@ def open_tensors(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise UserError(f"{path} is not a file of tensors; give the file itself")
 
+    if not _is_utf8(path):
+        raise UserError(f"{path} has a name that is not UTF-8 text, which safetensors cannot open; rename it")
+
     try:
         # The system's own reason, which safetensors does not tell from a bad file.
         with path.open("rb") as stream:
@@ -98,6 +102,15 @@ def open_tensors(path: Path) -> Iterator[Any]:
         yield handle
 
 
+def _is_utf8(path: Path) -> bool:
+    """Whether a path is text; a name on a disk may be any bytes."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def is_whole(path: Path) -> bool:
     """Whether a file of tensors, of safetensors or torch, has its end; nothing in it is read but what says so."""
     if path.suffix != ".safetensors":
@@ -116,6 +129,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with open_tensors(path) as handle:
         tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (not a dict)
         metadata = handle.metadata() or {}
+    check_names(tensors, path)
     check_finite(tensors, path)
     return tensors, metadata
 
@@ -149,9 +163,17 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} holds a {type(loaded).__name__}, expected a dict of tensors; save the state_dict")
 
     tensors = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
+    check_names(tensors, path)
     check_finite(tensors, path)
 
     return tensors
+
+
+def check_names(tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Raises a UserError for a name that no parameter has: with control characters, which could steer a terminal."""
+    for key in tensors:
+        if not key.isprintable() or len(key) > LONGEST_KEY:
+            raise UserError(f"{source}: {key[:80]!r} is no name of a parameter; the file is corrupt or was edited")
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: Path | str) -> None:
