@@ -14,6 +14,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from flora_arguments import (
@@ -457,10 +458,12 @@ def prepare_streams() -> None:
 
     A file that is opened while a standard stream is closed gets its number, and then what is printed.
     """
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    while nowhere <= 2:
-        nowhere = os.dup(nowhere)
-    os.close(nowhere)
+    # Where there is no such device, nothing can be done about it.
+    with suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        while nowhere <= 2:
+            nowhere = os.dup(nowhere)
+        os.close(nowhere)
 
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)

@@ -150,6 +150,8 @@ def zero3(folder: Path) -> list[float]:
     """DeepSpeed's third stage: parameters, gradients and moments in parts, one for each process; saves the adapter."""
     import deepspeed
 
+    # It would compile a collective of its own for processes of one machine; gloo does the same.
+    deepspeed.comm.torch.build_shm_op = lambda: None
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
     model = build()
     config = {

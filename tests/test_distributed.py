@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -33,8 +34,11 @@ def launch(mode: str, folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ddp", "fsdp1", "fsdp2", "accelerate-ddp", "accelerate-fsdp2"])
+@pytest.mark.parametrize("mode", ["ddp", "fsdp1", "fsdp2", "accelerate-ddp", "accelerate-fsdp2", "zero3"])
 def test_two_processes_train_as_one(mode: str, tmp_path: Path) -> None:
+    if mode == "zero3" and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+
     launch(mode, tmp_path)
     model = build()
     expected = train(model)

@@ -228,7 +228,9 @@ def test_fifty_thousand_inputs(seeds: Path, tmp_path: Path) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MEMORY
 
 
-ONCE_FAILED: list[tuple[str, int]] = []  # action and number of every input that has ever ended otherwise
+ONCE_FAILED: list[tuple[str, int]] = [
+    ("data", 103_557)
+]  # action and number of every input that has ever ended otherwise
 
 
 @pytest.mark.parametrize(("action", "number"), ONCE_FAILED)

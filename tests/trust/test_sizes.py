@@ -113,6 +113,11 @@ def test_sounds_that_are_longer_than_can_be_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is said to have .* samples at 16000 Hz|cannot be decoded"):
         read_sound(Clip(partial(Path, long), 0), 16_000)
 
+    quick = tmp_path / "quick.wav"
+    soundfile.write(quick, np.zeros(100, np.float32), 2_147_483_629)
+    with pytest.raises(UserError, match="is said to have 100 samples at 2147483629 Hz"):
+        read_sound(Clip(partial(Path, quick), 0), 16_000)
+
     slow = tmp_path / "slow.wav"
     soundfile.write(slow, np.zeros(100_000, np.float32), 1)
     with pytest.raises(UserError, match="is said to have 100000 samples at 1 Hz"):

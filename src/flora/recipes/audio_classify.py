@@ -46,7 +46,7 @@ from flora.recipes import Data, Request, Tested
 
 METRIC = "accuracy"
 SOUNDS = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif")
-MOST_SAMPLES = 2**28  # of a sound: hours
+MOST_SAMPLES, MOST_RATE = 2**28, 2**20  # of a sound: hours; Hz
 HEAD_SEED = 0  # of a head that the base model does not have yet
 
 
@@ -98,7 +98,7 @@ def read_sound(clip: Clip, rate: int) -> np.ndarray:
             own = sound.samplerate
 
             # Told by the header, before anything is allocated.
-            if sound.frames * max(sound.channels, rate / own) > MOST_SAMPLES:
+            if not 0 < own <= MOST_RATE or sound.frames * max(sound.channels, rate / own) > MOST_SAMPLES:
                 raise UserError(f"is said to have {sound.frames} samples at {own} Hz, which is more than can be read")
 
             wave = sound.read(dtype="float32", always_2d=True)

@@ -151,7 +151,7 @@ def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[
     test = Digits(splits()["test"], rotation=task.rotation, invert=task.invert)
 
     def answer(request: Request) -> dict[str, Any]:
-        if not request.given.isdecimal() or int(request.given) >= len(test):
+        if not request.given.isdecimal() or len(request.given) > 9 or int(request.given) >= len(test):
             raise UserError(f"{request.given!r}: expected the number of a test image, 0 to {len(test) - 1}")
         pixels = test[int(request.given)]["pixel_values"][None].to(model.device)
         return ranked(model(pixel_values=pixels).logits[0], [str(digit) for digit in range(10)])

@@ -18,7 +18,7 @@ from flora.storage.size import size
 
 def mode_energy(core: Tensor, mode: int) -> list[float]:
     """The share of the squared norm in each direction of a mode, strongest first; all zero for a zero core."""
-    unfolded = core.movedim(mode, 0).flatten(1)
+    unfolded = core.movedim(mode, 0).reshape(core.shape[mode], -1)
     if unfolded.shape[0] <= unfolded.shape[1]:
         gram = unfolded @ unfolded.T
     else:
@@ -36,7 +36,12 @@ def in_order(name: str) -> list[tuple[int, str]]:
         >>> sorted(["blocks.10.conv", "blocks.2.conv"], key=in_order)
         ['blocks.2.conv', 'blocks.10.conv']
     """
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+    return [(int(part), "") if _is_number(part) else (-1, part) for part in name.split(".")]
+
+
+def _is_number(part: str) -> bool:
+    """Whether a part of a name is the number of a layer; no model has so many that it takes ten digits."""
+    return part.isdecimal() and len(part) < 10
 
 
 def effective_rank(energy: list[float]) -> float:

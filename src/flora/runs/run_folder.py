@@ -108,7 +108,7 @@ class RunFolder:
         The Trainer writes ``trainer_state.json`` last, so a checkpoint without a readable one was cut short; one whose
         removal was cut short lacks other files. Both are passed over.
         """
-        found = [path for path in self.path.glob(CHECKPOINTS) if path.name.removeprefix("checkpoint-").isdigit()]
+        found = [path for path in self.path.glob(CHECKPOINTS) if path.name.removeprefix("checkpoint-").isdecimal()]
         for path in sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
             if _is_complete(path):
                 return path

@@ -9,6 +9,7 @@ import yaml
 
 from flora.errors import UserError
 
+LARGEST = 1_000_000  # characters; the parser takes seconds for as many
 # What the parser raises about texts: a date that does not exist, a number of thousands of digits, brackets in brackets.
 MALFORMED = (
     yaml.YAMLError,
@@ -26,8 +27,11 @@ def read_yaml(path: Path) -> Any:
 
     Raises:
         OSError: the file cannot be read.
-        UserError: it is not UTF-8 text, or not YAML; names the file.
+        UserError: it is not UTF-8 text, too long, or not YAML; names the file.
     """
+    if path.stat().st_size > 4 * LARGEST:
+        raise UserError(f"{path} has {path.stat().st_size:,} bytes, which is too much for a config")
+
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -40,8 +44,11 @@ def parse_yaml(text: str, about: str) -> Any:
     """The value of a YAML text, made of plain types only.
 
     Raises:
-        UserError: it is not YAML; begins with ``about``.
+        UserError: it is too long, or not YAML; begins with ``about``.
     """
+    if len(text) > LARGEST:
+        raise UserError(f"{about} has {len(text):,} characters, expected a config of at most {LARGEST:,}")
+
     try:
         return yaml.safe_load(text)
     except MALFORMED as error:

@@ -86,7 +86,7 @@ def trim(form: Tucker) -> Tucker:
     core, factors = form.core, list(form.factors)
     for mode, factor in enumerate(form.factors):
         if factor is not None:
-            used = (factor != 0).any(0) & (core.movedim(mode, 0).flatten(1) != 0).any(1)
+            used = (factor != 0).any(0) & (core.movedim(mode, 0).reshape(core.shape[mode], -1) != 0).any(1)
             if not used.any():
                 used[0] = True
 
