@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from killing import contents
+from killing import contents, copy_of
 
 import flora.recipes.digits
 import flora.runs.training  # noqa: F401  (what libraries do when they are imported first is not the subject)
 import flora_cli
 from convert_cases import random_adapter
 from flora.convert import save
+from flora.runs.settings import read
 from foreign_models import build
 from test_merge import picked
 
@@ -116,3 +119,157 @@ def test_a_reader_that_has_ended() -> None:
     lines = [line for line in printed if line.startswith(("flora", "Traceback", "Exception"))]
     assert writer.returncode == flora_cli.READER_ENDED
     assert lines == [], "as in `flora recipes | head`: it read what it wanted"
+
+
+def victim(place: Path) -> Path:
+    """A folder that must not be touched."""
+    (place / "victim").mkdir()
+    (place / "victim" / "thesis.txt").write_text("years of work")
+    return place / "victim"
+
+
+def plant(place: Path, name: str) -> None:
+    """What somebody who sent a folder may have left beside an output, so that flora removes or writes elsewhere."""
+    part, target = place / ".out.flora-part", victim(place)
+    if name == "the part is a link":
+        part.symlink_to(target)
+    elif name == "the part is a file":
+        part.write_text("mine")
+    elif name == "the lock is a link":
+        part.mkdir()
+        (part / "lock").symlink_to(target / "thesis.txt")
+    else:
+        part.mkdir()
+        (part / name).symlink_to(target)
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("the part is a link", 2),
+        ("the part is a file", 2),
+        ("the lock is a link", 2),
+        ("layers", 0),
+        ("new", 0),
+        ("old", 0),
+        ("replaced", 0),
+    ],
+)
+def test_planted_leftovers(
+    name: str, code: int, sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plant(tmp_path, name)
+    assert flora_cli.main(["convert", str(sound), "--to", "lora", "--out", str(tmp_path / "out")]) == code
+    assert capsys.readouterr().err.count("\n") == (code == 2)
+    assert (tmp_path / "victim" / "thesis.txt").read_text() == "years of work"
+    assert [path.name for path in (tmp_path / "victim").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "socket"])
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter.safetensors", "a.pt"])
+def test_sources_that_are_no_files(
+    name: str, kind: str, sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = copy_of(sound, tmp_path / "adapter")
+    path = place / name
+    path.unlink(missing_ok=True)
+
+    if kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as listener:
+            os.chdir(place)
+            listener.bind(name)
+            os.chdir(sound)
+    else:
+        os.mkfifo(path)
+
+    given = place if name.startswith("adapter_") else path
+    signal.alarm(30)
+    assert flora_cli.main(["inspect", str(given)]) == 2
+    signal.alarm(0)
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+NO_PLACES = [".", "..", "/", "/proc/flora", "/dev/null", "file/out", "loop", "x" * 300, "a/" * 2500]
+
+
+@pytest.mark.parametrize("verb", ["convert", "train", "compare"])
+@pytest.mark.parametrize("name", NO_PLACES)
+def test_places_where_nothing_can_be_written(
+    name: str,
+    verb: str,
+    sound: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("loop").symlink_to("loop")
+    argv = {
+        "convert": ["convert", str(sound), "--to", "lora", "--overwrite", "--out", name],
+        "train": ["train", "digits-tiny", f"output={name}"],
+        "compare": ["compare", "digits-tiny", "--methods", "frozen", "--seeds", "0", f"output={name}/x"],
+    }
+    if verb == "compare" and name in (".", "..", "/", "/dev/null"):
+        pytest.skip("a name beside it can be written")
+
+    assert flora_cli.main(argv[verb]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert error.startswith("flora: error: ")
+    assert contents(tmp_path) == {".": "", "file": contents(tmp_path)["file"]}
+
+
+def test_a_screen_that_knows_ascii_only(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert flora_cli.main(["convert", str(sound), "--to", "lora", "--out", str(tmp_path / "ünï")]) == 0
+    assert b"\\xfcn\\xef: lora" in written.getvalue()
+
+
+def test_streams_that_are_closed(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert flora_cli.main(["convert", str(sound), "--to", "lora", "--out", str(tmp_path / "out")]) == 0
+    assert flora_cli.main(["inspect", str(tmp_path / "absent")]) == 2
+
+
+def test_a_screen_that_is_full(
+    sound: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert flora_cli.main(["inspect", str(sound)]) == 2
+    assert capsys.readouterr().err == "flora: error: No space left on device\n"
+
+
+def test_no_message_steers_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert flora_cli.main(["inspect", "a\x1b[2J\rb"]) == 2
+    assert "\x1b" not in capsys.readouterr().err
+
+
+STUMBLES = ["x: " + "y" * 2_000_000, "x: !!timestamp y", "seed: !!int ''", "seed: 2024-99-99", "a: &a [*a]"]
+
+
+@pytest.mark.parametrize("number", range(len(STUMBLES)))
+def test_configs_that_a_parser_stumbles_over(number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.yaml").write_text(STUMBLES[number])
+    assert flora_cli.main(["train", str(tmp_path / "c.yaml")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+TYPED = ["run #2", "null", "~", "2024-01-01", "1e3", "[x]", "{a: b}", "'x'", "yes", "a: b", " x"]
+
+
+@pytest.mark.parametrize("text", TYPED)
+def test_paths_are_taken_as_they_are_typed(text: str) -> None:
+    settings = read("vision_classify", [f"output={text}", f"task.data={text}", f"task.model={text}"])
+    assert (str(settings.output), settings.task.data, settings.task.model) == (text, text, text)
+
+
+@pytest.mark.parametrize("text", ["run #2", "2024-01-01", "1e3"])
+def test_what_may_be_a_path_or_a_group_is_taken_as_it_is_typed(text: str) -> None:
+    settings = read("digits-tiny", [f"training.deepspeed={text}", "training.report_to=[none]"])
+    assert settings.training == {**settings.training, "deepspeed": text, "report_to": ["none"]}

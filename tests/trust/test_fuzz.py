@@ -239,6 +239,7 @@ def test_an_input_that_once_failed(action: str, number: int, seeds: Path, tmp_pa
 
 
 STEM = "base_model.model.lin.tucker_weight"
+ONE = {f"{STEM}.core": torch.ones(2)}
 TENSORS = {f"{STEM}.core": torch.ones(2, 2), f"{STEM}.factor_0": torch.ones(5, 2), f"{STEM}.factor_1": torch.ones(3, 2)}
 LONG_NAME = {key.replace("lin", "a" * 40): value for key, value in TENSORS.items()}
 HOSTILE: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]] = {
@@ -248,6 +249,11 @@ HOSTILE: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]] = {
     "nothing": ({}, {**TENSORS, f"{STEM}.core": torch.ones(0, 2)}),
     "no dimensions": ({}, {**TENSORS, f"{STEM}.core": torch.tensor(1.0)}),
     "65 dimensions": ({}, {f"{STEM}.core": torch.ones([1] * 64)}),
+    "one dimension": ({}, ONE),
+    "a name that clears the screen": ({}, {key.replace("lin", "a\x1b[2J"): value for key, value in ONE.items()}),
+    "a name with a line's end": ({}, {key.replace("lin", "a\nb"): value for key, value in ONE.items()}),
+    "a name of a million letters": ({}, {key.replace("lin", "a" * 1_000_000): value for key, value in ONE.items()}),
+    "numbers that are none": ({}, {key.replace("lin", "a.\u00b2." + "9" * 5000): value for key, value in ONE.items()}),
     "infinite scale": ({"scale": float("inf")}, TENSORS),
     "scale as text": ({"scale": "2"}, TENSORS),
     "scale that is true": ({"scale": True}, TENSORS),
