@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 import warnings
 from pathlib import Path
@@ -151,7 +152,7 @@ def zero3(folder: Path) -> list[float]:
     import deepspeed
 
     # It would compile a collective of its own for processes of one machine; gloo does the same.
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
     model = build()
     config = {
