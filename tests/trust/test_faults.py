@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ import flora.runs.training  # noqa: F401  (what libraries do when they are impor
 import flora_cli
 from convert_cases import random_adapter
 from flora.convert import save
+from flora.errors import UserError
+from flora.runs.predicting import check_place
 from flora.runs.settings import read
 from foreign_models import build
 from test_merge import picked
@@ -273,3 +276,22 @@ def test_paths_are_taken_as_they_are_typed(text: str) -> None:
 def test_what_may_be_a_path_or_a_group_is_taken_as_it_is_typed(text: str) -> None:
     settings = read("digits-tiny", [f"training.deepspeed={text}", "training.report_to=[none]"])
     assert settings.training == {**settings.training, "deepspeed": text, "report_to": ["none"]}
+
+
+@pytest.mark.parametrize(
+    ("there", "message"),
+    [
+        ("photo.png", "holds the input .*photo.png, which a result could replace"),
+        ("thesis.txt", "holds files and no predictions.json, so it is not of flora predict"),
+        ("", "is a file; give a folder"),
+        ("predictions.json", None),
+    ],
+)
+def test_predictions_replace_nothing_of_the_users(there: str, message: str | None, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    if there:
+        out.mkdir()
+    (out / there).touch()
+
+    with nullcontext() if message is None else pytest.raises(UserError, match=message):
+        check_place(out, [str(tmp_path / "out" / "photo.png")] if there == "photo.png" else [])

@@ -56,12 +56,15 @@ def predict(
     endings = optional(recipe, "INPUT_FILES")
     given = expand(inputs, endings)
     names = file_names(given, endings)
+    out = out or folder / PREDICTIONS
+    check_place(out, given if endings else ())
     model = load_adapter(load_base(folder, run_recipe_file=run_recipe_file), folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     answer = make(settings.task, model.to(device), folder)
 
-    out = out or folder / PREDICTIONS
     out.mkdir(parents=True, exist_ok=True)
+    # By this file the folder is known as one of predictions, also after a kill.
+    write_json(out / RESULTS, [])
 
     with torch.inference_mode():
         results = [
@@ -72,6 +75,28 @@ def predict(
     write_json(out / RESULTS, results)
 
     return results
+
+
+def check_place(out: Path, inputs: Sequence[str]) -> None:
+    """Checks that no result can replace a file which is not one of an earlier prediction.
+
+    Args:
+        out: The folder for results.
+        inputs: The files to predict on; none where the inputs are texts.
+
+    Raises:
+        UserError: It is no folder, holds an input, or holds files of something else.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"{out} is a file; give a folder with --out")
+
+    inside = next((one for one in inputs if Path(one).resolve().parent == out.resolve()), None)
+    if inside is not None:
+        raise UserError(f"{out} holds the input {inside}, which a result could replace; give another folder with --out")
+    if any(out.iterdir()) and not (out / RESULTS).is_file():
+        raise UserError(f"{out} holds files and no {RESULTS}, so it is not of flora predict; give another with --out")
 
 
 def expand(inputs: Sequence[str], endings: Sequence[str]) -> list[str]:

@@ -134,7 +134,7 @@ class KeepCheckpoints(TrainerCallback):
         """After the Trainer has written one."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
-            sync(folder)
+            sync(folder, mode=folder.stat().st_mode)
             sync(folder.parent, deep=False)
 
 
