@@ -22,6 +22,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from flora.errors import UserError
+
 REGISTRIES = ("_parameters", "_buffers", "_modules")
 _ONE_AT_A_TIME = threading.RLock()
 
@@ -86,6 +88,12 @@ def shell_of(module: nn.Module, weights: Mapping[str, Any], shells: list[Shell] 
     """A shallow copy of the module with these weights; also appended to ``shells``, with those inside it."""
     # An object of the same class whose ``__dict__`` is a copy: a weight that changes is another entry in it, everything
     # else is the module's own. A weight of a submodule makes that submodule a shell in turn.
+    if any(hasattr(value, "ds_status") for value in module._parameters.values()):
+        raise UserError(
+            f"{module} is to run with changed weights, and DeepSpeed ZeRO-3 keeps its weights in parts; leave it out of "
+            "the targets, or train with ZeRO-2"
+        )
+
     own, inner = _by_owner(weights)
     cls, start = type(module), dict(vars(module))
     start["_parameters"] = {**module._parameters, **own}
