@@ -90,8 +90,8 @@ def shell_of(module: nn.Module, weights: Mapping[str, Any], shells: list[Shell] 
     # else is the module's own. A weight of a submodule makes that submodule a shell in turn.
     if any(hasattr(value, "ds_status") for value in module._parameters.values()):
         raise UserError(
-            f"{module} is to run with changed weights, and DeepSpeed ZeRO-3 keeps its weights in parts; leave it out of "
-            "the targets, or train with ZeRO-2"
+            f"{module} is to run with changed weights, and DeepSpeed ZeRO-3 keeps its weights in parts; leave it out "
+            "of the targets, or train with ZeRO-2"
         )
 
     own, inner = _by_owner(weights)
