@@ -237,6 +237,8 @@ def test_streams_that_are_closed(sound: Path, tmp_path: Path, monkeypatch: pytes
         monkeypatch.setattr(sys, name, None)
     assert flora_cli.main(["convert", str(sound), "--to", "lora", "--out", str(tmp_path / "out")]) == 0
     assert flora_cli.main(["inspect", str(tmp_path / "absent")]) == 2
+    sys.stdout.close()
+    sys.stderr.close()
 
 
 def test_a_screen_that_is_full(

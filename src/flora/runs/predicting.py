@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,8 @@ def check_place(out: Path, inputs: Sequence[str]) -> None:
     if not out.is_dir():
         raise UserError(f"{out} is a file; give a folder with --out")
 
-    inside = next((one for one in inputs if Path(one).resolve().parent == out.resolve()), None)
+    place = os.path.realpath(out)
+    inside = next((one for one in inputs if os.path.dirname(os.path.realpath(one)) == place), None)  # noqa: PTH120
     if inside is not None:
         raise UserError(f"{out} holds the input {inside}, which a result could replace; give another folder with --out")
     if any(out.iterdir()) and not (out / RESULTS).is_file():

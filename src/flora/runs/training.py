@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -196,10 +197,11 @@ def train(settings: Settings, *, resume: bool = False, overwrite: bool = False) 
         UserError: the output folder is occupied, or the run to resume has other settings.
         DivergedError: the loss, or a weight, is not finite any more; checkpoints from before are kept.
     """
-    if settings.output.is_symlink():
-        output = settings.output.resolve()
-    else:
-        output = settings.output
+    output = settings.output
+    if output.is_symlink():
+        output = Path(os.path.realpath(output))
+    if output.is_symlink():
+        raise UserError(f"output is {settings.output}, a link that leads nowhere; remove it, or give another folder")
 
     with claim_run(output) as place:
         run = choose_folder(output, resume=resume, overwrite=overwrite)
