@@ -50,7 +50,7 @@ def write(folder: Path, out: Path) -> list[Path]:
     for question in QUALITY.keys() & found.keys():
         written.append(out / f"{question}.png")
         result = found[question]
-        quality_against_parameters(written[-1], result["rows"], result["metric"], QUALITY[question][0])
+        quality_against_parameters(written[-1], result["rows"], result["metric"], TITLES[question])
     return written
 
 
@@ -148,6 +148,11 @@ TUNED = (
     "between, the hippocampus 4 unseen). The authors' scheme has FLoRA's scale, other adapters alpha / r = 2. No test "
     "score was used for that."
 )
+TITLES = {  # of the pictures: which data, and what is adapted
+    "quality-cifar": "CIFAR-10, 4-D convolutions",
+    "quality-hippocampus": "hippocampus, 5-D convolutions",
+    "quality-sst2": "SST-2, text",
+}
 QUALITY = {
     "quality-cifar": (
         "4-D convolutions",

@@ -163,6 +163,7 @@ def test_the_page_of_a_comparison() -> None:
     assert "DoRA: not possible here (no)" in page
     assert COLOURS["flora"] in page
     assert COLOURS["lora"] in page
+    assert "mathdefault" not in page
     assert "+0.2000 ±" in page
     assert not NETWORK.search(page)
     alone = comparison_html({**REPORT, "seeds": [0], "rows": [row("flora", [0.7], search={"0.01": 0.5})]})

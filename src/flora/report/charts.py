@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from flora.report.page import Chart
 
 INK = "#010203"  # stands for the colour of the text around a chart
+WIDTH = 80  # letters of a legend that stand beside each other under a chart
 STYLE: Any = {
     "axes.edgecolor": INK,
     "axes.facecolor": "none",
@@ -63,5 +64,7 @@ def chart(what: str, draw: Callable[[Axes], None], size: tuple[float, float] = (
 def legend_below(axes: Axes) -> None:
     """Puts the legend under a chart, where it hides nothing."""
     handles, labels = axes.get_legend_handles_labels()
-    options: Any = {"loc": "outside lower center", "ncols": min(4, len(labels)), "frameon": False, "fontsize": "small"}
+    # So many columns as there is room for, by the longest label.
+    columns = max(1, min(4, WIDTH // (8 + max(map(len, labels), default=0))))
+    options: Any = {"loc": "outside lower center", "ncols": columns, "frameon": False, "fontsize": "small"}
     cast("Figure", axes.figure).legend(handles, labels, **options)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from flora.report.charts import chart, legend_below
 from flora.report.comparison import CONFIDENCE, Row, against, comparison_notes, name_with_budget
 from flora.report.page import Cell, Chart, Charts, Notes, Page, Section, Table, number, render, words
-from flora.report.plots import MARKERS, colour_of, draw_quality
+from flora.report.plots import MARKERS, colour_of, draw_quality, log_axis
 from flora.storage.size import size
 
 
@@ -78,19 +78,25 @@ def _draw_pairs(axes: Axes, pairs: Sequence[tuple[Row, tuple[float, float]]], me
     axes.axvline(0, color="#888888", linewidth=1)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set(title="FLoRA minus each", xlabel=f"difference in {metric}, {CONFIDENCE:.0%} interval")
+    axes.set(title="FLoRA minus each", xlabel=f"{metric}, {CONFIDENCE:.0%} interval")
 
 
 def _draw_rates(axes: Axes, rows: Sequence[Row], metric: str) -> None:
-    """A curve for each method; the rates at which training diverged have no point."""
+    """A curve for each method, dashed for its further budgets; a rate at which training diverged has no point."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
+    drawn: set[str] = set()
     for row in rows:
         points = sorted((float(rate), score) for rate, score in row["search"].items() if math.isfinite(score))
-        if points:
-            marker, colour = MARKERS[methods.index(row["method"]) % len(MARKERS)], colour_of(row["method"])
-            axes.plot(*zip(*points, strict=True), f"-{marker}", markersize=4, color=colour, label=name_with_budget(row))
+        if not points:
+            continue
 
-    axes.set_xscale("log")
+        method = row["method"]
+        line, label = ("--", None) if method in drawn else ("-", row["title"])
+        mark = MARKERS[methods.index(method) % len(MARKERS)]
+        axes.plot(*zip(*points, strict=True), line + mark, markersize=4, color=colour_of(method), label=label)
+        drawn.add(method)
+
+    log_axis(axes, "{x:g}")
     axes.set(title="The search for the learning rate", xlabel="learning rate", ylabel=f"{metric} (validation)")
     legend_below(axes)
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 MARKERS = "osD^vPX*<>"
 # One colour for each method, in every plot; what is of one kind is of one hue. They are read on white and on black.
@@ -165,9 +166,16 @@ def draw_quality(axes: Axes, rows: Sequence[Mapping[str, Any]], metric: str) -> 
             if len(row["values"]) > 1:
                 axes.plot([place] * len(row["values"]), row["values"], ".", color=colour, markersize=5, alpha=0.45)
 
-    axes.set_xscale("log")
     axes.margins(x=0.08)
+    log_axis(axes, "{x:,.0f}")
     axes.set(xlabel="trainable parameters, head included", ylabel=f"{metric} (test)")
+
+
+def log_axis(axes: Axes, form: str) -> None:
+    """Makes the horizontal axis logarithmic, with plain numbers in this format at the powers of ten."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(form)
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _apart(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> float:
