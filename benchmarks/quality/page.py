@@ -41,8 +41,8 @@ adapt.
 * *FLoRA* starts as its config says, with equal ranks.
 * *FLoRA, begun along the gradient* is `flora.adapt` and `adapter.start: gradient`: ranks per mode where the gradient of
   the first training batches is, and a first step along it whose size is judged on other batches.
-* *The same with equal ranks* shows what the ranks add. *LoRA, our start*, where it was trained, is LoRA's form with that
-  start: it tells the start from the structure.
+* *The same with equal ranks* shows what the ranks add. *LoRA, our start*, where it was trained, is LoRA's form with
+  that start: it tells the start from the structure.
 
 ± is half the 95 % interval of Student's t over the seeds. Differences are paired by seed: the seed draws the training
 samples and the order, the same for all methods.
