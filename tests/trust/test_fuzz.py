@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import resource
 import shutil
@@ -153,8 +154,15 @@ watching: list[str] = []
 
 
 def _watch(event: str, args: tuple[Any, ...]) -> None:
-    if not watching or not is_change(event, args) or any(is_inside(value, watching[0]) for value in args):
+    if not watching or not is_change(event, args):
         return
+
+    # A folder is removed by names inside its handle.
+    if event in ("os.remove", "os.rmdir") and args[1] >= 0:
+        args = (f"{os.readlink(f'/proc/self/fd/{args[1]}')}/{os.fsdecode(args[0])}",)  # noqa: PTH115 (as a string)
+    if any(is_inside(value, watching[0]) for value in args):
+        return
+
     if not str(args[0]).startswith(("/dev/", "/proc/")):
         writes.append(f"{event} {args}")
 

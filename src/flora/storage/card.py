@@ -101,6 +101,9 @@ def is_hub_id(name: str) -> bool:
 def _how_to_load(config: Mapping[str, Any], base: str, options: str) -> tuple[str, str]:
     """The lines that import and make the base model."""
     mapping = config.get("auto_mapping") or {}
+    if not isinstance(mapping, Mapping) or not all(isinstance(value, str) for value in mapping.values()):
+        mapping = {}
+
     module, name = mapping.get("parent_library", ""), mapping.get("base_model_class", "")
     known = module.partition(".")[0] in ("transformers", "diffusers", "flora")
     if not base or (mapping and not known):
@@ -163,6 +166,10 @@ def results_in(folder: Path) -> list[EvalResult]:
     if not path.is_file():
         return []
 
-    data = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+    # A card that is no text, or whose head is no YAML, has no results to take along.
+    try:
+        data = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+    except Exception:  # whatever the parsers raise about a text that somebody sent
+        return []
 
     return list(getattr(data, "eval_results", None) or [])
