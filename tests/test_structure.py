@@ -29,7 +29,7 @@ LEVELS: list[set[str]] = [
     {"layers", "data"},
     {"tuner", "convert"},
     {"flora"},
-    {"recipes"},
+    {"nnunet", "recipes"},
     {"report"},
     {"runs"},
     {"comparison"},
@@ -63,6 +63,7 @@ FIELDS = {  # the first word of a module's name -> the extras it may import from
 OPTIONAL = {  # imported where a model or a file asks for it, with a message if it is not there
     "flora.convert.base_model": {"diffusers"},
     "flora.comparison.rivals": {"lycoris-lora"},
+    "flora.nnunet": {"nnunetv2"},  # imported by nnU-Net itself
     "flora.layers.gpu": {"triton"},  # comes with torch's builds for CUDA
     "flora.data.records": {"datasets", "pillow"},
     "flora.data.results": {"pillow"},
