@@ -147,10 +147,9 @@ BEGINNING = 32  # tokens of a text that the model is shown to go on with
 
 def findings(tested: Tested) -> Findings:
     """The first questions of the test set, the answers that the model writes, and those that the data have."""
-    rows, tokenizer = (
-        list(cast("Any", tested.data.test.select(range(min(FEW, len(tested.data.test)))))),
-        tested.data.processor,
-    )
+    test, tokenizer = cast("Any", tested.data.test), tested.data.processor
+    rows = list(test.select(range(min(FEW, len(test)))))
+
     if tested.model is None:
         rows = []
 

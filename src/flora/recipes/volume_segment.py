@@ -321,7 +321,7 @@ def logits_of(model: Any, volume: Tensor, patch: list[int] | None) -> Tensor:
         cval=float(volume.min()),
     )
 
-    return cast("Tensor", logits[0].cpu())
+    return logits[0].cpu()
 
 
 def preprocess_logits(logits: Tensor, labels: Tensor) -> Tensor:
@@ -366,7 +366,7 @@ def findings(tested: Tested) -> Findings:
 def _dice(predictions: np.ndarray, labels: np.ndarray, classes: int) -> Tensor:
     """Of each volume and class but the background, (volumes, classes - 1); NaN where neither has the class."""
     found, truth = (torch.tensor(each)[:, None] for each in (predictions, labels))
-    return cast("Tensor", compute_dice(found, truth, include_background=False, num_classes=classes))
+    return compute_dice(found, truth, include_background=False, num_classes=classes)
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:

@@ -293,8 +293,8 @@ def _train(
     else:
         whole = None
 
-    predictions = (cast("Any", each) for each in (tested.predictions, tested.label_ids))
-    _write(trainer, state, metrics, run, settings, Tested(settings.task, data, *predictions, whole))
+    predictions, labels = cast("Any", tested.predictions), cast("Any", tested.label_ids)
+    _write(trainer, state, metrics, run, settings, Tested(settings.task, data, predictions, labels, whole))
 
     return metrics
 

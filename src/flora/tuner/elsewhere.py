@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial, wraps
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -24,8 +24,8 @@ def guard_optimizers() -> None:
 
     if not hasattr(loraplus.get_parameter_names, "__wrapped__"):
         loraplus.get_parameter_names = _guarded("create_loraplus_optimizer", loraplus.get_parameter_names, _of_model)
-        start = lorafa.LoraFAOptimizer.__init__
-        lorafa.LoraFAOptimizer.__init__ = _guarded("create_lorafa_optimizer", start, _of_groups)
+        optimizer = cast("Any", lorafa.LoraFAOptimizer)
+        optimizer.__init__ = _guarded("create_lorafa_optimizer", optimizer.__init__, _of_groups)
 
 
 def _guarded(name: str, function: Callable[..., Any], trained: Callable[..., Iterable[str]]) -> Callable[..., Any]:
@@ -56,7 +56,7 @@ def _of_groups(optimizer: object, groups: Iterable[Mapping[str, Any]], *_: Any) 
 def guard_saving(model: nn.Module) -> None:
     """Makes ``save_lora_adapter`` of a diffusers model refuse an adapter of ours: nothing could load its file again."""
     if hasattr(type(model), "save_lora_adapter"):
-        model.save_lora_adapter = partial(_save_lora_adapter, model)
+        cast("Any", model).save_lora_adapter = partial(_save_lora_adapter, model)
 
 
 def _save_lora_adapter(

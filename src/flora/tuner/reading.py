@@ -307,7 +307,7 @@ class Reading(Tensor):
         return out
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         """A reading without a gradient."""
         return self.detach()
 
@@ -316,7 +316,7 @@ class Reading(Tensor):
         raise RuntimeError(NOT_TO_BE_WRITTEN)
 
     @property
-    def requires_grad(self) -> bool:  # type: ignore[override]
+    def requires_grad(self) -> bool:
         """Whether a gradient reaches the adapter or the stored weight; set, it is set for the stored weight."""
         return Tensor.requires_grad.__get__(self)  # type: ignore[attr-defined, no-any-return]
 
@@ -429,7 +429,7 @@ class _Read(torch.autograd.Function):
         if twice:
             inputs = saved
         else:
-            inputs = [value.detach().requires_grad_() for value in saved]
+            inputs = tuple(value.detach().requires_grad_() for value in saved)
 
         with torch.enable_grad():
             total = _sum(inputs[0], _with_tensors(ctx.updates, inputs[1:]))
