@@ -16,7 +16,7 @@ DEV := $(VENV)/.installed-dev
 CONFIG ?= digits
 OUTPUT ?= outputs/$(CONFIG)
 # A few minutes on two cores. `flora compare digits` is the comparison of the documentation: three seeds, five rates.
-COMPARE ?= --methods flora-gradient,lora,full --seeds 0 'compare.learning_rates=[0.001, 0.003, 0.01, 0.03]'
+COMPARE ?= --methods flora,lora,full --seeds 0 'compare.learning_rates=[0.001, 0.003, 0.01, 0.03]'
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
