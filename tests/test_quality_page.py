@@ -53,7 +53,7 @@ def test_the_page_says_who_is_ahead() -> None:
     refusal = {**line("pissa", 0, 0.0), "refused": "no layer"} | {"test": None}
     spent = [{"task": "cifar", "steps": 7.3, "memory": 1.02}]
     page = render([*LINES, refusal], [{"task": "a way", "validation": "0.4"}], spent)
-    assert "The best means over the tasks: FLoRA, begun along the gradient 0.51" in page
+    assert "The best means over the tasks: FLoRA, gradient start 0.51" in page
     assert "a way" in page
     assert "1.02" in page
     assert "± 0.027 (n=4, 0.01)" in " ".join(page.split())

@@ -39,7 +39,7 @@ Every adapter may train the same number of parameters, the head not counted, on 
 adapt.
 
 * *FLoRA* starts as its config says, with equal ranks.
-* *FLoRA, begun along the gradient* is `flora.adapt` and `adapter.start: gradient`: ranks per mode where the gradient of
+* *FLoRA, gradient start* is `flora.adapt` and `adapter.start: gradient`: ranks per mode where the gradient of
   the first training batches is, and a first step along it whose size is judged on other batches.
 * *The same with equal ranks* shows what the ranks add. *LoRA, our start*, where it was trained, is LoRA's form with
   that start: it tells the start from the structure.

@@ -79,7 +79,7 @@ METHODS: dict[str, Method] = {
     "lycoris": Method("LoCon-Tucker (LyCORIS)", rivals.lycoris),
     "authors": Method("authors' scheme", rivals.authors),
     "flora": Method("FLoRA", starts.flora),
-    "flora-equal": Method("FLoRA, begun along the gradient, equal ranks", starts.flora_equal),
-    "flora-gradient": Method("FLoRA, begun along the gradient", starts.flora_gradient),
+    "flora-equal": Method("FLoRA, gradient start, equal ranks", starts.flora_equal),
+    "flora-gradient": Method("FLoRA, gradient start", starts.flora_gradient),
     "full": Method("full fine-tuning", full, matched=False),
 }
