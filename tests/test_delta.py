@@ -53,12 +53,17 @@ def test_the_form_holds_the_live_parameters() -> None:
     assert torch.count_nonzero(delta.dense()) > 0
 
 
-@pytest.mark.parametrize("ranks", [(4,), (4, 3, 2), (4, 8), (0, 3)])
+@pytest.mark.parametrize("ranks", [(4,), (4, 3, 2), (4, 8)])
 def test_ranks_that_do_not_fit_the_shape_are_refused(ranks: tuple[int, ...]) -> None:
     with pytest.raises(ValueError) as caught:
         TuckerDelta((11, 7), ranks)
     text = f"ranks {ranks} do not fit the shape (11, 7): one from 1 to the size per dimension"
     assert str(caught.value) == text
+
+
+def test_a_rank_of_zero_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"ranks\[0\] must be at least 1, got 0"):
+        TuckerDelta((11, 7), (0, 3))
 
 
 def test_dtype_and_device_of_the_parameters() -> None:

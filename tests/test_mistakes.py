@@ -355,7 +355,6 @@ CALLS: dict[str, tuple[str, ...]] = {
     "flora.start(adapted(), data)": ("without a loss; give loss=lambda model, batch",),
     "flora.start(adapted(), data, loss=3)": ("loss must be a function (model, batch) -> loss, got 3",),
     "flora.start(adapted(), data, loss=lambda m, b: m(b[0]))": ("one number in a tensor", "shape (2, 5)", "mean()"),
-    "flora.start(adapted(), data, loss=lambda m, b: summed(m, b) * float('nan'))": ("the loss is nan before any",),
     "flora.start(adapted(), data, loss=summed, adapter_name='zz')": ("no FLoRA adapter 'zz'",),
 }
 

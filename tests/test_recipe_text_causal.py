@@ -60,7 +60,7 @@ def jsonl(folder: Path, records: list[Any]) -> Path:
             "it has 'chosen' and 'rejected': preferences",
         ),
         ({"conversations": [{"from": "bot", "value": "a"}]}, "a turn is from 'bot', expected human"),
-        ({"instruction": "a", "output": 7}, "'output' is no text: 7"),
+        ({"instruction": "a", "output": 7}, "'output' is not a text: 7"),
         ({"messages": [{"role": "user", "content": "a"}]}, "the messages must end with a question and the assistant's"),
         ({"messages": [{"role": "user"}]}, "lacks 'content'"),
         ({"messages": [{"role": "user", "content": ""}]}, "a message of the user is empty or not a text: ''"),

@@ -16,6 +16,7 @@ from sklearn.metrics import confusion_matrix
 from transformers import EvalPrediction
 
 from flora.data.samples import locate
+from flora.errors import UserError
 from flora.recipes import vision_segment as recipe
 from flora.runs.settings import read
 from flora.runs.training import make_trainer, training_arguments
@@ -93,7 +94,7 @@ def test_bad_pairs_are_named_or_left_out(
 
 
 def test_a_folder_without_images(task: Any, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+    with pytest.raises(UserError, match="has no folder `images`"):
         recipe.load_data(task(data=str(tmp_path)), 0)
     (tmp_path / "images").mkdir()
     with pytest.raises(ValueError, match="images has no images"):

@@ -157,7 +157,7 @@ def test_a_volume_that_cannot_be_used(root: Path, spoil: Any, capsys: pytest.Cap
 
 
 def test_no_volumes(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="has no volumes in imagesTr with labels in labelsTr"):
+    with pytest.raises(FileNotFoundError, match="has no volumes in imagesTr with labels of the same names in labelsTr"):
         load_data(task(tmp_path), 0)
 
 

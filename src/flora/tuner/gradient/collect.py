@@ -242,10 +242,6 @@ def _one_batch(model: nn.Module, receivers: Sequence[Any], number: int, batch: A
                 f"the loss must be one number in a tensor, got a {type(found).__name__} of shape {shape}; "
                 "return its mean()"
             )
-        if not torch.isfinite(found):
-            raise UserError(
-                f"the loss is {float(found.detach())} before any training; check the data and the dtype of the model"
-            )
         if not found.requires_grad:
             raise UserError(
                 "the loss does not depend on the adapted weights; is it computed under no_grad, or is every block "
