@@ -275,7 +275,9 @@ def test_a_missing_base_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     save(random_adapter(build("gpt2"), picked, 0.02), tmp_path / "adapter")
     with pytest.raises(ValueError, match="names no base model; give it with --base"):
         merge(tmp_path / "adapter", tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match=r"the base model '.*gone' is not a local folder .*; give its folder with --base"):
+    with pytest.raises(
+        FileNotFoundError, match=r"the base model '.*gone' is not a local folder .*; give its folder with --base"
+    ):
         merge(tmp_path / "adapter", tmp_path / "out", base=str(tmp_path / "gone"))
     save_file({"a.weight": torch.ones(2, 2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="has no weight"):

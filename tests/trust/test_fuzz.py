@@ -245,6 +245,8 @@ ONCE_FAILED: list[tuple[str, int]] = [
     ("flora", 300_858),
     ("lora", 301_231),
     ("lora", 301_309),
+    ("base", 418_930),
+    ("base", 419_470),
 ]
 
 

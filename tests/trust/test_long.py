@@ -19,7 +19,7 @@ LATER, SLOWER = 1.02, 1.05  # times the memory and the time of the beginning
 
 @pytest.mark.slow
 def test_twenty_thousand_steps(capsys: pytest.CaptureFixture[str]) -> None:
-    model = get_peft_model(load_base(Task()), flora.FloraConfig(target_modules="all", r=3))  # type: ignore[arg-type]
+    model = get_peft_model(load_base(Task()), flora.FloraConfig(target_modules="all", r=2))  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-3)
     data = load_data(Task(), 0).train
     batch = {key: torch.stack([data[index][key] for index in range(6)]) for key in data[0]}
@@ -55,7 +55,7 @@ def test_attaching_and_taking_off_five_hundred_times(tmp_path: Path, capsys: pyt
     names = set(dict(base.named_modules()))
 
     for _ in range(500):
-        base = get_peft_model(base, flora.FloraConfig(target_modules="all", r=3)).unload()
+        base = get_peft_model(base, flora.FloraConfig(target_modules="all", r=2)).unload()
         memory.append(process.memory_info().rss)
 
     assert set(dict(base.named_modules())) == names

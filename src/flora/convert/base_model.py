@@ -96,7 +96,7 @@ def _build(folder: Path) -> nn.Module:
     if "_class_name" in settings:
         return _from_diffusers(settings)
 
-    names = [name for name in settings.get("architectures") or [] if isinstance(name, str)]
+    names = _architectures(settings)
     if not names or stored_class(settings) is None:
         raise UserError(
             f"{folder / 'config.json'} names no installed architecture (architectures: {names}); pass the model "
@@ -204,15 +204,23 @@ def stored_class(settings: Mapping[str, Any]) -> Any:
         except ImportError:
             raise UserError(f"the base is a diffusers {settings['_class_name']}: pip install diffusers") from None
 
-        library, names = cast("Any", diffusers), [settings["_class_name"]]
+        library, names = cast("Any", diffusers), [str(settings["_class_name"])]
     else:
         import transformers
 
-        library, names = transformers, settings.get("architectures") or []
+        library, names = transformers, _architectures(settings)
 
-    found = (getattr(library, name, None) for name in names if isinstance(name, str))
+    found = (getattr(library, name, None) for name in names)
 
     return next((each for each in found if isinstance(each, type) and issubclass(each, nn.Module)), None)
+
+
+def _architectures(settings: Mapping[str, Any]) -> list[str]:
+    """The names of classes in the ``config.json`` of a model; whatever else somebody wrote there is passed over."""
+    given = settings.get("architectures")
+    if not isinstance(given, list | tuple):
+        return []
+    return [name for name in given if isinstance(name, str)]
 
 
 def adapted_class(config: Mapping[str, Any], folder: Path) -> Any:
@@ -292,7 +300,7 @@ def is_stored_as(folder: Path, config: Mapping[str, Any], adapter: Path) -> bool
         with user_errors(Exception, about=f"{folder / 'config.json'}"):
             wanted = mapping.get(type(_transformers_config(str(folder))), wanted)
 
-    return wanted.__name__ in [*(settings.get("architectures") or ()), settings.get("_class_name")]
+    return wanted.__name__ in [*_architectures(settings), settings.get("_class_name")]
 
 
 # ---- where it is -----------------------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ class Checkpoint:
             return {}
 
         found = read_object(self.index).get("weight_map")
-        if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+        if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
             raise UserError(f"{self.index} has no weight_map of names to files; copy or download it again")
         if strange := next((file for file in found.values() if Path(file).name != file), None):
             raise UserError(f"{self.index} names the shard {strange!r}, which is not a file beside it")
