@@ -28,6 +28,7 @@ TASKS = {
     "spoken": "Conv1d, new head: spoken digits (accuracy)",
     "sst2": "text, new head: SST-2 (accuracy)",
     "digits": "depthwise: digits (accuracy)",
+    "experts": "fused experts: film reviews (next character)",
 }
 HEAD = """# Quality at equal parameters
 

@@ -24,7 +24,7 @@ from typing import Any
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
-TASKS = ("cifar", "hippocampus", "spoken", "sst2", "digits")
+TASKS = ("cifar", "hippocampus", "spoken", "sst2", "digits", "experts")
 METHODS = ("lora", "lora-gradient", "lycoris", "flora", "flora-gradient", "full", "bitfit")
 RATE = 0.01  # of the setting without tuning
 DIGITS = 8600  # parameters, about what LoRA of rank 4 has there
