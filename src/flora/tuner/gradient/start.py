@@ -130,16 +130,18 @@ def start(
         (3, 1)
     """
     began = time.perf_counter()
-    _check_loss(loss)
+    loss = _checked(loss)
     places = _fresh_places(model, adapter_name)
-    parts, loss = first_batches(batches, count), loss or loss_of
+    parts = first_batches(batches, count)
     found = _measure(model, places, parts, loss, _reach(places))
     return _begin(model, places, found, parts, loss, began)
 
 
-def _check_loss(loss: object) -> None:
+def _checked(loss: Loss | None) -> Loss:
+    """The loss that was given; by default the one that the model returns."""
     if loss is not None and not callable(loss):
         raise WrongTypeError(f"loss must be a function (model, batch) -> loss, got {loss!r}")
+    return loss or loss_of
 
 
 def adapt(
@@ -178,17 +180,11 @@ def adapt(
         >>> sum(value.numel() for value in model.parameters() if value.requires_grad) <= 24
         True
     """
-    return adapt_and_tell(base, config, batches, loss=loss, adapter_name=adapter_name, count=count).model
+    return adapt_and_tell(base, config, batches, _checked(loss), adapter_name, count).model
 
 
 def adapt_and_tell(
-    base: nn.Module,
-    config: FloraConfig,
-    batches: Iterable[Any],
-    *,
-    loss: Loss | None = None,
-    adapter_name: str = "default",
-    count: int = BATCHES,
+    base: nn.Module, config: FloraConfig, batches: Iterable[Any], loss: Loss, name: str = "default", count: int = BATCHES
 ) -> Adapted:
     """:func:`adapt`, with how the adapter began."""
     began = time.perf_counter()
@@ -200,8 +196,7 @@ def adapt_and_tell(
             "flora.start(model, batches) for the adapter that is there"
         )
 
-    _check_loss(loss)
-    config, loss = copy.deepcopy(config), loss or loss_of
+    config = copy.deepcopy(config)
     trained = {value for value in base.parameters() if value.requires_grad}
     parts = first_batches(batches, count)
     allocation, found = None, None
@@ -222,15 +217,12 @@ def adapt_and_tell(
         if allocation is not None:
             write_ranks(config, allocation, [place.name.removesuffix(f".{place.weight}") for place in places])
 
-    model = cast("PeftModel", get_peft_model(cast("Any", base), config, adapter_name=adapter_name))
+    model = cast("PeftModel", get_peft_model(cast("Any", base), config, adapter_name=name))
 
     try:
-        places = _fresh_places(model, adapter_name)
-
+        places = _fresh_places(model, name)
         if found is None:
             found = _measure(model, places, parts, loss, _reach(places))
-        else:
-            found = found
 
         begun = _begin(model, places, found, parts, loss, began)
     except BaseException:
