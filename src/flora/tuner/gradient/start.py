@@ -184,7 +184,7 @@ def adapt(
 
 
 def adapt_and_tell(
-    base: nn.Module, config: FloraConfig, batches: Iterable[Any], loss: Loss, name: str = "default", count: int = BATCHES
+    base: nn.Module, config: FloraConfig, batches: Iterable[Any], loss: Loss, name: str = "default", most: int = BATCHES
 ) -> Adapted:
     """:func:`adapt`, with how the adapter began."""
     began = time.perf_counter()
@@ -198,7 +198,7 @@ def adapt_and_tell(
 
     config = copy.deepcopy(config)
     trained = {value for value in base.parameters() if value.requires_grad}
-    parts = first_batches(batches, count)
+    parts = first_batches(batches, most)
     allocation, found = None, None
 
     # The ranks are needed to attach the adapter, and the gradients to choose the ranks. So with a budget a probe of
