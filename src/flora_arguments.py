@@ -1,4 +1,4 @@
-"""The words around the verbs of ``flora``: the arguments of each, versions, and what to type after a mistake.
+"""The command line of ``flora``: the arguments of each verb, how they are parsed, and what to type after a mistake.
 
 Outside the package for the same reason as ``flora_cli``: help must not wait for PEFT.
 """
@@ -7,15 +7,22 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import inspect
 import os
 import re
 import shlex
 import sys
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
 Argument = tuple[tuple[str, ...], dict[str, Any]]
+
+DESCRIPTION = "FLoRA: parameter-efficient fine-tuning for weights of any number of dimensions."
+EPILOG = """`flora VERB --help` explains a verb, with examples; `flora train RECIPE --help` the settings of a recipe.
+Errors of use end with exit code 2."""
+TOP_OPTIONS = ("-h", "--help", "--version")
 
 
 def argument(*names: str, **options: Any) -> Argument:
@@ -202,6 +209,44 @@ def nearest(word: str, known: list[str]) -> str:
     if found:
         return f"; did you mean {found[0]!r}?"
     return ""
+
+
+def build_parser(verbs: Mapping[str, Callable[..., int]]) -> Parser:
+    """The parser; the help of a verb is the docstring of its function."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser("flora", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
+    parser.add_argument("--version", action="version", version=versions())
+    each = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb, command in verbs.items():
+        text = inspect.cleandoc(command.__doc__ or "")
+        summary = text.partition("\n")[0]
+        sub = each.add_parser(verb, help=summary, description=text, formatter_class=raw)
+        for names, options in ARGUMENTS[verb]:
+            sub.add_argument(*names, **options)
+
+    return parser
+
+
+def parse(argv: list[str], verbs: Mapping[str, Callable[..., int]]) -> argparse.Namespace:
+    """The arguments; key=value items may also stand behind options, which argparse alone does not allow."""
+    parser = build_parser(verbs)
+    first = (argv or [""])[0]
+
+    if not first:
+        parser.error(f"which verb? One of {', '.join(verbs)}")
+    if first.startswith("-") and first not in TOP_OPTIONS:
+        parser.error(f"unrecognized arguments: {first}{nearest(first, list(TOP_OPTIONS))}")
+
+    args, rest = parser.parse_known_args(argv)
+    parser.prog = f"flora {args.verb}"
+
+    if strange := [item for item in rest if item.startswith("-") or not hasattr(args, "overrides")]:
+        hint = meant(strange[0], ARGUMENTS[args.verb], overrides=hasattr(args, "overrides"))
+        parser.error(f"unrecognized arguments: {' '.join(strange)}{hint}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+
+    return args
 
 
 def versions() -> str:

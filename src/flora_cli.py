@@ -1,13 +1,12 @@
 """The ``flora`` command. It stands outside the package because ``import flora`` imports PEFT, which takes seconds.
 
-A verb is a function in ``COMMANDS``, whose docstring is its help; its arguments are in ``flora_arguments``. It imports
-what it needs itself.
+A verb is a function in ``COMMANDS``, whose docstring is its help and which imports what it needs itself; its arguments
+are in ``flora_arguments``. ``main`` runs one and turns what goes wrong into one line and an exit code.
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect as introspection
 import json
 import os
 import sys
@@ -17,21 +16,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from flora_arguments import (
-    ARGUMENTS,
-    Parser,
-    asks_for_keys,
-    how_to_go_on,
-    meant,
-    nearest,
-    quiet_bars,
-    versions,
-)
+from flora_arguments import asks_for_keys, how_to_go_on, parse, quiet_bars
 
-DESCRIPTION = "FLoRA: parameter-efficient fine-tuning for weights of any number of dimensions."
-EPILOG = """`flora VERB --help` explains a verb, with examples; `flora train RECIPE --help` the settings of a recipe.
-Errors of use end with exit code 2."""
-TOP_OPTIONS = ("-h", "--help", "--version")
 READER_ENDED = 128 + 13  # what a shell reports of a program that a broken pipe ended, as in `flora recipes | head`
 
 
@@ -366,44 +352,6 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser("flora", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
-    parser.add_argument("--version", action="version", version=versions())
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for verb, command in COMMANDS.items():
-        text = introspection.cleandoc(command.__doc__ or "")
-        summary = text.partition("\n")[0]
-        sub = verbs.add_parser(verb, help=summary, description=text, formatter_class=raw)
-        for names, options in ARGUMENTS[verb]:
-            sub.add_argument(*names, **options)
-
-    return parser
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The arguments; key=value items may also stand behind options, which argparse alone does not allow."""
-    parser = build_parser()
-    first = (argv or [""])[0]
-
-    if not first:
-        parser.error(f"which verb? One of {', '.join(COMMANDS)}")
-    if first.startswith("-") and first not in TOP_OPTIONS:
-        parser.error(f"unrecognized arguments: {first}{nearest(first, list(TOP_OPTIONS))}")
-
-    args, rest = parser.parse_known_args(argv)
-    parser.prog = f"flora {args.verb}"
-
-    if strange := [item for item in rest if item.startswith("-") or not hasattr(args, "overrides")]:
-        hint = meant(strange[0], ARGUMENTS[args.verb], overrides=hasattr(args, "overrides"))
-        parser.error(f"unrecognized arguments: {' '.join(strange)}{hint}")
-    if rest:
-        args.overrides = [*args.overrides, *rest]
-
-    return args
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb. An error of the user or the system is one line and exit code 2; a traceback is a bug of flora."""
     given = sys.argv[1:] if argv is None else argv
@@ -412,7 +360,7 @@ def main(argv: list[str] | None = None) -> int:
     if asks_for_keys(given):
         given = ["recipes", "keys", given[1]]
 
-    args = parse(given)
+    args = parse(given, COMMANDS)
 
     if not sys.stderr.isatty():
         quiet_bars()

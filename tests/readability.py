@@ -16,7 +16,15 @@ from pathlib import Path
 SRC = Path(__file__).resolve().parents[1] / "src" / "flora"
 
 # Where numbers are computed: what is not plain there is explained in the code.
-COMPUTE = ("layers", "tucker", "tuner/gradient", "tuner/forward.py", "tuner/merging.py", "tuner/reading.py")
+COMPUTE = (
+    "layers",
+    "tucker",
+    "tuner/gradient",
+    "tuner/forward.py",
+    "tuner/merging.py",
+    "tuner/reading.py",
+    "tuner/read_tensors.py",
+)
 
 
 @dataclass

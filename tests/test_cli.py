@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import flora
+import flora_arguments
 import flora_cli
 from flora.errors import UserError, WrongTypeError
 from flora.recipes import CONFIGS, config_names
@@ -22,21 +24,23 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
     return code, out, err
 
 
+def parse(argv: list[str]) -> argparse.Namespace:
+    return flora_arguments.parse(argv, flora_cli.COMMANDS)
+
+
 def test_every_verb_has_a_function_arguments_and_an_example() -> None:
-    assert list(flora_cli.COMMANDS) == list(flora_cli.ARGUMENTS)
+    assert list(flora_cli.COMMANDS) == list(flora_arguments.ARGUMENTS)
     for verb, command in flora_cli.COMMANDS.items():
         assert f"flora {verb}" in (command.__doc__ or ""), verb
 
 
 def test_overrides_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
-    args = flora_cli.parse(
-        ["compare", "digits", "seed=1", "--methods", "flora,lora", "task.rotation=0", "--seeds", "3,4"]
-    )
+    args = parse(["compare", "digits", "seed=1", "--methods", "flora,lora", "task.rotation=0", "--seeds", "3,4"])
     assert (args.overrides, args.methods, args.seeds) == (["seed=1", "task.rotation=0"], ["flora", "lora"], [3, 4])
-    assert flora_cli.parse(["compare", "digits"]).methods == ["frozen", "flora", "lora", "full"]
+    assert parse(["compare", "digits"]).methods == ["frozen", "flora", "lora", "full"]
     for wrong in (["inspect", "folder", "seed=1"], ["train", "digits", "--seed"]):
         with pytest.raises(SystemExit):
-            flora_cli.parse(wrong)
+            parse(wrong)
         assert f"unrecognized arguments: {wrong[-1]}" in capsys.readouterr().err
 
 
@@ -321,7 +325,7 @@ def test_a_config_that_repeats_itself_into_billions_is_refused(tmp_path: Path) -
 def test_the_flags_of_train_and_how_they_were_once_written(capsys: pytest.CaptureFixture[str]) -> None:
     from flora.runs.settings import split_flags
 
-    args = flora_cli.parse(["train", "digits", "--resume", "seed=1", "--overwrite"])
+    args = parse(["train", "digits", "--resume", "seed=1", "--overwrite"])
     assert (args.resume, args.overwrite, args.overrides) == (True, True, ["seed=1"])
     assert split_flags(["resume=true", "seed=1", "overwrite=false"]) == (
         {"resume": True, "overwrite": False},

@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import flora
+import flora_arguments
 import flora_cli
 from flora.recipes import config_names
 from flora.runs.settings import read, split_flags
@@ -139,7 +140,7 @@ def commands() -> list[tuple[str, list[str]]]:
 
 @pytest.mark.parametrize(("page", "words"), commands())
 def test_every_command_is_one_that_the_parser_takes(page: str, words: list[str]) -> None:
-    args = flora_cli.parse(words)
+    args = flora_arguments.parse(words, flora_cli.COMMANDS)
     config = getattr(args, "config", None)
     if config in config_names():
         read(config, split_flags(args.overrides)[1])

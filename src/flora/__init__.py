@@ -6,7 +6,7 @@ Importing ``flora`` registers the method with PEFT; ``FloraConfig`` then works w
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flora.layers.planning import Plan, plan
+from flora.layers.plan_report import Plan, plan
 from flora.layers.table import LAYERS
 from flora.tucker.delta import TuckerDelta
 from flora.tucker.form import Tucker

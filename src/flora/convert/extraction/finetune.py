@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from flora.convert.adapter import Adapter, Entry
-from flora.convert.base_model import Base, try_base
+from flora.convert.base_model import try_base
+from flora.convert.extraction.pair import Pair
 from flora.convert.extraction.store import Store
-from flora.convert.formats.filemap import FileMap
 from flora.convert.report import table
 from flora.errors import UserError
 from flora.layers.axes import roles_of
-from flora.layers.layout import Layout, from_shape, is_raw
+from flora.layers.layout import Layout, is_raw
 from flora.storage.checkpoint import Checkpoint
-from flora.storage.tensors import CONFIG, as_path
+from flora.storage.tensors import as_path
 from flora.tucker.allocation import FIRST, Choice, choices, for_energy, is_cut, spend
 from flora.tucker.decomposition import decompose
-from flora.tucker.fold import parse_fold
 from flora.tucker.form import Tucker, count_params
 from flora.tucker.ranks import Ranks, resolve
 
@@ -126,18 +120,18 @@ def extract(
     """
     check_request(rank, energy, budget)
     base, tuned = as_path(base, "the base model"), as_path(tuned, "the fine-tuned model")
-    job = _Job(Checkpoint(base), Checkpoint(tuned), try_base(Path(base)), progress)
+    pair = Pair(Checkpoint(base), Checkpoint(tuned), try_base(Path(base)), progress)
     request = {"rank": rank, "energy": energy, "budget": budget, "kernel_r": kernel_r}
 
     if work is None:
         store = None
     else:
-        store = Store(Path(work), _fingerprint(job, request))
+        store = Store(Path(work), pair.fingerprint(request))
 
     chosen: dict[str, Choice] | None = None
 
     if budget is not None:
-        chosen = _spend(job, store, budget)
+        chosen = _spend(pair, store, budget)
 
     def ranks_for(name: str, delta: Tensor) -> Ranks:
         if chosen is not None:
@@ -145,17 +139,17 @@ def extract(
         if energy is not None:
             return _for_energy(delta, energy)
 
-        axes = _axes(job.layouts.get(name), delta, name)
+        axes = pair.axes(name)
 
         return resolve(
             delta.shape, rank if rank is not None else 8, kernel_r, axes=axes, roles=roles_of(axes), name=name
         )
 
     result = Extracted(config={"base_model_name_or_path": str(base)})
-    for name in job.bar("layers"):
-        _extract_layer(job, store, result, name, ranks_for)
+    for name in pair.bar("layers"):
+        _extract_layer(pair, store, result, name, ranks_for)
 
-    _whole(job, result, carry)
+    _whole(pair, result, carry)
 
     if not result.weights and not result.extras:
         if budget is not None and result.rows:
@@ -182,139 +176,16 @@ def check_request(rank: Ranks | None, energy: float | None, budget: int | None) 
         raise UserError(f"budget is a number of parameters, at least 1, got {budget}")
 
 
-@dataclass(frozen=True)
-class _Job:
-    """The two models, opened and compared by name and shape."""
-
-    base: Checkpoint
-    tuned: Checkpoint
-    model: Base | None
-    progress: bool
-
-    def __post_init__(self) -> None:
-        missing = [name for name in self.base if name not in self.tuned]
-        for model in (self.base, self.tuned):
-            if missing and (model.path / CONFIG).is_file():
-                raise UserError(
-                    f"{model.path} is an adapter, expected a whole model; flora extract compares a base model with its "
-                    "fine-tune (flora merge makes one of an adapter)"
-                )
-
-        if missing:
-            raise UserError(
-                f"{self.tuned.path} lacks {len(missing)} tensors of {self.base.path} (first: {missing[0]}); it is not "
-                "a fine-tune of that model, or was saved under other names"
-            )
-
-        for name in self.base:
-            if self.base.shape(name) != self.tuned.shape(name):
-                raise UserError(
-                    f"{name} has shape {self.base.shape(name)} in {self.base.path} and {self.tuned.shape(name)} in "
-                    f"{self.tuned.path}; it is not a fine-tune of that model (was the vocabulary resized?)"
-                )
-
-    @cached_property
-    def layouts(self) -> Mapping[str, Layout]:
-        """Of the base model, where its config can be read; the extraction itself does not need them."""
-        if self.model is None:
-            return {}
-        return self.model.layouts
-
-    @cached_property
-    def files(self) -> FileMap:
-        """Where the weights are in the base's files; the tuned model has the same."""
-        return FileMap(self.base, None if self.model is None else self.model.model)
-
-    @cached_property
-    def places(self) -> dict[str, list[str]]:
-        """The weights that are decomposed, by the model's names, and the file entries they are made of.
-
-        They have two dimensions or more, belong to a module, and are not a single token or a table of buffers.
-        """
-        apart = {}
-        for name, shape in self.shapes.items():
-            inside = "." in name and ".parametrizations." not in name
-            if name not in self.base and inside and _is_matrix_like(name, shape):
-                # Tied to another, which is there.
-                with suppress(UserError):
-                    apart[name] = self.files.find(name, shape)
-
-        taken = {key for keys in apart.values() for key in keys}
-        plain = [key for key in self.base if key not in taken and "." in key]
-
-        return {**{key: [key] for key in plain if _is_matrix_like(key, self.base.shape(key))}, **apart}
-
-    @cached_property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Of every weight of the model, parametrised ones too; empty where the model is not known."""
-        if self.model is None:
-            return {}
-        return {**self.model.shapes, **self.files.parametrised()}
-
-    @property
-    def parts(self) -> set[str]:
-        """The file entries of the weights that are decomposed."""
-        return {key for keys in self.places.values() for key in keys}
-
-    def bar(self, what: str, names: Iterable[str] | None = None) -> Iterator[str]:
-        """The names, by default all, with a progress bar."""
-        listed: Iterable[str] = self.places
-        if names is not None:
-            listed = names
-
-        return iter(tqdm(listed, desc=what, unit="layer", disable=not self.progress))
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of a weight as the model has it."""
-        if name in self.base:
-            return self.base.shape(name)
-        return self.shapes[name]
-
-    def form_shape(self, name: str) -> tuple[int, ...]:
-        """Of the N-d tensor that is decomposed."""
-        layout = self.layouts.get(name)
-        shape = self.shape(name)
-        if layout is None or layout.fold is None:
-            return shape
-        return parse_fold(layout.fold, shape).shape
-
-    def delta(self, name: str) -> Tensor:
-        """``tuned - base`` in float32, folded to the N-d tensor that is decomposed."""
-        shape = self.shape(name)
-        old, new = (self.files.read(name, shape, source) for source in (self.base, self.tuned))
-        if new.is_floating_point():
-            delta = new.float() - old.float()
-        else:
-            delta = torch.zeros(shape)
-
-        if not torch.isfinite(delta).all():
-            raise UserError(f"{name} has NaN or infinite entries in {self.base.path} or {self.tuned.path}")
-
-        return delta.reshape(self.form_shape(name))
-
-
-def _is_matrix_like(name: str, shape: tuple[int, ...]) -> bool:
-    return len(shape) > 1 and ("weight" in name.rpartition(".")[2] or min(shape) > 1)
-
-
-def _axes(layout: Layout | None, delta: Tensor, name: str) -> tuple[str, ...]:
-    if layout is not None and layout.fold is None:
-        return layout.axes
-    if layout is not None and layout.fold is not None:
-        return tuple(f"d{mode}" for mode in range(delta.ndim))
-    return from_shape(name, tuple(delta.shape)).axes
-
-
-def _spend(job: _Job, store: Store | None, budget: int) -> dict[str, Choice]:
+def _spend(pair: Pair, store: Store | None, budget: int) -> dict[str, Choice]:
     """The choice of every layer that changed. Large ranks are tried only in layers that take all the smaller ones."""
-    most = dict.fromkeys(job.places, FIRST)
+    most = dict.fromkeys(pair.places, FIRST)
     options: dict[str, list[Choice]] = {}
     while True:
-        for name in job.bar("spectra", [name for name in most if name not in options]):
-            options[name] = _options(job, store, name, most[name])
+        for name in pair.bar("spectra", [name for name in most if name not in options]):
+            options[name] = _options(pair, store, name, most[name])
 
         chosen = spend({name: listed for name, listed in options.items() if listed[0].error}, budget)
-        cut = [name for name, choice in chosen.items() if is_cut(choice, job.form_shape(name), most[name])]
+        cut = [name for name, choice in chosen.items() if is_cut(choice, pair.form_shape(name), most[name])]
         if not cut:
             return chosen
 
@@ -330,29 +201,29 @@ def _for_energy(delta: Tensor, energy: float) -> tuple[int, ...]:
     return choice.ranks
 
 
-def _options(job: _Job, store: Store | None, name: str, most: int) -> list[Choice]:
+def _options(pair: Pair, store: Store | None, name: str, most: int) -> list[Choice]:
     """The choices of one layer, from the store if they are there."""
     if store is not None and (kept := store.read_choices(name, most)) is not None:
         return kept
-    found = choices(job.delta(name), most=most)
+    found = choices(pair.delta(name), most=most)
     if store is not None:
         store.write_choices(name, most, found)
     return found
 
 
 def _extract_layer(
-    job: _Job,
+    pair: Pair,
     store: Store | None,
     result: Extracted,
     name: str,
     ranks_for: Callable[[str, Tensor], Ranks],
 ) -> None:
-    layout = job.layouts.get(name)
+    layout = pair.layouts.get(name)
 
     kept = store.read_layer(name) if store is not None else None
 
     if kept is None:
-        delta = job.delta(name)
+        delta = pair.delta(name)
         norm = float(delta.norm(dtype=torch.float64))
         if norm:
             ranks = ranks_for(name, delta)
@@ -380,7 +251,7 @@ def _extract_layer(
         ranks_kept = form.ranks
         params = count_params(form.shape, form.ranks)
 
-    result.rows.append(Row(name, job.shape(name), ranks_kept, params, norm, error))
+    result.rows.append(Row(name, pair.shape(name), ranks_kept, params, norm, error))
 
 
 def _fit(delta: Tensor, ranks: Ranks) -> tuple[Tucker | None, float]:
@@ -394,16 +265,16 @@ def _fit(delta: Tensor, ranks: Ranks) -> tuple[Tucker | None, float]:
     return form, form.error
 
 
-def _whole(job: _Job, result: Extracted, carry: bool) -> None:
+def _whole(pair: Pair, result: Extracted, carry: bool) -> None:
     """Finds the other tensors that differ, and takes them along if asked."""
-    decomposed = job.parts
-    others = {job.files.name_of(key): key for key in job.tuned if key not in decomposed}
+    decomposed = pair.parts
+    others = {pair.files.name_of(key): key for key in pair.tuned if key not in decomposed}
     for name, key in others.items():
-        if key not in job.base or not _is_same(job.base.get(key), job.tuned.get(key)):
+        if key not in pair.base or not _is_same(pair.base.get(key), pair.tuned.get(key)):
             result.whole.append(name)
 
     if carry:
-        _carry(job, result, others)
+        _carry(pair, result, others)
         result.carried = True
 
 
@@ -415,7 +286,7 @@ def _is_same(old: Tensor, new: Tensor) -> bool:
     return torch.equal(old, new)
 
 
-def _carry(job: _Job, result: Extracted, others: Mapping[str, str]) -> None:
+def _carry(pair: Pair, result: Extracted, others: Mapping[str, str]) -> None:
     """Adds every tensor in ``result.whole`` to the adapter, in a form that an adapter can hold.
 
     * a bias goes by itself (``bias`` of the config);
@@ -425,31 +296,31 @@ def _carry(job: _Job, result: Extracted, others: Mapping[str, str]) -> None:
       keeps every mode whole: its module holds adapted layers, and cannot be replaced.
 
     Args:
-        job: the two models.
+        pair: the two models.
         result: where they go.
         others: the name of each tensor that is not decomposed -> its file entry.
 
     Raises:
         UserError: a tensor is none of these, or has NaN.
     """
-    adapted = {name.rpartition(".")[0] for name in result.weights if not _is_bare(name, job.layouts.get(name))}
-    layers = {name.rpartition(".")[0] for name in job.places}
-    holders = _holders({*job.shapes, *others, *result.weights})
+    adapted = {name.rpartition(".")[0] for name in result.weights if not _is_bare(name, pair.layouts.get(name))}
+    layers = {name.rpartition(".")[0] for name in pair.places}
+    holders = _holders({*pair.shapes, *others, *result.weights})
     replaced: set[str] = set()
     for name in result.whole:
         module, _, leaf = name.rpartition(".")
-        new = others[name] not in job.base
+        new = others[name] not in pair.base
 
         if module in adapted and "bias" in leaf:
-            result.extras[name] = _finite(job, name, others[name])
+            result.extras[name] = pair.tuned_entry(name, others[name])
         elif module and module not in holders and module not in layers:
             replaced.add(module)
         elif leaf == "bias":
-            result.extras[name] = _finite(job, name, others[name])
-        elif module and module not in adapted and not new and _is_parameter(job, name):
-            delta = _finite(job, name, others[name]).float() - job.base.get(others[name]).float()
+            result.extras[name] = pair.tuned_entry(name, others[name])
+        elif module and module not in adapted and not new and _is_parameter(pair, name):
+            delta = pair.tuned_entry(name, others[name]).float() - pair.base.get(others[name]).float()
             form = Tucker(delta, (None,) * delta.ndim)
-            result.weights[name] = Entry(form, 1.0, job.layouts.get(name))
+            result.weights[name] = Entry(form, 1.0, pair.layouts.get(name))
         else:
             raise UserError(
                 f"{name} differs, and no adapter can carry it: it is a buffer, a new tensor or a single number of a "
@@ -458,7 +329,7 @@ def _carry(job: _Job, result: Extracted, others: Mapping[str, str]) -> None:
 
     for name, key in others.items():
         if name.rpartition(".")[0] in replaced:
-            result.extras[name] = _finite(job, name, key)
+            result.extras[name] = pair.tuned_entry(name, key)
 
 
 def _holders(names: Iterable[str]) -> set[str]:
@@ -475,24 +346,7 @@ def _is_bare(name: str, layout: Layout | None) -> bool:
     return is_raw(name, layout) and (layout is None or layout.kind not in ("attention", "recurrent"))
 
 
-def _is_parameter(job: _Job, name: str) -> bool:
+def _is_parameter(pair: Pair, name: str) -> bool:
     """Whether a tensor is a parameter of one dimension or more; a model that is not known may have it as a buffer."""
-    shape = job.shapes.get(name)
+    shape = pair.shapes.get(name)
     return shape is not None and len(shape) > 0
-
-
-def _finite(job: _Job, name: str, key: str) -> Tensor:
-    value = job.tuned.get(key)
-    if value.is_floating_point() and not torch.isfinite(value).all():
-        raise UserError(f"{name} has NaN or infinite entries in {job.tuned.path}")
-    return value.clone()
-
-
-def _fingerprint(job: _Job, request: Mapping[str, object]) -> str:
-    """Changes when the request or any of the files does."""
-    files = [
-        (file, (stat := (model.folder / file).stat()).st_size, stat.st_mtime_ns)
-        for model in (job.base, job.tuned)
-        for file in model.shards
-    ]
-    return hashlib.sha256(json.dumps([files, request]).encode()).hexdigest()
