@@ -12,7 +12,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,7 +22,7 @@ Argument = tuple[tuple[str, ...], dict[str, Any]]
 DESCRIPTION = "FLoRA: parameter-efficient fine-tuning for weights of any number of dimensions."
 EPILOG = """`flora VERB --help` explains a verb, with examples; `flora train RECIPE --help` the settings of a recipe.
 Errors of use end with exit code 2."""
-TOP_OPTIONS = ("-h", "--help", "--version")
+TOP_OPTIONS = ("-h", "--help", "--version", "--print-completion")
 
 
 def argument(*names: str, **options: Any) -> Argument:
@@ -143,14 +143,14 @@ ARGUMENTS: dict[str, list[Argument]] = {
         argument("--json", action="store_true", help="print JSON"),
     ],
     "inspect": [
-        argument("folder", metavar="FOLDER", help="the folder or file of an adapter, of any format that convert reads"),
+        argument("folder", metavar="SRC", help="the folder or file of an adapter, of any format that convert reads"),
         argument("--html", metavar="FILE", help="also write a page"),
         argument("--base", help=BASE),
         RUN_CODE,
         overwrite("FILE"),
     ],
     "merge": [
-        argument("folder", nargs="+", metavar="FOLDER", help="adapters, of any format that convert reads"),
+        argument("folder", nargs="+", metavar="SRC", help="adapters, of any format that convert reads"),
         argument("--out", required=True, metavar="DIR", help="the folder to write"),
         argument("--base", help="a folder, hub id or file.py:function instead of the base that the adapter names"),
         RUN_CODE,
@@ -216,6 +216,7 @@ def build_parser(verbs: Mapping[str, Callable[..., int]]) -> Parser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser("flora", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
     parser.add_argument("--version", action="version", version=versions())
+    parser.add_argument("--print-completion", action=PrintCompletion)
     each = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, command in verbs.items():
         text = inspect.cleandoc(command.__doc__ or "")
@@ -234,7 +235,7 @@ def parse(argv: list[str], verbs: Mapping[str, Callable[..., int]]) -> argparse.
 
     if not first:
         parser.error(f"which verb? One of {', '.join(verbs)}")
-    if first.startswith("-") and first not in TOP_OPTIONS:
+    if first.startswith("-") and first.partition("=")[0] not in TOP_OPTIONS:
         parser.error(f"unrecognized arguments: {first}{nearest(first, list(TOP_OPTIONS))}")
 
     args, rest = parser.parse_known_args(argv)
@@ -299,3 +300,85 @@ def asks_for_keys(given: list[str]) -> bool:
     """Whether the help of one recipe is wanted, as ``flora train digits --help`` asks."""
     asking = len(given) == 3 and given[0] in ("train", "compare") and given[2] in ("-h", "--help")
     return asking and not given[1].startswith("-")
+
+
+# ---- completion by the Tab key ---------------------------------------------------------------------------------------
+
+PACKAGED = Path(__file__).parent / "flora" / "recipes" / "configs"
+# What completes the words of a usage line.
+FOLDERS = {"FOLDER", "DIR", "BASE", "TUNED"}
+FILES = {"FILE", "SRC", "DST", "INPUT", "MODEL", "base"}
+
+
+class PrintCompletion(argparse.Action):
+    """Prints the script of a shell, and ends."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(
+            option_strings,
+            dest,
+            choices=("bash", "zsh", "fish"),
+            help="print the script that lets this shell complete flora: verbs, options, configs, files",
+        )
+
+    def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> NoReturn:
+        """Called by argparse with its namespace and the shell."""
+        print(completion_script(parser, given[1]))
+        parser.exit()
+
+
+def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
+    """The script that lets a shell complete what is typed; it knows everything itself and never waits for Python.
+
+    Args:
+        parser: Of ``flora``.
+        shell: bash, zsh or fish.
+    """
+    import shtab
+
+    names = sorted(path.stem for path in PACKAGED.glob("*.yaml"))
+    completers: dict[Any, Any] = {"CONFIG": _configs(names), "NAME": _names(names)}
+    completers |= dict.fromkeys(FOLDERS, shtab.DIRECTORY) | dict.fromkeys(FILES, shtab.FILE)
+
+    (verbs,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    for verb in verbs.choices.values():
+        for action in verb._actions:
+            meaning = action.metavar or action.dest
+            if meaning in completers:
+                action.complete = completers[meaning]
+
+    return shtab.complete(parser, shell)
+
+
+def _names(names: list[str]) -> dict[str, Any]:
+    """The packaged configs."""
+    words = " ".join(names)
+    return {
+        "bash": "_flora_names",
+        "zsh": f"({words})",
+        "fish": f"(string split ' ' '{words}')",
+        "preamble": {"bash": f"""_flora_names() {{ compgen -W "{words}" -- "$1"; }}"""},
+    }
+
+
+def _configs(names: list[str]) -> dict[str, Any]:
+    """The packaged configs, YAML files, and the folders that may hold such."""
+    words = " ".join(names)
+    bash = f"""
+_flora_config_files() {{
+  compgen -W "{words}" -- "$1"
+  compgen -f -X '!*.y*ml' -- "$1"
+  compgen -d -- "$1"
+}}"""
+    zsh = f"""
+_flora_config_files() {{
+  compadd -- {words}
+  _files -g '*.y(a|)ml'
+}}"""
+
+    return {
+        "bash": "_flora_config_files",
+        "zsh": "_flora_config_files",
+        "fish": f"(string split ' ' '{words}'; __fish_complete_suffix .yaml)",
+        "preamble": {"bash": bash, "zsh": zsh},
+    }

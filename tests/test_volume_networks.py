@@ -90,13 +90,18 @@ def model_arguments(name: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_a_network_that_computes_its_constants_when_it_is_built(tmp_path: Path) -> None:
-    config = config_of("SwinUNETR", {"feature_size": 12}, patch=[32, 32, 32])
+    # Of a smaller patch one voxel is left at the coarsest level, which its norms refuse in training.
+    patch = [64, 32, 32]
+    config = config_of("SwinUNETR", {"feature_size": 12}, patch=patch)
     check_network(config)
     model = VolumeNetwork(config).eval()
     model.save_pretrained(tmp_path)
-    image = torch.randn(1, 2, 32, 32, 32)
+    image = torch.randn(1, 2, *patch)
     with torch.no_grad():
         assert torch.equal(VolumeNetwork.from_pretrained(tmp_path).eval()(image).logits, model(image).logits)
+
+    model.train()(image, torch.randint(0, 3, (1, *patch))).loss.backward()
+    assert all(weight.grad is not None for weight in model.network.parameters())
 
 
 def test_a_layer_with_two_names_has_one_adapter(tmp_path: Path) -> None:
