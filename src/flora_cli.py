@@ -66,22 +66,21 @@ def evaluate(args: argparse.Namespace) -> int:
       flora eval outputs/digits --split validation
       flora eval outputs/digits task.rotation=0
     """
-    from flora.runs.training import evaluate
+    from flora.runs.evaluating import evaluate
 
-    metrics, same = evaluate(Path(args.folder), args.overrides, args.split, run_recipe_file=args.run_recipe_file)
-    print(f"{args.split:<11}", _line(metrics))
+    found = evaluate(Path(args.folder), args.overrides, args.split, run_recipe_file=args.run_recipe_file)
+    print(f"{args.split:<11}", _line(found.metrics))
 
-    if same is None:
+    if found.same is None:
         return 0
 
-    if same:
+    if found.same:
         print("the same as at the end of training")
         return 0
 
-    print(
-        "NOT the same as at the end of training (metrics.json): the data, the base model or the versions changed, "
-        "or a new head is missing from adapter.modules_to_save"
-    )
+    print("NOT the same as at the end of training (metrics.json):")
+    for line in found.report:
+        print(f"  {line}")
 
     return 1
 

@@ -23,8 +23,9 @@ from flora.comparison.matching import match_ranks
 from flora.comparison.methods import METHODS
 from flora.comparison.rivals import RefusedError, Request, default_budget, targets
 from flora.report.comparison import against, comparison_notes, comparison_page
+from flora.runs.evaluating import evaluate
 from flora.runs.settings import Settings, read
-from flora.runs.training import First, evaluate, first_batches, trainable, training_arguments
+from flora.runs.training import First, first_batches, trainable, training_arguments
 from flora.storage.atomic import read_json
 
 FROM_DATA = {"lora-gradient", "flora-equal", "flora-gradient", "lora-ga"}
@@ -130,7 +131,7 @@ def test_only_adapters_are_merged(done: tuple[Settings, dict[str, Any]]) -> None
 
 def test_the_kept_adapter_is_an_output_folder(done: tuple[Settings, dict[str, Any]]) -> None:
     folder = folder_of(done[0]) / "flora"
-    metrics, same = evaluate(folder)
+    metrics, same, _ = evaluate(folder)
     assert same is True
     assert metrics["accuracy"] == done[1]["rows"][1]["values"][0]
     assert "import flora\n" in (folder / "README.md").read_text()

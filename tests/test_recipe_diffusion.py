@@ -28,11 +28,12 @@ import flora_cli
 from flora.data.diffusion_pipeline import add_noise
 from flora.data.samples import locate
 from flora.recipes.diffusion import Task, compute_metrics, load_base, load_data, read_picture
+from flora.runs.evaluating import evaluate
 from flora.runs.merging import merge
 from flora.runs.predicting import predict
 from flora.runs.reloading import load_adapter
 from flora.runs.settings import read
-from flora.runs.training import evaluate, train
+from flora.runs.training import train
 
 MODEL = "sample:signals/stable-diffusion"
 
@@ -263,7 +264,7 @@ def test_newer_pipelines_train_measure_paint_and_merge(write: Any, rings: Path, 
     }  # fmt: skip
     settings = read("diffusion-tiny", [f"{key}={value}" for key, value in changes.items()])
     metrics = train(settings)
-    found, same = evaluate(tmp_path / "run")
+    found, same, _ = evaluate(tmp_path / "run")
     assert same is True
     assert found == pytest.approx(metrics["test"], rel=1e-6)
 

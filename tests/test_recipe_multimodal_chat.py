@@ -17,8 +17,9 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from flora import FloraConfig
 from flora.recipes import multimodal_chat
 from flora.recipes.multimodal_chat import Task, load_data, messages_of
+from flora.runs.evaluating import evaluate
 from flora.runs.settings import read
-from flora.runs.training import evaluate, make_trainer, train, training_arguments
+from flora.runs.training import make_trainer, train, training_arguments
 
 TALK = [{"from": "human", "value": "<image>\nWhat colour is it ?"}, {"from": "gpt", "value": "It is red ."}]
 MORE = [{"from": "human", "value": "Say it twice ."}, {"from": "gpt", "value": "red red"}]

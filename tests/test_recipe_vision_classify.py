@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from transformers import ConvNextImageProcessorPil, EvalPrediction, ResNetConfig
 from flora.data.images import crop_and_mirror
 from flora.data.samples import locate
 from flora.recipes import vision_classify as recipe
+from flora.runs.evaluating import evaluate
 from flora.runs.merging import merge
 from flora.runs.reloading import load_base
 from flora.runs.settings import read
-from flora.runs.training import TellEpoch, evaluate, train
+from flora.runs.training import TellEpoch, train
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +204,7 @@ def test_a_network_with_batch_norms_measures_the_same_after_reloading(data: Path
     given = [f"task.data={data}", f"task.model={tmp_path / 'resnet'}", f"output={tmp_path / 'run'}"]
     settings = read("vision_classify-tiny", [*given, "training.max_steps=4", "training.disable_tqdm=true"])
     metrics = train(settings)
-    measured, same = evaluate(tmp_path / "run")
+    measured, same, _ = evaluate(tmp_path / "run")
     assert same
     assert measured["loss"] == metrics["test"]["loss"]
     assert load_base(tmp_path / "run").config.id2label == {0: "circle", 1: "square", 2: "triangle"}
@@ -215,6 +217,27 @@ def test_a_network_with_batch_norms_measures_the_same_after_reloading(data: Path
     shutil.rmtree(data / "train" / "circle")
     with pytest.raises(ValueError, match=r"classes \['square', 'triangle'\], but .*run was trained for \['circle'"):
         evaluate(tmp_path / "run", ["task.bad_data=skip"])
+
+
+def test_what_no_adapter_holds_is_named_where_the_numbers_are_others(data: Path, tmp_path: Path) -> None:
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=7)
+    ResNetForImageClassification(config).save_pretrained(tmp_path / "resnet")
+    ConvNextImageProcessorPil(size={"shortest_edge": 32}).save_pretrained(tmp_path / "resnet")
+    given = [f"task.data={data}", f"task.model={tmp_path / 'resnet'}", f"output={tmp_path / 'run'}"]
+    careless = ["adapter.modules_to_save=null", "adapter.freeze_batch_norm=false", "adapter.target_modules=all-conv"]
+    settings = read("vision_classify-tiny", [*given, *careless, "training.max_steps=1", "training.disable_tqdm=true"])
+    with pytest.warns(UserWarning, match="running statistics of 6 norms move"):
+        train(settings)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the running statistics")
+        found = evaluate(tmp_path / "run")
+
+    assert found.same is False
+    assert found.report[0].startswith("loss was ")
+    norms, head = found.report[-2:]
+    assert "statistics of batch norms moved" in norms
+    assert head.startswith("classifier.1.weight, classifier.1.bias start at random")
 
 
 def test_the_epoch_is_told_where_a_run_goes_on_too(task: Any) -> None:

@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 
 from flora.data.samples import locate
 from flora.recipes import config_names
+from flora.runs.evaluating import evaluate
 from flora.runs.predicting import predict, result_line
 from flora.runs.settings import Settings, read
-from flora.runs.training import evaluate, train
+from flora.runs.training import train
 from flora.storage.atomic import read_json
 
 TINY = [name for name in config_names() if name.endswith("-tiny")]
@@ -59,7 +60,7 @@ def test_trains_and_measures_the_same_and_resumes_bit_for_bit(name: str, tmp_pat
     assert len(losses) >= 4
     assert sum(losses[-2:]) < 0.95 * sum(losses[:2])
     assert settings.load_recipe().METRIC in metrics["test"]
-    found, same = evaluate(output)
+    found, same, _ = evaluate(output)
     assert same is True
     assert found == pytest.approx(metrics["test"], rel=1e-6)
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from flora.runs.evaluating import evaluate
 from flora.runs.settings import FILE, read
-from flora.runs.training import evaluate, train
+from flora.runs.training import train
 from flora.storage.atomic import read_json
 
 QUICK = ("task.base_epochs=12", "training.num_train_epochs=2", "adapter.start=gradient", "adapter.budget=900")

@@ -19,12 +19,13 @@ from transformers import ConvNextV2ForImageClassification, TrainerCallback
 import flora_cli
 from flora.errors import UserError
 from flora.runs import training
+from flora.runs.evaluating import evaluate
 from flora.runs.merging import merge
 from flora.runs.reloading import load_adapter, load_base
 from flora.runs.run_folder import RunFolder
 from flora.runs.sample_inputs import random_inputs
 from flora.runs.settings import Settings, read
-from flora.runs.training import evaluate, train
+from flora.runs.training import train
 from flora.storage.atomic import claim, read_json, staged_folder, write_text
 
 FILES = {
@@ -125,7 +126,7 @@ def test_a_run_is_kept_when_its_page_cannot_be_made(
 
 def test_evaluated_again_the_numbers_are_the_same(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for split in ("test", "validation"):
-        metrics, equal = evaluate(trained, split=split)
+        metrics, equal, _ = evaluate(trained, split=split)
         assert metrics == pytest.approx(read_json(trained / "metrics.json")[split])
         assert equal is True
     assert evaluate(trained, ["task.rotation=0"])[1] is None
@@ -135,12 +136,27 @@ def test_evaluated_again_the_numbers_are_the_same(trained: Path, capsys: pytest.
     assert "the same as at the end of training" in capsys.readouterr().out
 
 
-def test_other_numbers_are_noticed(folder: Path) -> None:
+def test_other_numbers_are_noticed_with_what_has_changed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     metrics = read_json(folder / "metrics.json")
-    metrics["test"]["accuracy"] += 0.01
+    right = metrics["test"]["accuracy"]
+    metrics["test"]["accuracy"] = 0.01
     (folder / "metrics.json").write_text(json.dumps(metrics))
-    assert evaluate(folder)[1] is False
     assert flora_cli.main(["eval", str(folder)]) == 1
+    told = capsys.readouterr().out
+    assert f"  accuracy was 0.01, now it is {right}\n" in told
+    assert "loss was" not in told
+    assert "the files behind task.data or task.model have changed" in told
+
+    metrics["versions"]["torch"], metrics["machine"]["device"] = "1.0", "abacus"
+    metrics["examples"]["test"] = 7
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    found = evaluate(folder)
+    assert found.same is False
+    _, origin, size = found.report
+    assert "torch was 1.0, now it is" in origin
+    assert "device was abacus, now it is" in origin
+    assert "peft" not in origin
+    assert "the test data had 7 examples, now there are" in size
 
 
 def test_killed_and_resumed_ends_with_the_same_weights(trained: Path, tmp_path: Path, killed_at: Any) -> None:

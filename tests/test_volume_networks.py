@@ -30,10 +30,11 @@ from flora.data.volume_files import (
 )
 from flora.data.volume_network import VolumeNetwork, VolumeNetworkConfig, check_network, levels, load_weights
 from flora.recipes.volume_segment import Task, load_base, load_data
+from flora.runs.evaluating import evaluate
 from flora.runs.merging import merge
 from flora.runs.predicting import predict
 from flora.runs.settings import read
-from flora.runs.training import evaluate, train
+from flora.runs.training import train
 
 DYN = {"kernel_size": [3, 3, 3], "strides": [1, 2, 2], "upsample_kernel_size": [2, 2], "filters": [3, 5, 7]}
 DEEP = {**DYN, "deep_supervision": True, "deep_supr_num": 1}
@@ -311,7 +312,7 @@ def test_trained_measured_predicted_and_merged(tmp_path: Path, monkeypatch: pyte
         "training.disable_tqdm": "true",
     }
     metrics = train(read("volume_segment-tiny", [f"{key}={value}" for key, value in items.items()]))
-    found, same = evaluate(tmp_path / "run")
+    found, same, _ = evaluate(tmp_path / "run")
     assert same is True
     assert found == pytest.approx(metrics["test"], rel=1e-6)
 

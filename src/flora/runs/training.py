@@ -1,4 +1,4 @@
-"""``train`` and ``evaluate``: any recipe on transformers' Trainer. The output folder is complete at any time."""
+"""``train``: any recipe on transformers' Trainer. The output folder is complete at any time."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import EvalLoopOutput
 
 from flora.errors import UserError, user_errors
-from flora.recipes import Data, Recipe, Tested, nearest, optional
+from flora.recipes import SPLITS, Data, Recipe, Tested, nearest, optional
 from flora.report.card import model_card
 from flora.report.plots import training_curves, training_plot
 from flora.report.provenance import provenance, subject
 from flora.report.training_page import training_page
 from flora.runs.divergence import check_weights, stopping_where_it_diverges
-from flora.runs.reloading import load_adapter, load_base, read_run
 from flora.runs.resuming import check_same, is_done
 from flora.runs.run_folder import (
     ADAPTER,
@@ -48,8 +47,6 @@ from flora.tuner.config import FloraConfig
 from flora.tuner.gradient.start import adapt_and_tell
 from flora.tuner.model import FloraModel
 from flora.tuner.statistics import hold_untrained_statistics
-
-SAME = 1e-6  # an evaluation of the same model on the same data may differ by this much
 
 
 def make_trainer(model: nn.Module, recipe: Recipe, data: Data, arguments: TrainingArguments) -> Trainer:
@@ -276,6 +273,7 @@ def _train(
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 2),
         "processes": arguments.world_size,
+        "examples": {split: len(cast("Any", data.split(split))) for split in SPLITS if _is_counted(data.split(split))},
         "start": None if begun is None else {"step": begun.step, "seconds": round(begun.seconds, 2)},
         "resumed_at": int(checkpoint.name.rpartition("-")[2]) if checkpoint else None,
         **provenance(),
@@ -297,6 +295,11 @@ def _train(
     _write(trainer, state, metrics, run, settings, Tested(settings.task, data, predictions, labels, whole))
 
     return metrics
+
+
+def _is_counted(dataset: object) -> bool:
+    """A recipe of the user's own may give a stream to measure on."""
+    return hasattr(dataset, "__len__")
 
 
 @contextmanager
@@ -395,62 +398,6 @@ def _show(
         write_text(staged / PAGE, training_page(metrics, title, panels, findings))
     except Exception as error:  # whatever a picture, a model that writes, or somebody's own recipe may raise
         print(f"note: the page {PAGE} could not be written ({type(error).__name__}: {error})", flush=True)
-
-
-def evaluate(
-    folder: Path, overrides: Iterable[str] = (), split: str = "test", *, run_recipe_file: bool = False
-) -> tuple[dict[str, float], bool | None]:
-    """Loads a trained folder and measures it.
-
-    Args:
-        folder: that ``train`` wrote.
-        overrides: ``task.key=value`` items, to measure on other data than it was trained for.
-        split: "train", "validation" or "test".
-        run_recipe_file: runs the Python file that the folder names as its recipe; only for one's own.
-
-    Returns:
-        The metrics, and whether they equal those that were measured at the end of training; None where there are none
-        to compare with.
-
-    Raises:
-        FileNotFoundError, ValueError: the folder, a file in it or an override cannot be used.
-    """
-    overrides = list(overrides)
-    if other := [item for item in overrides if not item.startswith("task.")]:
-        raise UserError(f"{other[0]!r}: only the settings of the data can change here, as task.key=value")
-
-    settings = read_run(folder, overrides, run_recipe_file=run_recipe_file)
-    run = RunFolder(folder)
-    recipe = settings.load_recipe()
-    data = recipe.load_data(settings.task, settings.seed)
-    dataset = data.split(split)
-    trained_for = run.labels()
-    if trained_for is not None and data.labels != trained_for:
-        raise UserError(
-            f"the data has the classes {data.labels}, but {folder} was trained for {trained_for}; "
-            "give these as task.labels"
-        )
-
-    if not overrides:
-        base = recipe.load_base(settings.task)
-    else:
-        base = load_base(folder, run_recipe_file=run_recipe_file)
-
-    model = load_adapter(base, folder)
-    arguments = training_arguments(settings, folder, save_strategy="no")
-    metrics = measure(make_trainer(model, recipe, data, arguments), dataset)
-
-    stored = {} if overrides else run.metrics()
-
-    before = dict(stored.get(split, {}))
-
-    # Several processes weigh the loss of a short last batch like that of a full one.
-    if stored.get("processes", 1) > 1:
-        before.pop("loss", None)
-    if not before:
-        return metrics, None
-
-    return metrics, all(abs(metrics[key] - value) <= SAME * max(1.0, abs(value)) for key, value in before.items())
 
 
 def trainable(model: nn.Module) -> int:
