@@ -139,7 +139,7 @@ def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     data = load_data(task("org/words"), 0)
     assert len(data.train) + len(data.validation) + len(data.test) == 20  # type: ignore[arg-type]
     assert data.train[0]["input_values"].shape == (8000,)
-    with pytest.raises(ValueError, match="org/words has no column 'word', only audio, label"):
+    with pytest.raises(ValueError, match="the data set has no column 'word', only audio, label"):
         load_data(task("org/words", label_column="word"), 0)
 
 

@@ -128,7 +128,7 @@ def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         datasets, "load_dataset", lambda *args, **kwargs: {"train": rows.cast_column("image", datasets.Image())}
     )
     assert len(load_data(task("org/dog"), 0).train) == 6  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="org/dog has no column 'photo', only image"):
+    with pytest.raises(ValueError, match="the data set has no column 'photo', only image"):
         load_data(task("org/dog", image_column="photo"), 0)
 
 
@@ -200,7 +200,7 @@ def test_captions_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     told = [data[index]["encoder_hidden_states"] for index in range(3)]
     assert torch.equal(told[1], told[2])
     assert not torch.equal(told[0], told[1])
-    with pytest.raises(ValueError, match="org/rings has no column 'caption', only image, text"):
+    with pytest.raises(ValueError, match="the data set has no column 'caption', only image, text"):
         load_data(task("org/rings", caption_column="caption"), 0)
 
 

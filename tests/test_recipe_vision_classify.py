@@ -180,7 +180,7 @@ def test_a_data_set_of_the_hub(task: Any, data: Path, monkeypatch: pytest.Monkey
         recipe.load_data(task(**given), 0)
     monkeypatch.setattr(recipe, "hub", lambda where: loaded(Value("int64")))
     assert recipe.load_data(task(**given, bad_data="skip"), 0).labels == ["-1", "0", "1"]
-    with pytest.raises(ValueError, match="the data set has no column 'label', but picture, kind"):
+    with pytest.raises(ValueError, match="the data set has no column 'label', only picture, kind"):
         recipe.load_data(task(data="org/name", image_column="picture"), 0)
 
 

@@ -165,7 +165,7 @@ def test_killed_and_resumed_ends_with_the_same_weights(trained: Path, tmp_path: 
     with pytest.raises(KeyboardInterrupt):
         train(settings)
     assert not (tmp_path / "run" / "metrics.json").exists()
-    with pytest.raises(ValueError, match="a run that was cut short; --resume goes on with it"):
+    with pytest.raises(ValueError, match="a run that was cut short; --resume continues it"):
         train(settings)
     killed_at(None)
     assert train(settings, resume=True)["resumed_at"] == 8

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flora.data.images import Source, hub_column, hub_images, read_image
-from flora.data.records import SPLIT_NAMES, Bad, Item, json_of, sift, split_paths
+from flora.data.images import Source, hub_images, read_image
+from flora.data.records import SPLIT_NAMES, Bad, Item, hub_column, json_of, sift, split_paths
 from flora.errors import UserError
 
 SLACK = 2  # pixels that a box may stick out of its image

@@ -5,42 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any
 
 from PIL import Image
 from torch.utils.data import Dataset
 
-from flora.data.records import Bad, Item, check_labels, regular
-from flora.errors import UserError
-
-
-@dataclass(frozen=True)
-class HubFile:
-    """A file in a column of a hub data set; it is opened as a path is.
-
-    Attributes:
-        column: of the data set, alone, with undecoded rows.
-        row: of the file.
-    """
-
-    column: Any
-    row: int
-
-    def open(self, mode: Literal["rb"] = "rb") -> IO[bytes]:
-        """The file's bytes.
-
-        Raises:
-            ValueError: the row has no file.
-        """
-        stored = next(iter(self.column[self.row].values())) or {}
-        if stored.get("bytes") is not None:
-            return BytesIO(stored["bytes"])
-        if not stored.get("path"):
-            raise UserError("the row has no image")
-        return regular(Path(stored["path"])).open(mode)
-
+from flora.data.records import Bad, HubFile, Item, check_labels, hub_files, regular
 
 Source = Path | HubFile
 
@@ -69,17 +40,6 @@ class ImageTask:
         check_labels(self.labels)
 
 
-def hub_column(dataset: Any, name: str) -> Any:
-    """A column of a part of a hub data set, alone.
-
-    Raises:
-        ValueError: there is no such column.
-    """
-    if name not in dataset.column_names:
-        raise UserError(f"the data set has no column {name!r}, but {', '.join(dataset.column_names)}")
-    return dataset.select_columns(name)
-
-
 def hub_images(dataset: Any, name: str) -> list[HubFile]:
     """The images in a column of a part of a hub data set.
 
@@ -88,8 +48,7 @@ def hub_images(dataset: Any, name: str) -> list[HubFile]:
     """
     from datasets import Image as Feature
 
-    column = hub_column(dataset, name).cast_column(name, Feature(decode=False))
-    return [HubFile(column, row) for row in range(len(column))]
+    return hub_files(dataset, name, Feature(decode=False))
 
 
 def read_image(source: Source) -> Image.Image:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar, cast
+from typing import IO, Any, Generic, Literal, TypeVar, cast
 
 from tqdm import tqdm
 
@@ -314,6 +314,16 @@ def head_options(labels: Sequence[str]) -> dict[str, Any]:
     return {**pairs, "ignore_mismatched_sizes": True}
 
 
+def check_share(share: float) -> None:
+    """Checks ``task.held_out``.
+
+    Raises:
+        ValueError: it is no share that leaves something to train on.
+    """
+    if not 0 < share < 0.5:
+        raise UserError(f"task.held_out is {share}, expected a share between 0 and 0.5")
+
+
 def check_labels(labels: Sequence[str] | None) -> None:
     """Checks names of classes that a config gives.
 
@@ -373,12 +383,61 @@ def _near_path(where: str) -> str:
     return ""
 
 
-def row_file(rows: Any, row: int, column: str) -> Path | io.BytesIO:
-    """The file in a row of a hub data set whose column of sounds or images is not decoded (``decode=False``)."""
-    stored = rows[row][column]
-    if stored["bytes"] is None:
-        return Path(stored["path"])
-    return io.BytesIO(stored["bytes"])
+@dataclass(frozen=True)
+class HubFile:
+    """A file in a column of a hub data set; it is opened as a path is.
+
+    Attributes:
+        column: of the data set, alone, with undecoded rows.
+        row: of the file.
+    """
+
+    column: Any
+    row: int
+
+    def source(self) -> Path | io.BytesIO:
+        """The file, or its bytes.
+
+        Raises:
+            ValueError: the row has no file.
+        """
+        stored = next(iter(self.column[self.row].values())) or {}
+        if stored.get("bytes") is not None:
+            return io.BytesIO(stored["bytes"])
+        if not stored.get("path"):
+            raise UserError("the row has no file")
+        return regular(Path(stored["path"]))
+
+    def open(self, mode: Literal["rb"] = "rb") -> IO[bytes]:
+        """The file's bytes; raises as :meth:`source`."""
+        found = self.source()
+        return found.open(mode) if isinstance(found, Path) else found
+
+
+def hub_column(dataset: Any, name: str) -> Any:
+    """A column of a part of a hub data set, alone.
+
+    Raises:
+        ValueError: there is no such column.
+    """
+    if name not in dataset.column_names:
+        raise UserError(f"the data set has no column {name!r}, only {', '.join(dataset.column_names)}")
+    return dataset.select_columns(name)
+
+
+def hub_files(dataset: Any, name: str, undecoded: object) -> list[HubFile]:
+    """The files in a column of a part of a hub data set.
+
+    Args:
+        dataset: the part.
+        name: of the column.
+        undecoded: its kind, ``Image(decode=False)`` or ``Audio(decode=False)`` of ``datasets``.
+
+    Raises:
+        ValueError: there is no such column.
+    """
+    column = hub_column(dataset, name).cast_column(name, undecoded)
+    return [HubFile(column, row) for row in range(len(column))]
 
 
 def records(

@@ -19,10 +19,9 @@ import numpy as np
 import soundfile
 import torch
 from scipy.signal import resample_poly
-from sklearn.metrics import accuracy_score
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, EvalPrediction, PreTrainedModel
+from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, PreTrainedModel
 
 from flora.data.records import (
     Bad,
@@ -30,15 +29,16 @@ from flora.data.records import (
     class_folders,
     head_options,
     hub,
+    hub_column,
+    hub_files,
     is_local,
     load_pretrained,
     regular,
-    row_file,
     sift,
     split_paths,
     with_held_out,
 )
-from flora.data.results import class_names, ranked
+from flora.data.results import accuracy, class_names, ranked
 from flora.data.samples import locate
 from flora.data.shown import Findings, Shown, Sound, classified
 from flora.errors import UserError
@@ -147,27 +147,23 @@ def _of_hub(where: str, task: Task) -> tuple[dict[str, list[Item[Clip]]], list[s
     from datasets import Audio, ClassLabel
 
     loaded = hub(where, task.data_name, task.data_revision)
-    for column in (task.audio_column, task.label_column):
-        if column not in loaded["train"].column_names:
-            raise UserError(f"{where} has no column {column!r}, only {', '.join(loaded['train'].column_names)}")
-
-    kind = loaded["train"].features[task.label_column]
-    if isinstance(kind, ClassLabel):
-        classes = kind.names
+    learnt = hub_column(loaded["train"], task.label_column)
+    numbered = isinstance(learnt.features[task.label_column], ClassLabel)
+    if numbered:
+        classes = learnt.features[task.label_column].names
     else:
-        classes = sorted(map(str, set(loaded["train"][task.label_column])))
+        classes = sorted(map(str, set(learnt[task.label_column])))
 
     parts = {}
     for split, rows in loaded.items():
-        sounds = rows.select_columns(task.audio_column).cast_column(task.audio_column, Audio(decode=False))
-        labels = rows[task.label_column]
-
-        if not isinstance(kind, ClassLabel):
+        labels = hub_column(rows, task.label_column)[task.label_column]
+        if not numbered:
             labels = [classes.index(str(label)) if str(label) in classes else -1 for label in labels]
 
+        files = hub_files(rows, task.audio_column, Audio(decode=False))
         parts[split] = [
-            Item(f"{where}, {split} row {row}", Clip(partial(row_file, sounds, row, task.audio_column), int(label)))
-            for row, label in enumerate(labels)
+            Item(f"{where}, {split} row {row}", Clip(file.source, int(label)))
+            for row, (file, label) in enumerate(zip(files, labels, strict=True))
         ]
 
     return parts, classes
@@ -249,7 +245,4 @@ def findings(tested: Tested) -> Findings:
     return classified(tested.predictions, tested.labels, cast("list[str]", tested.data.labels), show)
 
 
-def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """The accuracy."""
-    logits = cast("np.ndarray", prediction.predictions)
-    return {"accuracy": float(accuracy_score(prediction.label_ids, logits.argmax(-1)))}
+compute_metrics = accuracy

@@ -31,15 +31,16 @@ from torch.utils.data import Dataset, default_collate
 from transformers import EvalPrediction, Trainer
 
 from flora.data.diffusion_pipeline import Family, add_noise, encode_prompts, family_of, painter
+from flora.data.images import hub_images
 from flora.data.records import (
     IMAGES,
     Bad,
     Item,
     hub,
+    hub_column,
     is_local,
     load_pretrained,
     regular,
-    row_file,
     sift,
     split_paths,
     text_of,
@@ -189,22 +190,15 @@ def _caption(path: Path, prompt: str) -> str:
 
 
 def _rows(where: str, split: str, rows: Any, task: Task) -> list[Item[Picture]]:
-    from datasets import Image as Column
-
-    wanted = [column for column in (task.image_column, task.caption_column) if column is not None]
-    for column in wanted:
-        if column not in rows.column_names:
-            raise UserError(f"{where} has no column {column!r}, only {', '.join(rows.column_names)}")
-
-    files = rows.select_columns(wanted).cast_column(task.image_column, Column(decode=False))
-    if task.caption_column is None:
-        captions = [task.prompt] * len(files)
-    else:
-        captions = [str(text or "").strip() or task.prompt for text in files[task.caption_column]]
+    files = hub_images(rows, task.image_column)
+    captions = [task.prompt] * len(files)
+    if task.caption_column is not None:
+        texts = hub_column(rows, task.caption_column)[task.caption_column]
+        captions = [str(text or "").strip() or task.prompt for text in texts]
 
     return [
-        Item(f"{where}, {split} row {row}", Picture(partial(row_file, files, row, task.image_column), caption))
-        for row, caption in enumerate(captions)
+        Item(f"{where}, {split} row {row}", Picture(file.source, caption))
+        for row, (file, caption) in enumerate(zip(files, captions, strict=True))
     ]
 
 
@@ -258,10 +252,7 @@ def load_base(task: Task) -> Any:
     family = family_of(where)
     network = load_pretrained(family.network, where, subfolder=family.part)
 
-    if is_local(where):
-        network.name_or_path = str(Path(where) / family.part)
-    else:
-        network.name_or_path = where
+    network.name_or_path = str(Path(where) / family.part) if is_local(where) else where
 
     return network
 
@@ -292,11 +283,7 @@ def findings(tested: Tested) -> Findings:
     if model is None:
         return Findings("Samples", [])
 
-    if model.device.type == "cpu":
-        count = 1
-    else:
-        count = 4
-
+    count = 1 if model.device.type == "cpu" else 4
     learnt = pictures(task)["train"][0].value
     values = (
         (127.5 * (read_picture(learnt.source, task.resolution).permute(1, 2, 0) + 1))

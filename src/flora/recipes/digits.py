@@ -19,7 +19,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
-from sklearn.metrics import accuracy_score
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -27,13 +26,12 @@ from torch.utils.data import Dataset
 from transformers import (
     ConvNextV2Config,
     ConvNextV2ForImageClassification,
-    EvalPrediction,
     Trainer,
     TrainingArguments,
     set_seed,
 )
 
-from flora.data.results import ranked
+from flora.data.results import accuracy, ranked
 from flora.data.shown import Findings, Shown, classified, grey
 from flora.errors import UserError
 from flora.recipes import Data, Request, Tested
@@ -130,10 +128,7 @@ def load_data(task: Task, seed: int) -> Data:
     return Data(domain["train"], validation, domain["test"])
 
 
-def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """The accuracy."""
-    logits = cast("np.ndarray", prediction.predictions)
-    return {"accuracy": float(accuracy_score(prediction.label_ids, logits.argmax(-1)))}
+compute_metrics = accuracy
 
 
 def findings(tested: Tested) -> Findings:

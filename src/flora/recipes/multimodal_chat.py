@@ -22,7 +22,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, PreTraine
 from trl import SFTConfig  # type: ignore[attr-defined]
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from flora.data.records import IMAGES, check_image, load_pretrained, parsed, records, sift, with_held_out
+from flora.data.records import IMAGES, check_image, check_share, load_pretrained, parsed, records, sift, with_held_out
 from flora.data.samples import locate
 from flora.data.shown import FEW, Findings, Shown
 from flora.errors import UserError
@@ -70,8 +70,7 @@ class Task:
     def __post_init__(self) -> None:
         if self.max_length < 1:
             raise UserError(f"task.max_length is {self.max_length}, expected at least 1")
-        if not 0 < self.held_out < 0.5:
-            raise UserError(f"task.held_out is {self.held_out}, expected a share between 0 and 0.5")
+        check_share(self.held_out)
 
 
 def messages_of(turns: object, images: int) -> list[dict[str, Any]]:

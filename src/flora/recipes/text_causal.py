@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 
 from flora.data.chats import COLUMNS, chat_template, read_record
-from flora.data.records import load_pretrained, records, sift, with_held_out
+from flora.data.records import check_share, load_pretrained, records, sift, with_held_out
 from flora.data.samples import locate
 from flora.data.shown import FEW, Findings, Shown
 from flora.errors import UserError
@@ -58,8 +58,7 @@ class Task:
     bad_data: Literal["error", "skip"] = "error"
 
     def __post_init__(self) -> None:
-        if not 0 < self.held_out < 0.5:
-            raise UserError(f"task.held_out is {self.held_out}, expected a share between 0 and 0.5")
+        check_share(self.held_out)
         if unknown := set(self.columns or {}) - set(COLUMNS):
             raise UserError(f"task.columns has {min(unknown)!r}, expected keys among {', '.join(COLUMNS)}")
 

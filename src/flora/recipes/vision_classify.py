@@ -12,26 +12,25 @@ from pathlib import Path
 from random import Random
 from typing import Any, cast
 
-import numpy as np
 import torch
-from sklearn.metrics import accuracy_score
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModelForImageClassification, EvalPrediction, PreTrainedModel
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
-from flora.data.images import ImageTask, Prepared, Source, crop_and_mirror, hub_column, hub_images, name_of, read_image
+from flora.data.images import ImageTask, Prepared, Source, crop_and_mirror, hub_images, name_of, read_image
 from flora.data.records import (
     IMAGES,
     Item,
     class_folders,
     head_options,
     hub,
+    hub_column,
     is_local,
     load_pretrained,
     sift,
     split_paths,
     with_held_out,
 )
-from flora.data.results import class_names, ranked
+from flora.data.results import accuracy, class_names, ranked
 from flora.data.samples import locate
 from flora.data.shown import Findings, Shown, classified
 from flora.errors import UserError
@@ -175,7 +174,4 @@ def findings(tested: Tested) -> Findings:
     return classified(tested.predictions, tested.labels, cast("list[str]", tested.data.labels), show)
 
 
-def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """The accuracy."""
-    logits = cast("np.ndarray", prediction.predictions)
-    return {"accuracy": float(accuracy_score(prediction.label_ids, logits.argmax(-1)))}
+compute_metrics = accuracy

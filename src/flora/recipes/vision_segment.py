@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -194,10 +195,7 @@ def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[
     names = model_classes(model.config)
 
     def answer(request: Request) -> dict[str, Any]:
-        image = read_image(Path(request.given)).convert("RGB")
-        outputs = model(pixel_values=processor(image, return_tensors="pt")["pixel_values"].to(model.device))
-        sizes = [(image.height, image.width)]
-        found = processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)[0].cpu().numpy()
+        found = classes_of(read_image(Path(request.given)).convert("RGB"), model, processor)
         path = request.file(".png")
         label_map(found + task.reduce_labels).save(path)
         shares = np.bincount(found.ravel(), minlength=len(names)) / found.size
@@ -206,6 +204,14 @@ def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[
         return {"file": str(path), "classes": seen}
 
     return answer
+
+
+def classes_of(image: Image.Image, model: Any, processor: Any) -> np.ndarray:
+    """The class that the model finds for each pixel of an image, shape (height, width)."""
+    pixels = processor(image, return_tensors="pt")["pixel_values"].to(model.device)
+    sizes = [(image.height, image.width)]
+    found = processor.post_process_semantic_segmentation(model(pixel_values=pixels), target_sizes=sizes)[0]
+    return cast("np.ndarray", found.cpu().numpy())
 
 
 def pixel_counts(found: Tensor, labels: Tensor, classes: int) -> Tensor:
@@ -248,17 +254,15 @@ def findings(tested: Tested) -> Findings:
 
 def _shown(tested: Tested, one: Example, names: list[str]) -> Shown:
     """An image, with the classes found and the true ones over it; pixels that no metric looks at stay as they are."""
-    image, model, processor = read_image(one.image).convert("RGB"), cast("Any", tested.model), tested.data.processor
-    pixels = processor(image, return_tensors="pt")["pixel_values"].to(model.device)
-    sizes = [(image.height, image.width)]
-    found = processor.post_process_semantic_segmentation(model(pixel_values=pixels), target_sizes=sizes)[0]
+    image = read_image(one.image).convert("RGB")
+    found = classes_of(image, tested.model, tested.data.processor)
     true = np.asarray(read_image(one.labels)).astype(int) - tested.task.reduce_labels
     true = np.where((true < 0) | (true >= len(names)), -1, true)
     palette = colours(len(names) + 1)
 
     pictures = [
         ("image", image),
-        ("found", overlaid(image, np.where(true < 0, -1, found.cpu().numpy()) + 1, palette)),
+        ("found", overlaid(image, np.where(true < 0, -1, found) + 1, palette)),
         ("true", overlaid(image, true + 1, palette)),
     ]
 

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from flora.report.page import Chart
 
 INK = "#010203"  # stands for the colour of the text around a chart
+SIZE = (5.2, 3.4)  # inches of a chart; the page scales it
 WIDTH = 80  # letters of a legend that stand beside each other under a chart
 STYLE: Any = {
     "axes.edgecolor": INK,
@@ -36,18 +37,17 @@ STYLE: Any = {
 }
 
 
-def chart(what: str, draw: Callable[[Axes], None], size: tuple[float, float] = (5.2, 3.4)) -> Chart:
+def chart(what: str, draw: Callable[[Axes], None]) -> Chart:
     """A chart for a page.
 
     Args:
         what: It shows, in words, for those who cannot see it.
         draw: Puts the chart on axes.
-        size: In inches; the page scales it.
     """
     stream = io.StringIO()
 
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Figure(figsize=SIZE, layout="constrained")
         axes = figure.subplots()
         axes.grid(alpha=0.15)
         draw(axes)

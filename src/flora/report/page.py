@@ -50,17 +50,24 @@ class Chart(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Charts:
+class Section:
+    """A part of a page under a heading; the template shows each kind in its own way."""
+
+    kind: ClassVar[str]
+    title: str
+
+
+@dataclass(frozen=True)
+class Charts(Section):
     """Charts, side by side where there is room."""
 
-    kind: ClassVar[str] = "charts"
-    title: str
+    kind = "charts"
     charts: Sequence[Chart]
     notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
-class Table:
+class Table(Section):
     """A table; the first cell of each row is its heading.
 
     Attributes:
@@ -68,8 +75,7 @@ class Table:
         total: The last line, which stays where it is when the table is sorted.
     """
 
-    kind: ClassVar[str] = "table"
-    title: str
+    kind = "table"
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     notes: Sequence[str] = ()
@@ -79,11 +85,10 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Notes:
+class Notes(Section):
     """Sentences."""
 
-    kind: ClassVar[str] = "notes"
-    title: str
+    kind = "notes"
     notes: Sequence[str]
 
 
@@ -105,17 +110,13 @@ class Illustration(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Examples:
+class Examples(Section):
     """Inputs and what was made of them; ``wide`` where each needs room."""
 
-    kind: ClassVar[str] = "examples"
-    title: str
+    kind = "examples"
     examples: Sequence[Illustration]
     notes: Sequence[str] = ()
     wide: bool = False
-
-
-Section = Charts | Table | Notes | Examples
 
 
 @dataclass(frozen=True)

@@ -108,11 +108,7 @@ class Config:
         known = known_keys(groups)
         for key in _flatten(self.values, groups):
             if key not in known:
-                if key in [item.key for item in self.items]:
-                    where = "the command line"
-                else:
-                    where = str(self.path)
-
+                where = "the command line" if key in [item.key for item in self.items] else self.path
                 raise UserError(f"unknown key {key!r} in {where}{_nearest_key(key, known, groups)}")
 
     def check_types(self, groups: Mapping[str, Any]) -> Namespace:
@@ -211,17 +207,10 @@ def _type_of(key: str, groups: Mapping[str, Any]) -> Any:
 
 
 def _value(item: Item, kind: Any) -> Any:
-    if get_origin(kind) in (Union, UnionType):
-        choices = get_args(kind)
-    else:
-        choices = (kind,)
-
-    if set(choices) == {str}:
-        return item.text
-
-    if set(choices) == {str, type(None)}:
-        if item.text == "null":
-            return None
+    choices = _choices(kind)
+    if set(choices) == {str, type(None)} and item.text == "null":
+        return None
+    if set(choices) <= {str, type(None)}:
         return item.text
 
     text = item.text
@@ -235,6 +224,11 @@ def _value(item: Item, kind: Any) -> Any:
         return item.text
 
     return value
+
+
+def _choices(kind: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one type that it is; ``(None,)`` where it is not known."""
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
 def _is_one_of(value: Any, choices: Iterable[Any]) -> bool:
@@ -266,18 +260,13 @@ def _nearest_key(key: str, known: list[str], groups: Mapping[str, Any]) -> str:
     slip = difflib.get_close_matches(key, inside, n=1, cutoff=0.9)
     spelt = difflib.get_close_matches(key, inside, n=1) or difflib.get_close_matches(key, known, n=1)
     near = spoken or slip or same or spelt
-    if near:
-        return f"; did you mean {near[0]!r}?"
-
-    return ""
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _key_in(message: str) -> str | None:
     """The key that jsonargparse complains about."""
     found = re.search(r'key "([\w.]+)"', message)
-    if not found:
-        return None
-    return found[1]
+    return found[1] if found else None
 
 
 def _lookup(values: Mapping[str, Any], key: str) -> Any:
@@ -291,13 +280,8 @@ def _lookup(values: Mapping[str, Any], key: str) -> Any:
 def _type_name(key: str, groups: Mapping[str, Any]) -> str:
     """``Optional[Union[list[str], str]]`` as "list[str] or str or null"."""
     kind = _type_of(key, groups)
-    if get_origin(kind) in (Union, UnionType):
-        choices = get_args(kind)
-    else:
-        choices = (kind,)
-
     names = []
-    for choice in choices:
+    for choice in _choices(kind):
         if choice is type(None):
             names.append("null")
         elif get_origin(choice) is Literal:
@@ -318,6 +302,4 @@ def _plain_name(kind: Any) -> str:
 
 def _short(value: Any) -> str:
     text = repr(value)
-    if len(text) <= 80:
-        return text
-    return f"{text[:77]}..."
+    return text if len(text) <= 80 else f"{text[:77]}..."

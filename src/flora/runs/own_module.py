@@ -30,8 +30,8 @@ def model_or_name(given: str | None, run_code: bool, *, same: bool = False) -> A
 
     Args:
         given: The option.
-        run_code: As :func:`own_module` has it.
-        same: The same.
+        run_code: Whether the file may be run; see :func:`own_module`.
+        same: Whether the weights matter; see :func:`own_module`.
     """
     if given is None or not is_reference(given):
         return given
@@ -88,7 +88,7 @@ def _function(path: Path, name: str) -> Any:
 def _call(function: Any, reference: str) -> nn.Module:
     try:
         module = function()
-    except Exception as error:  # the same
+    except Exception as error:  # whatever the user's own code raises
         raise UserError(
             f"{reference} cannot be called without arguments: {type(error).__name__}: {error}; give a function that "
             "takes nothing and returns the module"

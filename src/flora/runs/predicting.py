@@ -12,7 +12,7 @@ import torch
 from flora.errors import UserError
 from flora.recipes import Request, optional
 from flora.runs.reloading import load_adapter, load_base, read_run
-from flora.runs.run_folder import CONFIG, PREDICTIONS
+from flora.runs.run_folder import PREDICTIONS
 from flora.storage.atomic import write_json
 
 RESULTS = "predictions.json"
@@ -42,9 +42,6 @@ def predict(
     Raises:
         FileNotFoundError, ValueError: The folder or an input cannot be used.
     """
-    if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(f"{folder / CONFIG} does not exist; give a folder that `flora train` wrote")
-
     settings = read_run(folder, run_recipe_file=run_recipe_file)
     recipe = settings.load_recipe()
     make = optional(recipe, "predictor")

@@ -16,10 +16,9 @@ from flora.data.records import head_options
 from flora.errors import UserError, user_errors
 from flora.runs.run_folder import ADAPTER, ADAPTER_CONFIG, RunFolder
 from flora.runs.settings import Settings, read
-from flora.storage.atomic import read_json
 from flora.storage.parsing import read_yaml
 from flora.storage.progress import hidden_bars
-from flora.storage.tensors import read_tensors
+from flora.storage.tensors import read_object, read_tensors
 
 
 def read_run(folder: Path, overrides: Iterable[str] = (), *, run_recipe_file: bool = False) -> Settings:
@@ -55,15 +54,11 @@ def _recipe_file(path: Path) -> str | None:
     try:
         given = read_yaml(path)
     except UserError:
-        # Whoever reads it next says what is wrong.
+        # The next reader reports what is wrong.
         return None
 
     name = given.get("recipe") if isinstance(given, dict) else None
-
-    if not (isinstance(name, str) and name.endswith(".py")):
-        return None
-
-    return name
+    return name if isinstance(name, str) and name.endswith(".py") else None
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -76,12 +71,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist; give the folder of an adapter")
 
-    config = read_json(folder / ADAPTER_CONFIG)
-
+    config = read_object(folder / ADAPTER_CONFIG)
     if not (folder / ADAPTER).is_file():
         raise FileNotFoundError(f"{folder} has no {ADAPTER}; the training that writes it has not ended")
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / ADAPTER_CONFIG} holds a {type(config).__name__}, expected a JSON object")
 
     return config
 
@@ -111,11 +103,7 @@ def load_base(folder: Path, base: str | None = None, *, run_recipe_file: bool = 
     if run.is_begun and (absent or labels is None):
         settings = read_run(folder, run_recipe_file=run_recipe_file)
         if hasattr(settings.task, "model"):
-            if base is None:
-                task = settings.task
-            else:
-                task = replace(settings.task, model=base)
-
+            task = settings.task if base is None else replace(settings.task, model=base)
             return settings.load_recipe().load_base(task)
 
         if absent:

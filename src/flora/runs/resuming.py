@@ -50,7 +50,7 @@ def check_same(run: RunFolder, settings: Settings) -> None:
             "settings of the run, or give another output=FOLDER"
         )
 
-    if run.is_finished and _is_shorter(run, before["training"], now["training"]):
+    if run.is_finished and _further(run, before["training"], now["training"]) < 0:
         raise UserError(
             f"{run.path} is a finished run of {_length(before['training'])}, and {_length(now['training'])} are asked "
             "for; give a larger number to train on, or another output=FOLDER"
@@ -59,7 +59,7 @@ def check_same(run: RunFolder, settings: Settings) -> None:
 
 def is_done(run: RunFolder, settings: Settings) -> bool:
     """Whether a run is finished and nothing is left to train."""
-    return run.is_finished and not _is_longer(run, read(str(run.config)).training, settings.training)
+    return run.is_finished and _further(run, read(str(run.config)).training, settings.training) <= 0
 
 
 def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -72,19 +72,12 @@ def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, An
         yield from _differences(before.get(name), now.get(name), f"{key}.{name}" if key else str(name))
 
 
-def _is_longer(run: RunFolder, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether more is asked for than the finished run has trained."""
+def _further(run: RunFolder, before: Mapping[str, Any], now: Mapping[str, Any]) -> float:
+    """How many more steps, or epochs, the settings request than the finished run has trained."""
     steps = _number(now, "max_steps")
     if steps > 0:
-        return bool(steps > run.metrics().get("steps", 0))
-    return _number(now, "num_train_epochs") > _number(before, "num_train_epochs")
-
-
-def _is_shorter(run: RunFolder, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    steps = _number(now, "max_steps")
-    if steps > 0:
-        return bool(steps < run.metrics().get("steps", 0))
-    return _number(now, "num_train_epochs") < _number(before, "num_train_epochs")
+        return steps - float(run.metrics().get("steps", 0))
+    return _number(now, "num_train_epochs") - _number(before, "num_train_epochs")
 
 
 def _number(training: Mapping[str, Any], name: str) -> float:

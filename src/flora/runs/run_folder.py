@@ -91,16 +91,12 @@ class RunFolder:
     def labels(self) -> list[str] | None:
         """The names of the classes that the head was made for, or None."""
         path = self.path / LABELS
-        if not path.is_file():
-            return None
-        return cast("list[str]", read_json(path))
+        return cast("list[str]", read_json(path)) if path.is_file() else None
 
     def metrics(self) -> dict[str, Any]:
         """What was measured at the end of training; empty where there is nothing yet."""
         path = self.path / METRICS
-        if path.is_file():
-            return cast("dict[str, Any]", read_json(path))
-        return {}
+        return cast("dict[str, Any]", read_json(path)) if path.is_file() else {}
 
     def last_checkpoint(self) -> Path | None:
         """The newest complete ``checkpoint-*``, or None.
@@ -207,11 +203,7 @@ def choose_folder(output: Path, *, resume: bool, overwrite: bool) -> RunFolder:
     occupied = [run for run in (there, working) if run.is_worth_keeping]
     if occupied and not overwrite:
         run = occupied[-1]
-        if run.is_finished:
-            state = "a finished run; "
-        else:
-            state = "a run that was cut short; --resume goes on with it, "
-
+        state = "a finished run; " if run.is_finished else "a run that was cut short; --resume continues it, "
         raise UserError(f"{run.path} holds {state}--overwrite replaces it, output=FOLDER keeps it")
 
     # What goes is only what flora wrote.

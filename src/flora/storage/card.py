@@ -12,8 +12,6 @@ CARD = "README.md"
 BLANK = "[More Information Needed]"  # PEFT's template is made of it
 HOME = "https://pypi.org/project/flora-peft"
 
-AUTO_CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSequenceClassification"}
-
 LOAD = """## Load
 
 {first}

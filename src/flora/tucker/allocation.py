@@ -31,24 +31,17 @@ class Choice:
     error: float
 
 
-def choices(tensor: Tensor, shape: Sequence[int] | None = None, *, most: int | None = None) -> list[Choice]:
+def choices(tensor: Tensor, *, most: int | None = None) -> list[Choice]:
     """The ranks worth choosing for a tensor, from cheap to expensive, each with less error than the one before.
 
     The first costs nothing and leaves the layer out (ranks of zero).
 
     Args:
         tensor: what is decomposed.
-        shape: where ``tensor`` stands for a larger one, in orthonormal coordinates: the shape that counts.
         most: the largest rank of a mode that is tried, by default all; a few cost much less than all of a large tensor.
     """
-    shape = tuple(tensor.shape) if shape is None else tuple(shape)
-
     total = float(tensor.double().square().sum())
-
-    if most is None:
-        most = max(tensor.shape)
-
-    found = (_of_matrix if tensor.ndim == 2 else _of_tensor)(tensor, shape, total, most)
+    found = (_of_matrix if tensor.ndim == 2 else _of_tensor)(tensor, total, most or max(tensor.shape))
 
     return _worth_choosing(found, Choice((0,) * tensor.ndim, 0, total))
 
@@ -97,14 +90,17 @@ def _worth_choosing(found: Sequence[Choice], nothing: Choice) -> list[Choice]:
     return best
 
 
-def _of_matrix(tensor: Tensor, shape: tuple[int, ...], total: float, most: int) -> list[Choice]:
+def _of_matrix(tensor: Tensor, total: float, most: int) -> list[Choice]:
     """Both ranks alike: singular vectors come in pairs."""
     values = singular_values(tensor, most)
     left = (total - values.cumsum(0)).clamp(min=0).tolist()
-    return [Choice((rank, rank), count_params(shape, (rank, rank)), error) for rank, error in enumerate(left, start=1)]
+    return [
+        Choice((rank, rank), count_params(tensor.shape, (rank, rank)), error)
+        for rank, error in enumerate(left, start=1)
+    ]
 
 
-def _of_tensor(tensor: Tensor, shape: tuple[int, ...], total: float, most: int) -> list[Choice]:
+def _of_tensor(tensor: Tensor, total: float, most: int) -> list[Choice]:
     # The same as ``choices_of_energy``, for one tensor: its coordinates in the singular vectors of each mode, whose
     # leading corners are the truncated forms.
     core = tensor.float() if tensor.dtype != torch.float64 else tensor
@@ -121,7 +117,9 @@ def _of_tensor(tensor: Tensor, shape: tuple[int, ...], total: float, most: int) 
     left = (total - kept).clamp(min=0).flatten().tolist()
     table = torch.cartesian_prod(*[torch.tensor(grid) for grid in grids]).reshape(-1, tensor.ndim).tolist()
 
-    return [Choice(tuple(ranks), count_params(shape, ranks), error) for ranks, error in zip(table, left, strict=True)]
+    return [
+        Choice(tuple(ranks), count_params(tensor.shape, ranks), error) for ranks, error in zip(table, left, strict=True)
+    ]
 
 
 def _grid(size: int, reach: int) -> list[int]:
