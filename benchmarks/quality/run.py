@@ -25,7 +25,9 @@ from typing import Any
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
 TASKS = ("cifar", "hippocampus", "spoken", "sst2", "digits", "experts")
-METHODS = ("lora", "lora-gradient", "lycoris", "flora", "flora-gradient", "full", "bitfit")
+MAIN = ("lora", "lora-gradient", "lycoris", "flora", "flora-gradient", "full", "bitfit")
+RIVALS = ("rslora", "dora", "pissa", "lora-ga", "eva", "miss", "hira", "oft", "loha", "lokr", "authors")
+GROUPS = {"main": MAIN, "rivals": RIVALS, "all": (*MAIN, *RIVALS, "flora-equal", "frozen")}
 RATE = 0.01  # of the setting without tuning
 DIGITS = 8600  # parameters, about what LoRA of rank 4 has there
 
@@ -160,6 +162,11 @@ def words(text: str) -> list[str]:
     return [word for word in text.split(",") if word]
 
 
+def methods_of(text: str) -> list[str]:
+    """``main,oft`` -> the main ones and OFT."""
+    return [method for word in words(text) for method in GROUPS.get(word, (word,))]
+
+
 def arguments() -> argparse.Namespace:
     """What is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -168,7 +175,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--results", type=Path, required=True, help="the file that gets a line for each training")
     parser.add_argument("--known", type=Path, nargs="*", default=[], help="further results that are not run again")
     parser.add_argument("--tasks", type=words, default=list(TASKS))
-    parser.add_argument("--methods", type=words, default=list(METHODS))
+    parser.add_argument("--methods", type=methods_of, default=list(MAIN), help=f"names, or {', '.join(GROUPS)}")
     parser.add_argument("--rates", type=lambda text: [float(word) for word in words(text)], default=[RATE])
     parser.add_argument("--seeds", type=lambda text: [int(word) for word in words(text)], default=list(range(5)))
     parser.add_argument("--lengths", type=lambda text: [int(word) for word in words(text)], default=[1])

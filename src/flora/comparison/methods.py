@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import nn
 
-from flora.comparison import rivals, starts
+from flora.comparison import one_size, rivals, starts
 from flora.comparison.rivals import RefusedError, Request, train_head
 
 Build = Callable[[nn.Module, Request], nn.Module]
@@ -72,8 +72,10 @@ METHODS: dict[str, Method] = {
     "dora": Method("DoRA", partial(rivals.lora, use_dora=True)),
     "pissa": Method("PiSSA", starts.pissa),
     "lora-ga": Method("LoRA-GA", starts.lora_ga),
-    "miss": Method("MiSS", rivals.miss),
+    "eva": Method("EVA", starts.eva),
+    "miss": Method("MiSS", one_size.miss),
     "hira": Method("HiRA", rivals.hira),
+    "oft": Method("OFT", one_size.oft),
     "loha": Method("LoHa", rivals.loha),
     "lokr": Method("LoKr", rivals.lokr),
     "lycoris": Method("LoCon-Tucker (LyCORIS)", rivals.lycoris),

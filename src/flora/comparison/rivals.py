@@ -83,20 +83,6 @@ def lora(base: nn.Module, request: Request, **options: Any) -> nn.Module:
     return _peft(base, request, partial(lora_config, request, options))
 
 
-def miss(base: nn.Module, request: Request) -> nn.Module:
-    """PEFT's MiSS. Raises as :func:`lora` does."""
-    configure = partial(_miss, request)
-    found = supported(base, request, configure)
-
-    def costs(rank: int) -> dict[str, int]:
-        try:
-            return peft_costs(base, configure, dict.fromkeys(found, rank), found)
-        except ValueError:  # a rank above the inputs of a layer
-            return dict.fromkeys(found, request.budget + 1)
-
-    return attach(base, configure(match(costs, request), found))
-
-
 def hira(base: nn.Module, request: Request) -> nn.Module:
     """PEFT's HiRA. Raises as :func:`lora` does."""
     return _peft(base, request, lambda ranks, found: newer("HiraConfig")(**fields_of(request, None, ranks, found)))
@@ -236,12 +222,6 @@ def default_budget(base: nn.Module, adapter: dict[str, Any], rank: int) -> int:
     configure = partial(lora_config, request, {})
     found = supported(base, request, configure)
     return sum(peft_costs(base, configure, dict.fromkeys(found, rank), found).values())
-
-
-def _miss(request: Request, ranks: dict[str, int], found: Targets) -> PeftConfig:
-    """One rank for all layers: it has no pattern of them."""
-    given = fields_of(request, None, dict.fromkeys(ranks, min(ranks.values())), found)
-    return cast("PeftConfig", newer("MissConfig")(**{key: given[key] for key in given if key != "rank_pattern"}))
 
 
 def lora_config(request: Request, options: dict[str, Any], ranks: dict[str, int], found: Targets) -> PeftConfig:

@@ -9,11 +9,11 @@ from functools import partial
 from itertools import islice
 from typing import Any, cast
 
+import torch
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 
 from flora.comparison.rivals import (
-    Configure,
     RefusedError,
     Request,
     attach,
@@ -24,6 +24,7 @@ from flora.comparison.rivals import (
     supported,
 )
 from flora.layers.patterns import exact_pattern
+from flora.runs.training import First
 from flora.tucker.form import count_params
 from flora.tuner.config import FloraConfig
 from flora.tuner.gradient.start import adapt_and_tell, start
@@ -109,9 +110,7 @@ def pissa(base: nn.Module, request: Request) -> nn.Module:
 
     Raises as :func:`lora` does.
     """
-    return _on_linear(
-        base, request, lambda ranks, found: lora_config(request, {}, ranks, found), init_lora_weights="pissa"
-    )
+    return attach(base, _on_linear(base, request, init_lora_weights="pissa"))
 
 
 def lora_ga(base: nn.Module, request: Request) -> nn.Module:
@@ -120,7 +119,8 @@ def lora_ga(base: nn.Module, request: Request) -> nn.Module:
     Raises as :func:`lora` does.
     """
     first = request.first_batches()
-    batches = list(islice(first.batches, 12))
+    batches = list(islice(first.batches, BATCHES))
+    config = _on_linear(base, request, init_lora_weights="lora_ga", lora_ga_config=newer("LoraGAConfig")())
 
     def step() -> None:
         with warnings.catch_warnings():
@@ -129,32 +129,77 @@ def lora_ga(base: nn.Module, request: Request) -> nn.Module:
             for batch in batches:
                 first.loss(base, batch).backward()
 
-    def prepare(config: PeftConfig) -> None:
-        newer("preprocess_loraga")(base, cast("Any", config), step)
+    newer("preprocess_loraga")(base, cast("Any", config), step)
 
-    options = {"init_lora_weights": "lora_ga", "lora_ga_config": newer("LoraGAConfig")()}
-    configure = partial(lora_config, request, {})
-
-    return _on_linear(base, request, configure, prepare=prepare, **options)
+    return attach(base, config)
 
 
-def _on_linear(
-    base: nn.Module,
-    request: Request,
-    configure: Configure,
-    prepare: Callable[[PeftConfig], None] | None = None,
-    **options: Any,
-) -> nn.Module:
-    """A start of LoRA's that only linear layers have, at ranks solved for LoRA's usual one."""
+def eva(base: nn.Module, request: Request) -> nn.Module:
+    """LoRA that starts from the singular vectors of the layers' inputs (PEFT's ``eva``), on linear layers.
+
+    It moves ranks between the layers, up to a layer having twice its share, which changes how many parameters they have
+    in all. Where that is too many, it may move fewer, and none at last. Raises as :func:`lora` does.
+    """
+    first = request.first_batches()
+    batches = [dict(batch) for batch in islice(first.batches, BATCHES)]
+    widths = {name: sum(layer.weight.shape) for name, layer in base.named_modules() if isinstance(layer, nn.Linear)}
+
+    for rho in (2.0, 1.5, 1.0):
+        # Labels are no mask here: most tasks have one for each sample.
+        given = newer("EvaConfig")(rho=rho, use_label_mask=False)
+        config = _on_linear(base, request, init_lora_weights="eva", eva_config=given)
+        vectors = _eva_vectors(base, config, first, batches)
+        cost = sum(len(found) * widths[name] for name, found in vectors.items())
+        if cost <= request.budget:
+            break
+    else:
+        raise RefusedError(f"its ranks cost {cost:,} parameters, more than the {request.budget:,} it may spend")
+
+    ranks = {name: len(found) for name, found in vectors.items() if len(found)}
+    adapted = attach(base, lora_config(request, {}, ranks, {name: [] for name in ranks}))
+    inner = cast("Any", adapted.base_model).model
+
+    with torch.no_grad():
+        for name in ranks:
+            inner.get_submodule(name).lora_A["default"].weight.copy_(vectors[name])
+
+    return adapted
+
+
+def _eva_vectors(base: nn.Module, config: PeftConfig, first: First, batches: list[Any]) -> dict[str, Tensor]:
+    """The vectors of each layer, as many as its rank; padding of text is left out."""
+
+    def mask_of(batch: dict[str, Tensor], config: PeftConfig) -> Tensor | None:
+        return batch.get("attention_mask")
+
+    def rows_of(inputs: tuple[Tensor, ...], mask: Tensor | None, name: str) -> Tensor:
+        if mask is not None and inputs[0].shape[:-1] == mask.shape:
+            return inputs[0][mask.bool()]
+        return inputs[0].flatten(0, -2).contiguous()
+
+    found = newer("get_eva_state_dict")(
+        base,
+        batches,
+        config,
+        forward_fn=first.loss,
+        prepare_model_inputs_fn=mask_of,
+        prepare_layer_inputs_fn=rows_of,
+        show_progress_bar=False,
+    )
+
+    return cast("dict[str, Tensor]", found)
+
+
+def _on_linear(base: nn.Module, request: Request, **options: Any) -> PeftConfig:
+    """LoRA with a start that only linear layers have, at ranks solved for its usual one."""
     modules = dict(base.named_modules())
+    configure = partial(lora_config, request, {})
     usual = supported(base, request, configure)
     found = {name: leaves for name, leaves in usual.items() if type(modules[name]) is nn.Linear and not leaves}
     ranks = match(lambda rank: peft_costs(base, configure, dict.fromkeys(found, rank), found), request)
     config = configure(ranks, found)
+
     for name, value in options.items():
         setattr(config, name, value)
 
-    if prepare is not None:
-        prepare(config)
-
-    return attach(base, config)
+    return config
