@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import shlex
@@ -25,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PYTHON_BLOCKS = {  # by page; a page that is not named has none
-    "README.md": 1, "choosing.md": 4, "index.md": 6, "llms.md": 1, "own_network.md": 4, "volumes.md": 1,
+    "README.md": 1, "choosing.md": 4, "index.md": 6, "llms.md": 1, "own_network.md": 4, "volumes.md": 2,
 }  # fmt: skip
 LANGUAGES = {"python", "console", "bibtex"}  # of the console blocks, the commands of flora are parsed
 
@@ -199,3 +200,42 @@ def test_the_two_commands_of_the_readme_are_targets() -> None:
     assert {"run", "test"} <= set(named)
     for target in named:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+# Messages of other programs -> the module of theirs that has the text; None where it comes from Python or a binary.
+THEIRS = {
+    "KeyError: 'TUCKER'": None,
+    "module 'flora' has no attribute 'FloraConfig'": None,
+    "The version of PEFT you are using is not compatible, please use a version >=": "transformers.utils.peft_utils",
+    "Target modules ... not found in the base model.": "peft.tuners.tuners_utils",
+    "CUDA out of memory": None,
+}
+
+
+def texts(path: Path) -> str:
+    """Every text in the code of a file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return "\n".join(
+        node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+
+
+def test_each_message_that_people_search_for_is_one_that_is_printed() -> None:
+    page = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8").partition("## Questions")[0]
+    messages = re.findall(r"^### `(.*)`$", page, re.MULTILINE)
+    assert len(messages) >= 20
+    assert page.count("\n### ") == len(messages)
+    assert set(THEIRS) <= set(messages)
+
+    source = ROOT / "src"
+    ours = [texts(path) for path in [*source.glob("*.py"), *(source / "flora").rglob("*.py")]]
+    for message in messages:
+        if message not in THEIRS:
+            found = ours
+        elif THEIRS[message] is None:
+            continue
+        else:
+            found = [texts(Path(str(importlib.util.find_spec(str(THEIRS[message])).origin)))]  # type: ignore[union-attr]
+
+        parts = message.split("...")
+        assert any(all(part in text for part in parts) for text in found), message

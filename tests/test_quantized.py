@@ -18,7 +18,7 @@ import flora
 from flora.errors import UserError
 from flora.tuner.layer import FloraLayer
 
-bnb = pytest.importorskip("bitsandbytes", reason="in the dev extra; its wheels exist for Linux and Windows only")
+bnb = pytest.importorskip("bitsandbytes", reason="in the extra quantized; its wheels exist for Linux and Windows only")
 quantization = pytest.importorskip("torchao.quantization", reason="in the dev extra; wheels for Linux and macOS only")
 
 pytestmark = [

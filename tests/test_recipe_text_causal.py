@@ -25,6 +25,7 @@ from transformers import (
 from flora import FloraConfig
 from flora.data.chats import prompt_of, read_record
 from flora.data.samples import locate
+from flora.errors import UserError
 from flora.recipes import text_causal
 from flora.recipes.text_causal import Task, compute_metrics, load_data
 from flora.runs import training as training_module
@@ -277,6 +278,12 @@ def test_the_experts_of_the_real_config_are_adapted() -> None:
     cores = {name: tuple(value.shape) for name, value in model.named_parameters() if name.endswith(".core")}
     assert len(cores) == 2 * (4 + 2)
     assert sum(shape == (16, 16, 16) for shape in cores.values()) == 2 * 2
+
+
+def test_four_bits_without_their_package_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available", lambda: False)
+    with pytest.raises(UserError, match=r'needs bitsandbytes: pip install "flora-peft\[quantized\]"'):
+        text_causal.load_base(text_causal.Task(model="sample:text/llama", load_in_4bit=True))
 
 
 @pytest.mark.slow

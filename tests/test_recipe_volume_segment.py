@@ -13,9 +13,16 @@ import torch
 from transformers import AutoModel, EvalPrediction
 
 from flora.data.samples import locate
-from flora.data.volume_files import Pair, Reading, Volumes
+from flora.data.volume_files import Pair, Reading, Volumes, batch_of
 from flora.data.volume_unet import VolumeUNet, VolumeUNetConfig
-from flora.recipes.volume_segment import Task, compute_metrics, load_base, load_data, preprocess_logits
+from flora.recipes.volume_segment import (
+    Task,
+    compute_metrics,
+    dice_of,
+    load_base,
+    load_data,
+    network_config,
+)
 
 
 @pytest.fixture
@@ -73,6 +80,19 @@ def test_image_and_labels_stay_together(tmp_path: Path) -> None:
     assert len(seen) > 1
 
 
+def test_in_a_batch_volumes_are_in_the_middle_of_the_largest() -> None:
+    sizes = [(3, 5, 7), (4, 2, 9)]
+    samples = [
+        {"pixel_values": 2 + torch.rand(2, *size), "labels": torch.ones(size, dtype=torch.uint8)} for size in sizes
+    ]
+    batch = batch_of(samples)
+    assert batch["pixel_values"].shape == (2, 2, 4, 5, 9)
+    for number, (size, sample) in enumerate(zip(sizes, samples, strict=True)):
+        inside = batch["labels"][number] > 0
+        assert torch.equal(batch["pixel_values"][number][:, inside].reshape(2, *size), sample["pixel_values"])
+        assert (batch["pixel_values"][number][:, ~inside] == sample["pixel_values"].min()).all()
+
+
 def test_axes_are_turned_and_channels_go_first(tmp_path: Path) -> None:
     image = np.random.default_rng(0).standard_normal((5, 6, 7, 2)).astype(np.float32)
     labels = (image[..., 0] > 1).astype(np.uint8)
@@ -93,7 +113,12 @@ def test_axes_are_turned_and_channels_go_first(tmp_path: Path) -> None:
 def test_parts_of_the_sample(root: Path) -> None:
     data = load_data(task(root), 0)
     assert [len(data.split(name)) for name in ("train", "validation", "test")] == [6, 2, 3]  # type: ignore[arg-type]
-    assert {tuple(data.train[index]["labels"].shape) for index in range(6)} == {tuple(data.test[0]["labels"].shape)}
+    assert len({tuple(data.train[index]["labels"].shape) for index in range(6)}) == 1
+    # What is measured keeps its size, up to what the strides divide.
+    config = network_config(locate("sample:signals/unet3d"))
+    for index, pair in enumerate(data.test.pairs):  # type: ignore[attr-defined]
+        own = nibabel.load(pair.labels).shape
+        assert list(data.test[index]["labels"].shape) == config.padded(own)
     shutil.rmtree(root / "labelsTs")  # as the Decathlon has it
     data = load_data(task(root, patch=[8, 8, 8], patches=3), 0)
     assert [len(data.split(name)) for name in ("train", "validation", "test")] == [15, 2, 1]  # type: ignore[arg-type]
@@ -165,7 +190,7 @@ def test_no_volumes(tmp_path: Path) -> None:
     ("wrong", "message"),
     [
         ({"strides": [2]}, r"task.strides \[2\] must be one fewer than task.channels"),
-        ({"classes": 1}, "task.classes is 1, expected 2 or more"),
+        ({"classes": 1}, "task.classes is 1, expected 2 to 256"),
         ({"patch": [8, 8]}, r"task.patch is \[8, 8\], expected three sizes"),
     ],
 )
@@ -197,9 +222,11 @@ def test_dice() -> None:
     truth[0, 0, 0] = [0, 1, 1, 2]
     truth[1, 0, 0] = [0, 0, 1, 1]  # no class 2: it does not count
     predicted = np.array([[[[0, 1, 2, 2]]], [[[0, 0, 1, 1]]]])
-    expected = (2 / 3 + 2 / 3 + 1) / 3
-    assert compute_metrics(EvalPrediction(predicted, truth))["dice"] == pytest.approx(expected)
-    assert compute_metrics(EvalPrediction(truth, truth)) == {"dice": 1.0}
-    assert compute_metrics(EvalPrediction(0 * truth, 0 * truth)) == {"dice": 0.0}
     logits = torch.nn.functional.one_hot(torch.tensor(predicted), 3).movedim(-1, 1).float()
-    assert torch.equal(preprocess_logits(logits, torch.tensor(truth)), torch.tensor(predicted))
+    scores = dice_of(logits, torch.tensor(truth, dtype=torch.uint8))
+    np.testing.assert_allclose(scores, [[2 / 3, 2 / 3], [1, np.nan]], rtol=1e-6)
+    assert compute_metrics(EvalPrediction(scores.numpy(), truth))["dice"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
+    nothing = np.full((2, 2), np.nan)
+    assert compute_metrics(EvalPrediction(nothing, truth)) == {"dice": 0.0}
+    missed = torch.nn.functional.one_hot(torch.zeros(2, 1, 1, 4, dtype=torch.long), 3).movedim(-1, 1)
+    assert compute_metrics(EvalPrediction(dice_of(missed, torch.tensor(truth)).numpy(), truth)) == {"dice": 0.0}

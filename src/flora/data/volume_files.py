@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -191,12 +191,12 @@ def write_classes(logits: Tensor, turned_volume: MetaTensor, grid: MetaTensor, l
 
 
 class Volumes(Dataset[dict[str, Tensor]]):
-    """Pairs padded to one size, or patches of that size drawn from each.
+    """Pairs with margins around them, or patches drawn from each.
 
     Args:
         pairs: The files.
         reading: How they are read.
-        size: Of a sample.
+        size: Of a sample; or, for whole volumes, the size that a volume gets for the one that it has.
         patches: Drawn from each pair.
         stream: The seed of the draws; None pads instead.
         foreground: The share of patches that are centred on a voxel of a class above 0; 0 draws them anywhere.
@@ -206,12 +206,12 @@ class Volumes(Dataset[dict[str, Tensor]]):
         self,
         pairs: Sequence[Pair],
         reading: Reading,
-        size: Sequence[int],
+        size: Sequence[int] | Callable[[Sequence[int]], Sequence[int]],
         patches: int = 1,
         stream: int | None = None,
         foreground: float = 0.0,
     ) -> None:
-        self.pairs, self.reading, self.size = pairs, reading, list(size)
+        self.pairs, self.reading, self.size = pairs, reading, size
         self.patches, self.stream, self.foreground = patches, stream, foreground
 
     def __len__(self) -> int:
@@ -221,26 +221,53 @@ class Volumes(Dataset[dict[str, Tensor]]):
         """A sample: ``pixel_values``, shape (channels, *size), and ``labels``, shape (*size,)."""
         image, labels = read_pair(self.pairs[index % len(self.pairs)], self.reading)
 
+        if callable(self.size):
+            size = self.size(labels.shape)
+        else:
+            size = self.size
+
         if self.stream is not None:
-            image, labels = self._patch(image, labels, np.random.default_rng([self.stream, index]))
+            image, labels = self._patch(image, labels, size, np.random.default_rng([self.stream, index]))
 
-        missing = [most - length for length, most in zip(labels.shape, self.size, strict=True)]
-        margins = [width for lack in reversed(missing) for width in (lack // 2, lack - lack // 2)]
+        # A label takes one byte.
+        return with_margins({"pixel_values": image, "labels": labels.to(torch.uint8)}, size)
 
-        return {"pixel_values": pad(image, margins, value=float(image.min())), "labels": pad(labels, margins)}
-
-    def _patch(self, image: Tensor, labels: Tensor, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def _patch(
+        self, image: Tensor, labels: Tensor, size: Sequence[int], random: np.random.Generator
+    ) -> tuple[Tensor, Tensor]:
         if self.foreground and labels.any():
             crop = RandCropByPosNegLabel(
-                self.size, pos=self.foreground, neg=1 - self.foreground, num_samples=1, allow_smaller=True
+                size, pos=self.foreground, neg=1 - self.foreground, num_samples=1, allow_smaller=True
             )
             crop.set_random_state(seed=int(random.integers(2**32)))
             both = torch.cat([image, labels[None].to(image.dtype)])
             found = torch.as_tensor(crop(both, label=labels[None])[0]).as_subclass(Tensor)
             return found[:-1], found[-1].long()
 
-        room = [max(0, length - most) for length, most in zip(labels.shape, self.size, strict=True)]
+        room = [max(0, length - most) for length, most in zip(labels.shape, size, strict=True)]
         start = [int(random.integers(free + 1)) for free in room]
-        window = (slice(None), *(slice(at, at + most) for at, most in zip(start, self.size, strict=True)))
+        window = (slice(None), *(slice(at, at + most) for at, most in zip(start, size, strict=True)))
 
         return image[window], labels[window[1:]]
+
+
+def with_margins(sample: dict[str, Tensor], size: Sequence[int]) -> dict[str, Tensor]:
+    """The sample in the middle of a larger one, whose margins are background.
+
+    Args:
+        sample: ``pixel_values``, shape (channels, *size), and ``labels``, shape (*size,).
+        size: Of the larger one.
+    """
+    image, labels = sample["pixel_values"], sample["labels"]
+    missing = [most - length for length, most in zip(labels.shape, size, strict=True)]
+    margins = [width for lack in reversed(missing) for width in (lack // 2, lack - lack // 2)]
+
+    return {"pixel_values": pad(image, margins, value=float(image.min())), "labels": pad(labels, margins)}
+
+
+def batch_of(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A batch of samples, each with margins up to the largest of them."""
+    size = [max(lengths) for lengths in zip(*(sample["labels"].shape for sample in samples), strict=True)]
+    padded = [with_margins(sample, size) for sample in samples]
+
+    return {key: torch.stack([sample[key] for sample in padded]) for key in ("pixel_values", "labels")}

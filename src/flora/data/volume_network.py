@@ -120,7 +120,7 @@ class VolumeNetwork(PreTrainedModel):
 
         loss = None
         if labels is not None:
-            loss = self.loss(found if len(found) > 1 else found[0], labels[:, None])
+            loss = self.loss(found if len(found) > 1 else found[0], labels[:, None].long())
 
         return SemanticSegmenterOutput(loss, found[0])
 

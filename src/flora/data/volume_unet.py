@@ -76,7 +76,7 @@ class VolumeUNet(PreTrainedModel):
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> SemanticSegmenterOutput:
         """Logits (batch, classes, *size) of volumes (batch, channels, *size); with labels (batch, *size) the loss."""
         logits = self.unet(pixel_values.contiguous(memory_format=torch.channels_last_3d))
-        return SemanticSegmenterOutput(None if labels is None else self.loss(logits, labels[:, None]), logits)
+        return SemanticSegmenterOutput(None if labels is None else self.loss(logits, labels[:, None].long()), logits)
 
 
 AutoConfig.register(VolumeUNetConfig.model_type, VolumeUNetConfig, exist_ok=True)

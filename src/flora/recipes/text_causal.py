@@ -115,7 +115,9 @@ def load_base(task: Task) -> PreTrainedModel:
     try:
         model = load_pretrained(AutoModelForCausalLM, locate(task.model), quantization_config=quantization)
     except ImportError as error:
-        raise UserError(f"task.load_in_4bit needs bitsandbytes: pip install bitsandbytes ({error})") from None
+        raise UserError(
+            f'task.load_in_4bit needs bitsandbytes: pip install "flora-peft[quantized]" ({error})'
+        ) from None
 
     return cast("PreTrainedModel", prepare_model_for_kbit_training(model, use_gradient_checkpointing=False))
 

@@ -2,8 +2,8 @@
 
 Data: NIfTI files as the Medical Segmentation Decathlon lays them, ``imagesTr/NAME.nii.gz`` with
 ``labelsTr/NAME.nii.gz``; ``imagesVal`` and ``imagesTs`` with their labels where there are such. Volumes are turned to
-the same axes and, on request, resampled to one spacing. In evaluation all are padded to one size. The draw of a patch
-depends on its number and the seed alone.
+the same axes and, on request, resampled to one spacing. In evaluation each keeps its size, up to what the network
+divides it by. The draw of a patch depends on its number and the seed alone.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from monai.inferers.utils import sliding_window_inference
 from monai.metrics.meandice import compute_dice
-from torch import Tensor
-from transformers import AutoConfig, EvalPrediction, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoConfig, EvalPrediction, PreTrainedModel, Trainer
 
 from flora.data.records import Bad, Item, is_local, load_pretrained, sift, with_held_out
 from flora.data.results import colours, hex_colours
@@ -30,6 +30,7 @@ from flora.data.volume_files import (
     Pair,
     Reading,
     Volumes,
+    batch_of,
     normalised,
     read_file,
     read_pair,
@@ -55,9 +56,25 @@ from flora.storage.progress import hidden_bars
 METRIC = "dice"
 PARTS = {"train": "Tr", "validation": "Val", "test": "Ts"}
 AXES = ("LR", "PA", "IS")  # each letter is a direction of its axis
+MOST_CLASSES = 256  # a label is one byte, in masks too
 BASE_SEED = 0  # of a network that starts at random
 INPUT_FILES = NIFTI
 Config = VolumeUNetConfig | VolumeNetworkConfig
+
+
+class VolumeTrainer(Trainer):
+    """A Trainer that keeps of each volume it measures the Dice coefficients, and not what the network made of it."""
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
+        """Of a batch: the loss, the coefficients, shape (batch, classes - 1), and a number in the place of each label.
+
+        Volumes of different sizes cannot be put into one array, and those of a whole test set take too much memory.
+        """
+        loss, logits, labels = cast("Any", super().prediction_step(model, inputs, *args, **options))
+        return loss, dice_of(logits, labels), labels[:, 0, 0, 0]
+
+
+TRAINER = VolumeTrainer
 
 
 @dataclass
@@ -112,8 +129,8 @@ class Task:
     def _check_network(self) -> None:
         if len(self.strides) != len(self.channels) - 1:
             raise UserError(f"task.strides {self.strides} must be one fewer than task.channels {self.channels}")
-        if self.classes < 2:
-            raise UserError(f"task.classes is {self.classes}, expected 2 or more: the background counts")
+        if not 2 <= self.classes <= MOST_CLASSES:
+            raise UserError(f"task.classes is {self.classes}, expected 2 to {MOST_CLASSES}: the background counts")
         if self.patch is not None and (len(self.patch) != 3 or min(self.patch) < 1):
             raise UserError(f"task.patch is {self.patch}, expected three sizes")
         if self.network is None and (self.network_args or self.weights or self.new_layers):
@@ -257,13 +274,15 @@ def load_data(task: Task, seed: int) -> Data:
     parts = find_pairs(data_folder(locate(task.data)))
     good = {part: sift(items, check, bad=task.bad_data, what=f"{part} volumes") for part, items in parts.items()}
     pairs = with_held_out({part: [item.value for item in items] for part, items in good.items()})
-    size = config.padded([max(lengths) for lengths in zip(*(sizes[pair] for pair in sizes), strict=True)])
-    whole = {part: Volumes(pairs[part], reading, size) for part in PARTS}
-
     if patch is not None:
-        whole["train"] = Volumes(pairs["train"], reading, patch, task.patches, seed, task.foreground)
+        train = Volumes(pairs["train"], reading, patch, task.patches, seed, task.foreground)
+    else:
+        largest = [max(lengths) for lengths in zip(*(sizes[pair] for pair in pairs["train"]), strict=True)]
+        train = Volumes(pairs["train"], reading, config.padded(largest))
 
-    return Data(whole["train"], whole["validation"], whole["test"])
+    validation, test = (Volumes(pairs[part], reading, config.padded) for part in ("validation", "test"))
+
+    return Data(train, validation, test, collate=batch_of)
 
 
 def load_base(task: Task) -> PreTrainedModel:
@@ -324,28 +343,47 @@ def logits_of(model: Any, volume: Tensor, patch: list[int] | None) -> Tensor:
     return logits[0].cpu()
 
 
-def preprocess_logits(logits: Tensor, labels: Tensor) -> Tensor:
-    """The class of each voxel, which is all that the metric needs of the logits."""
-    return logits.argmax(1)
+def dice_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """The Dice coefficient of each volume and class but the background; NaN for a class that a volume lacks.
+
+    Args:
+        logits: shape (batch, classes, *size).
+        labels: shape (batch, *size).
+
+    Returns:
+        shape (batch, classes - 1).
+    """
+    found, truth = logits.argmax(1, keepdim=True), labels[:, None]
+    return compute_dice(found, truth, include_background=False, num_classes=logits.shape[1])
 
 
 def findings(tested: Tested) -> Findings:
     """The Dice coefficient of each class, and slices of the volumes that the model does worst on."""
-    volumes = cast("Volumes", tested.data.test)
-    classes = max(2, int(max(tested.predictions.max(), tested.labels.max())) + 1)
+    volumes, model = cast("Volumes", tested.data.test), cast("Any", tested.model)
     # shape: (volumes, classes without the background)
-    scores = _dice(tested.predictions, tested.labels, classes).numpy()
+    scores = tested.predictions
+    classes = scores.shape[1] + 1
     known = [number for number in range(1, classes) if np.isfinite(scores[:, number - 1]).any()]
     mean = {f"class {number}": float(np.nanmean(scores[:, number - 1])) for number in known}
 
-    # The mean over the classes that a volume or its answer has; a volume without any has nothing wrong.
+    # The mean over the classes that a volume has; a volume without any has nothing wrong.
     count = np.isfinite(scores).sum(1)
     means = np.where(count > 0, np.nansum(scores, axis=1) / np.maximum(count, 1), 1.0)
+    worst = np.argsort(means)[:FEW].tolist()
     palette = colours(classes)
     examples = []
-    for index in np.argsort(means)[:FEW].tolist():
-        # shape: (depth, height, width); the slice across the last axis with the most that is not background
-        volume, true, found = volumes[index]["pixel_values"][0].numpy(), tested.labels[index], tested.predictions[index]
+
+    # A model that is spread over several processes cannot be run again by one of them.
+    for index in worst if model is not None else []:
+        sample = volumes[index]
+        with torch.no_grad():
+            logits = model(pixel_values=sample["pixel_values"][None].to(model.device)).logits
+
+        # shape: (depth, height, width)
+        volume, true = sample["pixel_values"][0].numpy(), sample["labels"].numpy()
+        found = logits[0].argmax(0).cpu().numpy()
+
+        # The slice across the last axis with the most that is not background.
         at = int(((true > 0) | (found > 0)).sum((0, 1)).argmax())
         plane, truth, answer = (np.rot90(each[:, :, at]) for each in (volume, true, found))
         image = grey(plane)
@@ -356,22 +394,14 @@ def findings(tested: Tested) -> Findings:
         ]
         examples.append(Shown(f"{volumes.pairs[index].image.name}, slice {at}: Dice {means[index]:.3f}", pictures))
 
-    heading = f"Slices of the {len(examples)} of {len(volumes):,} test volumes with the lowest Dice"
+    heading = f"Slices of the {len(worst)} of {len(volumes):,} test volumes with the lowest Dice"
 
     named = {f"class {number}": colour for number, colour in enumerate(hex_colours(classes))}
 
     return Findings(heading, examples, scores=mean, score="Dice", colours=named, wide=True)
 
 
-def _dice(predictions: np.ndarray, labels: np.ndarray, classes: int) -> Tensor:
-    """Of each volume and class but the background, (volumes, classes - 1); NaN where neither has the class."""
-    found, truth = (torch.tensor(each)[:, None] for each in (predictions, labels))
-    return compute_dice(found, truth, include_background=False, num_classes=classes)
-
-
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """The Dice coefficient, the mean over volumes and foreground classes; a class that a volume lacks is left out."""
-    predicted, truth = (cast("np.ndarray", each) for each in (prediction.predictions, prediction.label_ids))
-    classes = max(2, int(max(predicted.max(), truth.max())) + 1)
-    scores = _dice(predicted, truth, classes)
-    return {"dice": float(scores.nanmean()) if scores.isfinite().any() else 0.0}
+    scores = np.asarray(prediction.predictions)
+    return {"dice": float(np.nanmean(scores)) if np.isfinite(scores).any() else 0.0}

@@ -7,6 +7,7 @@ import re
 EXTRAS: dict[str, set[str]] = {  # an extra of pyproject.toml -> the modules that it brings, the smallest extra first
     "recipes": {"PIL", "matplotlib", "scipy", "sklearn"},
     "medical": {"monai", "nibabel"},
+    "quantized": {"bitsandbytes"},
     "rivals": {"lycoris"},
     "vision": {"datasets", "pycocotools"},
     "text": {"datasets", "sentencepiece", "trl"},
