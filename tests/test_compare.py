@@ -21,6 +21,7 @@ from flora.comparison import trial
 from flora.comparison.compare import compare
 from flora.comparison.matching import match_ranks
 from flora.comparison.methods import METHODS
+from flora.comparison.probe import probe_head
 from flora.comparison.rivals import RefusedError, Request, default_budget, targets
 from flora.report.comparison import against, comparison_notes, comparison_page
 from flora.runs.evaluating import evaluate
@@ -232,6 +233,52 @@ def test_every_method_starts_where_the_base_model_is(cache: None, tmp_path: Path
         assert torch.allclose(model(pixel_values=images).logits, expected, atol=1e-5), name
 
 
+def test_a_head_is_trained_first_and_nothing_else(cache: None, tmp_path: Path) -> None:
+    settings = tiny(tmp_path)
+    recipe = settings.load_recipe()
+    base: Any = recipe.load_base(settings.task)
+    base.convnextv2.embeddings.requires_grad_(False)
+    before = {name: (value.clone(), value.requires_grad) for name, value in base.named_parameters()}
+    data = recipe.load_data(settings.task, 0)
+    arguments = training_arguments(settings, tmp_path, save_strategy="no", disable_tqdm=True)
+    probe_head(base, ["classifier"], recipe, data, arguments)
+    changed = {name for name, value in base.named_parameters() if not torch.equal(value, before[name][0])}
+    assert changed == {"classifier.weight", "classifier.bias"}
+    assert all(value.requires_grad == before[name][1] for name, value in base.named_parameters())
+    with pytest.raises(RefusedError, match="no head"):
+        probe_head(base, [], recipe, data, arguments)
+
+
+def test_every_method_begins_with_the_head_that_was_probed(
+    cache: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tiny(tmp_path, "compare.probe_epochs=1", "training.max_steps=1")
+    heads = []
+
+    def begin(trainer: Any, seed: int) -> dict[str, Any]:
+        heads.append([value.clone() for name, value in trainer.model.named_parameters() if "classifier" in name][-1])
+        return {"seconds": 1.0, "steps": 1}
+
+    monkeypatch.setattr(trial, "_train", begin)
+    for method in ("lora", "flora", "full"):
+        trial.train_once(settings, settings.load_recipe(), trial.Run(method, 900, 0.01, 0, final=False), tmp_path)
+    plain = settings.load_recipe().load_base(settings.task).classifier.bias
+    assert not torch.equal(heads[0], plain)
+    assert all(torch.equal(head, heads[0]) for head in heads)
+
+
+def test_a_curve_leaves_the_training_as_it_is(cache: None, tmp_path: Path) -> None:
+    settings = tiny(tmp_path)
+    run = trial.Run("lora", 900, 0.01, 0, final=False)
+    plain, curved = (
+        trial.train_once(settings, settings.load_recipe(), run, tmp_path, points).result for points in (0, 3)
+    )
+    assert [step for step, _ in curved["curve"]] == [1, 3, 4]
+    assert curved["curve"][-1][1] == curved["validation"]["accuracy"]
+    assert curved["validation"] == plain["validation"]
+    assert "curve" not in plain
+
+
 def test_finding_the_targets_leaves_the_base_as_it_is(cache: None, tmp_path: Path) -> None:
     settings = tiny(tmp_path)
     base = settings.load_recipe().load_base(settings.task)
@@ -352,7 +399,14 @@ def test_an_error_that_is_not_divergence_is_raised(
 
 
 @pytest.mark.parametrize(
-    "change", ["compare.budgets=[0]", "compare.lora_r=0", "compare.learning_rates=[]", "compare.learning_rates=[-1]"]
+    "change",
+    [
+        "compare.budgets=[0]",
+        "compare.lora_r=0",
+        "compare.learning_rates=[]",
+        "compare.learning_rates=[-1]",
+        "compare.probe_epochs=-1",
+    ],
 )
 def test_bad_settings_are_named(tmp_path: Path, change: str) -> None:
     with pytest.raises(ValueError, match=change.partition("=")[0].replace(".", r"\.")):

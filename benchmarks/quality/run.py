@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cache
@@ -29,6 +29,7 @@ MAIN = ("lora", "lora-gradient", "lycoris", "flora", "flora-gradient", "full", "
 RIVALS = ("rslora", "dora", "pissa", "lora-ga", "eva", "miss", "hira", "oft", "loha", "lokr", "authors")
 GROUPS = {"main": MAIN, "rivals": RIVALS, "all": (*MAIN, *RIVALS, "flora-equal", "frozen")}
 RATE = 0.01  # of the setting without tuning
+POINTS = 12  # of a validation curve
 DIGITS = 8600  # parameters, about what LoRA of rank 4 has there
 
 
@@ -42,20 +43,22 @@ class Line:
     learning_rate: float
     seed: int
     length: int
+    probe: float = 0.0  # epochs of the head alone before
 
-    def key(self) -> tuple[Any, ...]:
-        """As it is looked up in the results."""
-        return (self.task, self.method, self.budget, self.learning_rate, self.seed, self.length)
+
+def known(line: Mapping[str, Any]) -> Line:
+    """What identifies a line of the results; the older ones lack the newer fields."""
+    return Line(**{name: line[name] for name in Line.__dataclass_fields__ if name in line})
 
 
 @cache
-def settings_of(task: str, data: str, model: str) -> Any:
+def settings_of(task: str, data: str, model: str, probe: float = 0.0) -> Any:
     """The settings of a task, with its data where it is here."""
     from flora.runs.settings import read
 
     if task == "digits":
-        return read("digits", [f"compare.budgets=[{DIGITS}]"])
-    overrides = [f"task.data={data}"]
+        return read("digits", [f"compare.budgets=[{DIGITS}]", f"compare.probe_epochs={probe}"])
+    overrides = [f"task.data={data}", f"compare.probe_epochs={probe}"]
     overrides += [f"task.model={model}"] if task == "sst2" else []
     return read(str(FOLDER / f"{task}.yaml"), overrides)
 
@@ -68,7 +71,7 @@ def planned(args: argparse.Namespace) -> Iterator[Line]:
         budgets = settings_of(task, args.data, args.model).comparison.budgets
         for method in args.methods:
             for budget in budgets[: args.budgets] if methods.METHODS[method].matched else [None]:
-                yield Line(task, method, budget, rate, seed, length)
+                yield Line(task, method, budget, rate, seed, length, args.probe)
 
 
 def stored(files: Iterable[Path]) -> list[dict[str, Any]]:
@@ -83,8 +86,14 @@ def stored(files: Iterable[Path]) -> list[dict[str, Any]]:
     return found
 
 
-def train(line: Line, data: str, model: str) -> dict[str, Any]:
-    """One training on one thread, and everything that a table may need of it."""
+def train(line: Line, data: str, model: str, points: int = 0) -> dict[str, Any]:
+    """One training on one thread, and everything that a table may need of it.
+
+    Args:
+        line: which one.
+        data, model: folders.
+        points: how often validation is measured on the way.
+    """
     import torch
     from transformers.utils import logging
 
@@ -96,13 +105,13 @@ def train(line: Line, data: str, model: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")
-    settings = settings_of(line.task, data, model)
+    settings = settings_of(line.task, data, model, line.probe)
     recipe = settings.load_recipe()
     run = Run(line.method, line.budget, line.learning_rate, line.seed, final=True, length=line.length)
     began = time.perf_counter()
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            trained = train_once(settings, recipe, run, Path(scratch))
+            trained = train_once(settings, recipe, run, Path(scratch), points)
             test = measure(trained.trainer, trained.data.test)[recipe.METRIC]
         result = {
             "validation": trained.result["validation"][recipe.METRIC],
@@ -111,6 +120,7 @@ def train(line: Line, data: str, model: str) -> dict[str, Any]:
             "steps": trained.result["steps"],
             "seconds": trained.result["seconds"],
             "start": trained.result.get("start"),
+            **({"curve": trained.result["curve"]} if points else {}),
         }
     except RefusedError as error:
         result = {"refused": str(error)}
@@ -137,7 +147,7 @@ def run_all(lines: Sequence[Line], args: argparse.Namespace) -> None:
     with ProcessPoolExecutor(args.jobs, context) as pool, args.results.open("a", encoding="utf-8") as file:
         while running or (waiting and time.monotonic() < deadline):
             while waiting and len(running) < args.jobs and time.monotonic() < deadline:
-                running.add(pool.submit(train, waiting.pop(0), args.data, args.model))
+                running.add(pool.submit(train, waiting.pop(0), args.data, args.model, POINTS * args.curve))
             finished, running = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
                 result = future.result()
@@ -180,6 +190,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=lambda text: [int(word) for word in words(text)], default=list(range(5)))
     parser.add_argument("--lengths", type=lambda text: [int(word) for word in words(text)], default=[1])
     parser.add_argument("--budgets", type=int, default=1, help="how many of a task's budgets, the first ones")
+    parser.add_argument("--probe", type=float, default=0.0, help="epochs that a new head is trained alone before")
+    parser.add_argument("--curve", action="store_true", help="measure validation on the way too")
     parser.add_argument("--shard", default="0/1", help="which part of the work, such as 0/3")
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--minutes", type=float, default=600, help="no training is begun after that")
@@ -190,9 +202,8 @@ def main() -> None:
     """Runs what is not in the results yet."""
     args = arguments()
     files = [file for file in [args.results, *args.known] if file.is_file()]
-    names = list(Line.__dataclass_fields__)
-    done = {tuple(line[name] for name in names) for line in stored(files) if "failed" not in line}
-    lines = [line for line in planned(args) if line.key() not in done]
+    done = {known(line) for line in stored(files) if "failed" not in line and ("curve" in line or not args.curve)}
+    lines = [line for line in planned(args) if line not in done]
     part, parts = (int(word) for word in args.shard.split("/"))
     mine = lines[part::parts]
     print(f"{len(mine)} trainings", flush=True)

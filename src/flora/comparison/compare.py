@@ -85,7 +85,8 @@ class Bench:
     def _identity(self, run: Run) -> dict[str, Any]:
         given = self.settings.as_dict()
         shared = {key: given[key] for key in ("recipe", "task", "adapter", "training")}
-        return {"run": asdict(run), **shared, "scale": self.settings.comparison.scale, "versions": versions()}
+        ways = {key: given["compare"][key] for key in ("scale", "probe_epochs")}
+        return {"run": asdict(run), **shared, **ways, "versions": versions()}
 
     def _run(self, run: Run) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(dir=self.scratch) as scratch:

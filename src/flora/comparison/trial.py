@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from transformers import Trainer, set_seed
 
+from flora.comparison.curve import ValidationCurve
 from flora.comparison.memory import watch_growth
 from flora.comparison.methods import METHODS
+from flora.comparison.probe import probe_head
 from flora.comparison.rivals import RefusedError, Request
 from flora.errors import DivergedError
 from flora.recipes import Data, Recipe
@@ -61,7 +63,7 @@ class Trained(NamedTuple):
     result: dict[str, Any]
 
 
-def train_once(settings: Settings, recipe: Recipe, run: Run, scratch: Path) -> Trained:
+def train_once(settings: Settings, recipe: Recipe, run: Run, scratch: Path, points: int = 0) -> Trained:
     """Builds the method on a fresh base model, trains it, and measures it on validation.
 
     Args:
@@ -69,9 +71,10 @@ def train_once(settings: Settings, recipe: Recipe, run: Run, scratch: Path) -> T
         recipe: of it.
         run: what is special about this one.
         scratch: a folder for what the trainer may write.
+        points: how often validation is measured on the way, for ``curve`` in the result.
 
     Raises:
-        RefusedError: the method cannot adapt this model, or training diverged.
+        RefusedError: the method cannot adapt this model, there is no head to probe, or training diverged.
     """
     set_seed(run.seed)
     base = recipe.load_base(settings.task)
@@ -91,9 +94,18 @@ def train_once(settings: Settings, recipe: Recipe, run: Run, scratch: Path) -> T
         run.budget or 0,
         first=lambda: first_batches(base, recipe, data, arguments),
     )
+
+    if probed := settings.comparison.probe_epochs:
+        set_seed(run.seed)
+        own = training_arguments(settings, scratch, **{**changes, "num_train_epochs": probed})
+        probe_head(base, request.head, recipe, data, own)
+
     set_seed(run.seed)
     model = METHODS[run.method].build(base, request)
     trainer = make_trainer(model, recipe, data, arguments)
+    curve = ValidationCurve(trainer, recipe.METRIC, points)
+    if points:
+        trainer.add_callback(curve)
 
     try:
         trained = {**_train(trainer, run.seed), "validation": measure(trainer, data.validation)}
@@ -110,6 +122,10 @@ def train_once(settings: Settings, recipe: Recipe, run: Run, scratch: Path) -> T
         "seed": run.seed,
         **trained,
     }
+
+    if points:
+        result["seconds"] = round(result["seconds"] - curve.seconds, 3)
+        result["curve"] = curve.scores
 
     if request.starts:
         begun = request.starts[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Iterable
@@ -34,12 +35,15 @@ class Comparison:
             own. Empty: what LoRA of rank ``lora_r`` costs.
         lora_r: that rank.
         scale: alpha / r of the adapters other than FLoRA.
+        probe_epochs: so long the head alone is trained first, on the frozen base, the same for every method. For new
+            heads; 0 is not at all.
     """
 
     learning_rates: list[float] = field(default_factory=lambda: [1e-4, 3e-4, 1e-3, 3e-3])
     budgets: list[int] = field(default_factory=list)
     lora_r: int = 8
     scale: float = 2.0
+    probe_epochs: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.learning_rates or min(self.learning_rates) <= 0:
@@ -48,6 +52,8 @@ class Comparison:
             raise UserError(f"compare.budgets is {self.budgets}, expected counts of parameters from 1")
         if self.lora_r < 1:
             raise UserError(f"compare.lora_r is {self.lora_r}, expected 1 or more")
+        if not 0 <= self.probe_epochs < math.inf:
+            raise UserError(f"compare.probe_epochs is {self.probe_epochs}, expected 0 or more")
 
 
 @dataclass(frozen=True)
