@@ -102,14 +102,16 @@ def _untuned_quality() -> str:
     from benchmarks.quality.pairs import at_rate, cells
     from benchmarks.quality.run import RATE, stored
 
-    found = cells(stored(sorted((RESULTS / "quality").glob("*.jsonl"))), 1)
+    found = cells(stored(sorted((RESULTS / "quality").glob("*.jsonl"))))
     chosen = {place: cell for place, listed in found.items() if (cell := at_rate(listed, RATE)) is not None}
     tasks = [task for task in page.TASKS if (task, page.OURS) in chosen]
     note = (
         f"No tuning: the learning rate {RATE:g} and all defaults for every method and task. ± is half the 95 % "
         "interval over n seeds. Differences, tuned runs and origins: [quality](docs/quality.md)."
     )
-    table = page.table(chosen, tasks).replace(f", {RATE:g})", ")")  # one rate for all, told below
+    table = page.table(chosen, tasks, methods=page.SHORT)
+    # One rate for all, told below; a table on a phone has no room for more.
+    table = re.sub(r" +\|", " |", re.sub(r"-{3,}", "---", table.replace(f", {RATE:g})", ")")))
     return f"{table}\n\n{note}"
 
 

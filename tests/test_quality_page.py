@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from benchmarks.quality.page import render
-from benchmarks.quality.pairs import best, cells, difference, holm
+from benchmarks.quality.pairs import Setting, best, cells, difference, holm, relative_steps, settings
 from scipy.stats import ttest_rel
 
 
@@ -53,7 +53,7 @@ def test_the_page_says_who_is_ahead() -> None:
     refusal = {**line("pissa", 0, 0.0), "refused": "no layer"} | {"test": None}
     spent = [{"task": "cifar", "steps": 7.3, "memory": 1.02}]
     page = render([*LINES, refusal], [{"task": "a way", "validation": "0.4"}], spent)
-    assert "The best means over the tasks: FLoRA, gradient start 0.51" in page
+    assert "have all of them: FLoRA, gradient start 0.51" in page
     assert "a way" in page
     assert "1.02" in page
     assert "± 0.027 (n=4, 0.01)" in " ".join(page.split())
@@ -61,3 +61,42 @@ def test_the_page_says_who_is_ahead() -> None:
     assert "over the 1 pairs" in page
     assert "4 trainings" not in page
     assert "commit abc" in page
+
+
+def test_budgets_lengths_and_probes_have_tables_of_their_own() -> None:
+    """Full fine-tuning has no budget and is in the tables of all; older lines have no probe."""
+    more = [
+        {**line("lora", 0, 0.6), "budget": 24000},
+        {**line("flora-gradient", 0, 0.7), "budget": 24000},
+        {**line("flora-gradient", 0, 0.8), "length": 3},
+        {**line("flora-gradient", 0, 0.9), "probe": 2.0},
+        {**line("full", 0, 0.3), "budget": None},
+    ]
+    lines = [*LINES, *more]
+    expected = [Setting(), Setting(length=3), Setting(budget=1), Setting(probe=2.0)]
+    assert settings(lines) == expected
+    scores = [cells(lines, setting)["cifar", "flora-gradient"][0].test[0] for setting in expected]
+    assert scores == [0.52, 0.8, 0.7, 0.9]
+    assert cells(lines, expected[2])["cifar", "full"][0].test == cells(lines)["cifar", "full"][0].test == {0: 0.3}
+    page = render(lines)
+    for title in ("No tuning, 3 times the steps", "No tuning, budget 2", "alone for 2 epochs before"):
+        assert title in page
+    assert "Parameters of the adapters: 24,000 on cifar" in page
+
+
+def test_steps_to_the_score_of_lora() -> None:
+    ours = [{**line("flora-gradient", seed, 0.5), "curve": [[20, 0.3], [40, 0.5], [60, 0.6]]} for seed in (0, 1)]
+    theirs = [{**line("lora", 0, 0.5), "curve": [[20, 0.1], [40, 0.2], [60, 0.4]]}]
+    theirs += [{**line("lora", 1, 0.5), "curve": [[20, 0.1], [40, 0.8], [60, 0.7]]}]
+    found = cells([*ours, *theirs])
+    shares = relative_steps(found["cifar", "flora-gradient"][0], found["cifar", "lora"][0])
+    assert shares == {0: pytest.approx(40 / 60), 1: math.inf}
+    assert "| 1 of 2 " in render([*ours, *theirs])
+    assert "Steps to LoRA" not in render(LINES)
+
+
+def test_what_each_part_adds() -> None:
+    equal = [line("flora-equal", seed, value - 0.01) for seed, value in enumerate(OURS)]
+    page = " ".join(render([*LINES, *equal]).split())
+    assert "| the ranks, with the start | **+0.010 ± 0.000, n=4, p=0.000** |" in page
+    assert "the start, on LoRA's form" not in page

@@ -7,12 +7,26 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
-from benchmarks.quality.pairs import OURS, Cell, Difference, at_rate, best, cells, difference, holm, interval
+from benchmarks.quality.pairs import (
+    OURS,
+    Cell,
+    Difference,
+    Setting,
+    at_rate,
+    best,
+    budgets_of,
+    cells,
+    difference,
+    holm,
+    interval,
+    relative_steps,
+    settings,
+)
 from benchmarks.quality.plot import quality_over_parameters
 from benchmarks.quality.run import RATE, ROOT, stored
 from flora.comparison.methods import METHODS
@@ -61,7 +75,15 @@ AWAY = "2c697203"  # begins the commit of the lines that another machine made
 AWAY_NOTE = """The lines of the commit 2c69720 were made on another machine, whose tree may have been that of the commit
 before or after. MiniLM-L6 was sent there in half precision, with the embeddings of unused words set to zero. Trainings
 of one seed on two machines have the same samples in the same order, and differ by rounding."""
+SHORT = ("lora", "lycoris", "flora", OURS, "full")  # the table of the README
 RIVALS = ("lora", "lycoris", "full")  # what the method is claimed to be better than, or level with
+PARTS = {
+    "the start, equal ranks": ("flora-equal", "flora"),
+    "the ranks, with the start": (OURS, "flora-equal"),
+    "both": (OURS, "flora"),
+    "the start, on LoRA's form": ("lora-gradient", "lora"),
+    "the form, with the start": (OURS, "lora-gradient"),
+}
 Found = Mapping[tuple[str, str], Sequence[Cell]]
 Chosen = Mapping[tuple[str, str], Cell]
 
@@ -74,16 +96,22 @@ class Pair(NamedTuple):
     found: Difference
 
 
-def table(chosen: Chosen, tasks: Sequence[str], edges: Collection[tuple[str, str]] = ()) -> str:
+def table(
+    chosen: Chosen,
+    tasks: Sequence[str],
+    edges: Collection[tuple[str, str]] = (),
+    methods: Iterable[str] = METHODS,
+) -> str:
     """A line per method: the test score on each task, and the mean over the tasks that all methods of the page have.
 
     Args:
         chosen: (task, method) -> its trainings.
         tasks: a column each.
         edges: the places whose rate is at the edge of those that were tried; they get a star.
+        methods: a line each, where there are trainings.
     """
     rows = []
-    for method in METHODS:
+    for method in methods:
         scores = {task: chosen[task, method] for task in tasks if (task, method) in chosen}
         if not scores:
             continue
@@ -147,12 +175,15 @@ def _difference_table(chosen: Chosen, tasks: Sequence[str], methods: Sequence[st
         for method in methods
         if any((task, method) in cells for task in tasks)
     ]
-    note = (
-        f"Bold: told apart from zero at 5 %, p by Holm's correction over the {len(pairs)} pairs of this table. The "
+
+    return [_markdown(rows), _corrected_over(len(pairs))]
+
+
+def _corrected_over(pairs: int) -> str:
+    return (
+        f"Bold: told apart from zero at 5 %, p by Holm's correction over the {pairs} pairs of this table. The "
         "other pairs are not told apart."
     )
-
-    return [_markdown(rows), note]
 
 
 def _pair(chosen: Chosen, task: str, method: str) -> Pair | None:
@@ -174,13 +205,16 @@ def _told(found: Difference, p: float) -> str:
     return told
 
 
-def starts(lines: Sequence[Mapping[str, Any]]) -> str:
+def starts(found: Found) -> str:
     """What the start chose."""
     rows = []
     for task, title in TASKS.items():
         for method in ("lora-gradient", "flora-equal", OURS):
-            own = [line for line in lines if line["task"] == task and line["method"] == method and line.get("start")]
-            own = [line for line in own if line["learning_rate"] == RATE and line["length"] == 1]
+            cell = at_rate(found.get((task, method), []), RATE)
+            if cell is None:
+                continue
+
+            own = [line for line in cell.lines if line.get("start")]
             if not own:
                 continue
             steps = [line["start"]["step"] for line in own]
@@ -233,24 +267,88 @@ def untuned(found: Found) -> dict[tuple[str, str], Cell]:
     return {place: cell for place, listed in found.items() if (cell := at_rate(listed, RATE)) is not None}
 
 
-def no_tuning(found: Found, length: int) -> list[str]:
+def no_tuning(lines: Sequence[Mapping[str, Any]], setting: Setting) -> list[str]:
     """One learning rate for everything."""
-    chosen = untuned(found)
+    chosen = untuned(cells(lines, setting))
     tasks = [task for task in TASKS if (task, OURS) in chosen]
     if not tasks:
         return []
 
     title = "## No tuning"
-    if length > 1:
-        title += f", {length} times the steps"
+    if setting.length > 1:
+        title += f", {setting.length} times the steps"
+    if setting.budget:
+        title += f", budget {setting.budget + 1}"
+    if setting.probe:
+        title += f", new heads trained alone for {setting.probe:g} epochs before"
+
+    spent = ", ".join(f"{budgets_of(lines)[task][setting.budget]:,} on {task}" for task in tasks)
 
     return [
         title,
-        f"The learning rate {RATE:g} and all defaults, on every task.",
+        f"The learning rate {RATE:g} and all defaults, on every task. Parameters of the adapters: {spent}.",
         table(chosen, tasks),
         summary(chosen, tasks),
         *differences(chosen, tasks),
     ]
+
+
+def ablation(found: Found) -> list[str]:
+    """What each part adds: a method with it minus one without."""
+    chosen = untuned(found)
+    pairs = [
+        (label, task, gain)
+        for label, (more, less) in PARTS.items()
+        for task in TASKS
+        if (task, more) in chosen and (task, less) in chosen
+        if (gain := difference(chosen[task, more].test, chosen[task, less].test)) is not None and gain.count > 1
+    ]
+    if not pairs:
+        return []
+
+    tasks = [task for task in TASKS if any(place == task for _, place, _ in pairs)]
+    corrected = holm({f"{label} {task}": gain.p for label, task, gain in pairs})
+    told = {(label, task): _told(gain, corrected[f"{label} {task}"]) for label, task, gain in pairs}
+    rows = [
+        {"part": label} | {TASKS[task]: told.get((label, task), "") for task in tasks}
+        for label in PARTS
+        if any(place == label for place, _, _ in pairs)
+    ]
+
+    return ["## What each part adds", "Without tuning. " + _corrected_over(len(pairs)), _markdown(rows)]
+
+
+def speed(found: Found) -> list[str]:
+    """How soon ours is where LoRA ends."""
+    chosen = untuned(found)
+    rows = []
+    for task, title in TASKS.items():
+        if (task, OURS) not in chosen or (task, "lora") not in chosen:
+            continue
+
+        shares = relative_steps(chosen[task, OURS], chosen[task, "lora"])
+        if not shares:
+            continue
+
+        middle = statistics.median(shares.values())
+        told = f"{middle:.2f}"
+        if math.isinf(middle):
+            told = "not reached"
+
+        reached = sum(not math.isinf(share) for share in shares.values())
+        rows.append(
+            {"task": title, "median, in LoRA's steps": told, "seeds that reach it": f"{reached} of {len(shares)}"}
+        )
+
+    if not rows:
+        return []
+
+    told = (
+        "The first step at which ours has LoRA's last validation score, without tuning, as a part of LoRA's steps. "
+        "Validation is measured at twelve steps of each training, so that this is exact to a twelfth."
+    )
+
+    return ["## Steps to LoRA's final validation score", told, _markdown(rows)]
 
 
 def summary(chosen: Chosen, tasks: Sequence[str]) -> str:
@@ -263,7 +361,7 @@ def summary(chosen: Chosen, tasks: Sequence[str]) -> str:
     ahead = sorted(means, key=means.__getitem__, reverse=True)[:3]
     listed = ", ".join(f"{METHODS[method].title} {means[method]:.3f}" for method in ahead)
 
-    return f"The best means over the tasks: {listed}."
+    return f"The best means over the tasks, of the methods that have all of them: {listed}."
 
 
 def costs(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -328,11 +426,12 @@ def render(
         spent: what the start cost on each task.
     """
     parts = [HEAD]
-    for length in sorted({line["length"] for line in lines}):
-        parts += no_tuning(cells(lines, length), length)
+    for setting in settings(lines):
+        parts += no_tuning(lines, setting)
 
-    parts += tuned(cells(lines))
-    parts += ["## What the start did", starts(lines), *costs(spent), *tried(notes), "## Not possible", refused(lines)]
+    found = cells(lines)
+    parts += [*tuned(found), *ablation(found), *speed(found)]
+    parts += ["## What the start did", starts(found), *costs(spent), *tried(notes), "## Not possible", refused(lines)]
     parts += ["## Where the numbers come from", *origin(lines)]
 
     return "\n\n".join(part.rstrip() for part in parts) + "\n"

@@ -48,12 +48,60 @@ class Difference(NamedTuple):
     count: int
 
 
-def cells(lines: Iterable[Mapping[str, Any]], length: int = 1) -> dict[tuple[str, str], list[Cell]]:
-    """(task, method) -> a cell for each learning rate; of equal trainings the last, of several budgets the first."""
+class Setting(NamedTuple):
+    """What all trainings of a table share.
+
+    Attributes:
+        length: times the steps.
+        budget: which of the task's budgets, 0 for its smallest.
+        probe: epochs that a new head was trained alone before.
+    """
+
+    length: int = 1
+    budget: int = 0
+    probe: float = 0.0
+
+
+PLAIN = Setting()
+
+
+def budgets_of(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:
+    """Task -> its budgets, from the smallest."""
+    found: dict[str, set[int]] = defaultdict(set)
+    for line in lines:
+        if line["budget"] is not None:
+            found[line["task"]].add(line["budget"])
+
+    return {task: sorted(own) for task, own in found.items()}
+
+
+def settings(lines: Sequence[Mapping[str, Any]]) -> list[Setting]:
+    """Those that there are adapters' trainings in, the plain one first."""
+    budgets = budgets_of(lines)
+    return sorted(
+        {
+            Setting(line["length"], budgets[line["task"]].index(line["budget"]), line.get("probe", 0.0))
+            for line in lines
+            if line["budget"] is not None
+        },
+        key=lambda found: (found.probe, found.budget, found.length),
+    )
+
+
+def cells(lines: Sequence[Mapping[str, Any]], setting: Setting = PLAIN) -> dict[tuple[str, str], list[Cell]]:
+    """(task, method) -> a cell for each learning rate; of equal trainings the last."""
+    budgets = budgets_of(lines)
     latest: dict[tuple[Any, ...], Mapping[str, Any]] = {}
     for line in lines:
-        if line.get("test") is not None and line["length"] == length:
-            latest[line["task"], line["method"], line["budget"], line["learning_rate"], line["seed"]] = line
+        place = 0 if line["budget"] is None else budgets[line["task"]].index(line["budget"])
+        own = Setting(line["length"], place, line.get("probe", 0.0))
+        # A method without a budget is a row of every budget's table.
+        if line["budget"] is None:
+            own = own._replace(budget=setting.budget)
+
+        if line.get("test") is not None and own == setting:
+            latest[line["task"], line["method"], line["learning_rate"], line["seed"]] = line
+
     found: dict[tuple[str, str], dict[float, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for line in latest.values():
         found[line["task"], line["method"]][line["learning_rate"]].append(line)
@@ -99,6 +147,18 @@ def difference(ours: Scores, theirs: Scores) -> Difference | None:
         return Difference(mean, 0.0, 1.0 if not mean else 0.0, len(pairs))
     p = 2 * float(student.sf(abs(mean) / error, len(pairs) - 1))
     return Difference(mean, half, p, len(pairs))
+
+
+def steps_to(curve: Sequence[Sequence[float]], score: float) -> float:
+    """The first measured step at which a curve is at least as high as that; infinite where it never is."""
+    return next((float(step) for step, own in curve if own >= score), math.inf)
+
+
+def relative_steps(ours: Cell, theirs: Cell) -> dict[int, float]:
+    """Seed -> our first step at the other's final validation score, in its number of steps."""
+    curves = [{line["seed"]: line["curve"] for line in cell.lines if "curve" in line} for cell in (ours, theirs)]
+    shared = sorted(curves[0].keys() & curves[1].keys())
+    return {seed: steps_to(curves[0][seed], curves[1][seed][-1][1]) / curves[1][seed][-1][0] for seed in shared}
 
 
 def holm(values: Mapping[str, float]) -> dict[str, float]:

@@ -45,7 +45,7 @@ def quality_over_parameters(
 
 
 def _draw(panel: Axes, found: Mapping[str, Cell]) -> None:
-    """The mean of each method with its interval; ours in front."""
+    """The mean of each method with its interval, and a dot for each seed; ours in front."""
     sizes = {method: statistics.median(line["parameters"] for line in cell.lines) for method, cell in found.items()}
     floor = _floor(found)
     for method, cell in found.items():
@@ -53,6 +53,7 @@ def _draw(panel: Axes, found: Mapping[str, Cell]) -> None:
         place = sizes[method] * BESIDE ** (same.index(method) - (len(same) - 1) / 2)
         mean, half = interval(cell.test)
         colour, mark = LOOKS[method]
+        panel.plot([place] * len(cell.test), list(cell.test.values()), ".", color=colour, alpha=0.35, markersize=4)
         if mean < floor:
             panel.annotate(f"{mean:.2f}", (place, floor), (0, 8), textcoords="offset points", ha="center", color=colour)
             mean, half = floor, 0.0
