@@ -86,10 +86,12 @@ FOLDER = argument("folder", metavar="FOLDER", help="the folder of an adapter")
 RUN_RECIPE_FILE = argument(
     "--run-recipe-file",
     action="store_true",
-    help="run the Python file that FOLDER names as its recipe; only for folders that you trust",
+    help="allow the Python file that FOLDER names as its recipe to run; only for folders you trust",
 )
-RUN_CODE = argument("--run-code", action="store_true", help="run the Python file of file.py:function; only your own")
-BASE = "the base model, a folder or file.py:function, for files that do not tell their layers"
+RUN_CODE = argument(
+    "--run-code", action="store_true", help="allow the Python file of file.py:function to run; only for your own code"
+)
+BASE = "the base model, a folder or file.py:function, for files that do not record the kinds of layers"
 OVERRIDES = argument("overrides", nargs="*", default=[], metavar="key=value", help="replaces a value of the config")
 
 
@@ -123,7 +125,7 @@ ARGUMENTS: dict[str, list[Argument]] = {
         OVERRIDES,
         argument("--methods", type=words, default="frozen,flora,lora,full", help="default: %(default)s; or all"),
         argument("--seeds", type=numbers, default="0,1,2", help="default: %(default)s"),
-        argument("--runs", nargs="+", metavar="FOLDER", help="instead of CONFIG: finished runs to show side by side"),
+        argument("--runs", nargs="+", metavar="FOLDER", help="finished runs to show side by side, instead of CONFIG"),
         argument("--html", metavar="FILE", help="also write a page"),
         overwrite("the results of an earlier comparison, and FILE"),
     ],
@@ -166,9 +168,11 @@ ARGUMENTS: dict[str, list[Argument]] = {
         ),
         argument("--base", help=BASE),
         RUN_CODE,
-        argument("--scale", type=number, help="of the authors' checkpoints, which do not store it"),
-        argument("--prefix", help="of Kohya keys: lycoris (the default), lora_unet, lora_te, ..."),
-        argument("--no-mid", action="store_true", help="no lora_mid in Kohya files, for sd-scripts and diffusers"),
+        argument("--scale", type=number, help="the scale of an authors' checkpoint, which does not store it"),
+        argument("--prefix", help="the prefix of Kohya keys: lycoris (the default), lora_unet, lora_te, ..."),
+        argument(
+            "--no-mid", action="store_true", help="write Kohya files without lora_mid, for sd-scripts and diffusers"
+        ),
         argument("--drop-extras", action="store_true", help="leave out biases and modules_to_save"),
         overwrite("DST"),
     ],
@@ -176,8 +180,8 @@ ARGUMENTS: dict[str, list[Argument]] = {
         argument("base", metavar="BASE", help="the base model's folder"),
         argument("tuned", metavar="TUNED", help="the fine-tuned model's folder"),
         argument("--rank", type=whole, help="the rank of every channel mode"),
-        argument("--energy", type=number, help="instead of --rank: the fraction of each change's squared norm to keep"),
-        argument("--budget", type=whole, help="instead of --rank: parameters to spend where they lower the error most"),
+        argument("--energy", type=number, help="the fraction of each change's squared norm to keep, instead of --rank"),
+        argument("--budget", type=whole, help="parameters to spend where they lower the error most, instead of --rank"),
         argument("--kernel-r", type=whole, help="with --rank, the rank of the kernel modes (default: kept whole)"),
         argument("--carry", action="store_true", help="also store biases, norms and new tensors that differ, in full"),
         argument("--out", required=True, metavar="DIR", help="the folder to write"),
@@ -234,7 +238,7 @@ def parse(argv: list[str], verbs: Mapping[str, Callable[..., int]]) -> argparse.
     first = (argv or [""])[0]
 
     if not first:
-        parser.error(f"which verb? One of {', '.join(verbs)}")
+        parser.error(f"missing VERB, one of {', '.join(verbs)}")
     if first.startswith("-") and first.partition("=")[0] not in TOP_OPTIONS:
         parser.error(f"unrecognized arguments: {first}{nearest(first, list(TOP_OPTIONS))}")
 

@@ -303,8 +303,8 @@ def recipes(args: argparse.Namespace) -> int:
       flora recipes copy digits
       flora recipes keys vision_classify
     """
-    from flora.errors import UserError
-    from flora.recipes import config_names, config_path, nearest
+    from flora.errors import UserError, nearest
+    from flora.recipes import config_names, config_path
     from flora.report.recipe_list import recipe_table
     from flora.runs.recipe_keys import task_keys
     from flora.storage.atomic import write_text

@@ -95,11 +95,11 @@ def test_the_python_file_that_a_folder_names_is_run_only_when_asked(
     (run / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "gone")}))
     (run / "adapter_model.safetensors").write_bytes(b"")
     for call in (lambda: read_run(run), lambda: load_base(run)):
-        with pytest.raises(ValueError, match="does not run by itself.*--run-recipe-file"):
+        with pytest.raises(ValueError, match="does not run unasked.*--run-recipe-file"):
             call()
     for argv in (["eval", str(run)], ["merge", str(run), "--out", str(tmp_path / "out")]):
         assert flora_cli.main(argv) == 2
-        assert "does not run by itself" in capsys.readouterr().err
+        assert "does not run unasked" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="has run"):
         read_run(run, run_recipe_file=True)
 

@@ -95,7 +95,7 @@ ERRORS = {
     "no config": (["train", "digit"], "no config 'digit'"),
     "settings that clash": (
         ["train", "digits-tiny", "output=x", "training.load_best_model_at_end=true"],
-        "the settings under 'training' do not go together here: ",
+        "the settings under 'training' do not work together: ",
     ),
     "no folder": (["eval", "nowhere"], "nowhere/config.yaml does not exist"),
     "no adapter": (["merge", "nowhere", "--out", "x"], "nowhere does not exist"),
@@ -290,7 +290,7 @@ def test_plan_of_a_model_of_70b_parameters_is_a_short_table(capsys: pytest.Captu
 
 def test_plan_of_no_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, _, err = run(capsys, "plan", str(tmp_path))
-    assert (code, err.count("\n"), "no config of a transformers model" in err) == (2, 1, True), err
+    assert (code, err.count("\n"), "no transformers config found" in err) == (2, 1, True), err
 
 
 TYPED = ["run #2", "~", "null", "2024-01-01", "1e3", "[x]", "true", "a: b", "0x10", "'quoted'", " spaces ", "*"]

@@ -64,7 +64,7 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 TRAIN = "train digits-tiny"
 COMMANDS: dict[str, tuple[str, ...]] = {
     # ---- the command itself
-    "": ("which verb? One of train, eval",),
+    "": ("missing VERB, one of train, eval",),
     "trian digits": ("'trian'", "choose from 'train'", "did you mean 'train'?"),
     "--verson": ("unrecognized arguments: --verson", "did you mean '--version'?"),
     "train": ("required: CONFIG;", "`flora train --help` shows examples"),
@@ -347,7 +347,7 @@ CALLS: dict[str, tuple[str, ...]] = {
     "flora.extract(network(), 'tuned', rank=2)": ("the base model is given by its path, got a Sequential",),
     # ---- adapt, start
     "flora.adapt(network(), {'r': 3}, data)": ("adapt needs a FloraConfig, got {'r': 3}",),
-    "flora.adapt(adapted(), config(), data)": ("the model has an adapter already", "flora.start(model, batches)"),
+    "flora.adapt(adapted(), config(), data)": ("the model already has an adapter", "flora.start(model, batches)"),
     "flora.adapt(network(), config(), [(x, x)] * 4)": ("cannot be called with a batch as it is", "loss=lambda"),
     "flora.start(network(), data)": ("the model has no FLoRA adapter 'default'", "get_peft_model first"),
     "flora.start(adapted(), data[:1])": ("needs two batches or more", "got 1"),

@@ -111,7 +111,7 @@ def test_scores_sounds_and_what_several_processes_cannot_show() -> None:
     assert "data:audio/wav;base64,UklGR" in page
     page = training_page(METRICS, "x", curves, Findings("Slices", [], scores={"liver": 0.25}, score="Dice"))
     assert "--share: 0.250" in page
-    assert "only by a run of one process" in page
+    assert "Only a run with one process" in page
 
 
 def test_pictures_are_small_and_keep_their_pixels() -> None:

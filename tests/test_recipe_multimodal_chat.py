@@ -58,7 +58,7 @@ BAD = [
     (entry(5), "'image' must be the name of a file, got int"),
     (entry(["a.png", "b.png"]), "has 2 images but <image> 1 times"),
     (entry(None), "has 0 images but <image> 1 times"),
-    (entry(talk=TALK + MORE[:1]), "must be a list of human and gpt in turn"),
+    (entry(talk=TALK + MORE[:1]), "must be a list in which human and gpt take turns"),
     (entry(talk=TALK[::-1]), "turn 1 is from 'gpt', expected 'human'"),
     (entry(talk=[TALK[0], {"from": "gpt", "value": " "}]), "turn 2 has an empty text or none: ' '"),
     (entry(talk=[{"from": "human", "value": "<image>\n"}, TALK[1]]), "turn 1 has an empty text or none"),

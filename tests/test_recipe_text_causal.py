@@ -52,10 +52,10 @@ def jsonl(folder: Path, records: list[Any]) -> Path:
     [
         ('{"instruction": "a", "output": "b"', "not valid JSON"),
         ([1], "expected a JSON object, got list"),
-        ({"instruction": "a", "output": " "}, "'output' is empty or not there; the record has 'instruction', 'output'"),
-        ({"question": "a", "output": "b"}, "'instruction' is empty or not there; the record has 'question', 'output'"),
+        ({"instruction": "a", "output": " "}, "'output' is empty or missing; the record has 'instruction', 'output'"),
+        ({"question": "a", "output": "b"}, "'instruction' is empty or missing; the record has 'question', 'output'"),
         ({"question": "a", "answer": "b"}, "expected messages, conversations, prompt and completion, instruction and"),
-        ({"prompt": "a", "completion": ""}, "'completion' is empty or not there"),
+        ({"prompt": "a", "completion": ""}, "'completion' is empty or missing"),
         (
             {"prompt": "a", "chosen": "b", "rejected": "c"},
             "it has 'chosen' and 'rejected': preferences",
@@ -81,7 +81,7 @@ def test_a_bad_record_is_named(record: Any, reason: str, tmp_path: Path, capsys:
 def test_a_list_in_one_file(tmp_path: Path) -> None:
     path = tmp_path / "all.json"
     path.write_text(json.dumps([*GOOD, {"instruction": "a"}]))
-    with pytest.raises(ValueError, match=r"all\.json: entry 13: 'output' is empty or not there"):
+    with pytest.raises(ValueError, match=r"all\.json: entry 13: 'output' is empty or missing"):
         load_data(task(path), 0)
     path.write_text('[{"instruction": "a",\n "output": }]')
     with pytest.raises(ValueError, match=r"all\.json:2: not valid JSON"):

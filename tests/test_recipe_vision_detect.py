@@ -55,8 +55,8 @@ def change(data: Path, **changes: Any) -> None:
         ({"bbox": [4, 4, 0, 9]}, r"the box \[4, 4, 0, 9\] .* has no size"),
         ({"bbox": [4, 4, 5, -1]}, "has no size"),
         ({"bbox": [4, 4, float("nan"), 5]}, "has no size"),
-        ({"bbox": [60, 4, 30, 9]}, r"lies outside of its image, which has \(\d+, \d+\) pixels"),
-        ({"bbox": [-9, 4, 5, 9]}, "lies outside of its image"),
+        ({"bbox": [60, 4, 30, 9]}, r"lies outside its image, which has \(\d+, \d+\) pixels"),
+        ({"bbox": [-9, 4, 5, 9]}, "lies outside its image"),
         ({"bbox": [4, 4, 5]}, "not enough values"),
         ({"category_id": 2}, "category 2 is out of range, not one of circle, square, triangle"),
         ({"image_id": 777}, "there is no image 777 that can be used"),
@@ -93,7 +93,7 @@ def test_json_that_does_not_parse_is_named_with_its_line(task: Any, data: Path) 
     with pytest.raises(ValueError, match=r"instances_train.json:2: not valid JSON \(Expecting value at column 12\)"):
         recipe.load_data(task(), 0)
     path.write_text('{"images": []}')
-    with pytest.raises(ValueError, match="instances_train.json is not of COCO's format: KeyError 'categories'"):
+    with pytest.raises(ValueError, match="instances_train.json is not in COCO's format: KeyError 'categories'"):
         recipe.load_data(task(), 0)
 
 

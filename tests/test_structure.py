@@ -292,3 +292,17 @@ def test_modules_of_the_first_version_keep_their_names() -> None:
     assert merging.merge is import_module("flora.runs.merging").merge
     assert network.VolumeUNet is import_module("flora.data.volume_unet").VolumeUNet
     assert merge.merge is import_module("flora.convert.streaming").stream_merged
+
+
+def test_the_house_is_low() -> None:
+    """A room stands on the floor above the highest room that it imports; ``__main__`` only starts the command."""
+    below: dict[str, set[str]] = {room: set() for rooms in LEVELS for room in rooms}
+    for module, targets in IMPORTS.items():
+        below[room_of(module)] |= {room_of(target) for target in targets if ours(target)} - {room_of(module)}
+
+    floors: dict[str, int] = {}
+    for room in TopologicalSorter(below).static_order():
+        floors[room] = 1 + max((floors[other] for other in below[room]), default=0)
+
+    assert len(floors.keys() - {"__main__"}) <= 15
+    assert max(floors.values()) <= 8

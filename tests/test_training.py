@@ -130,7 +130,7 @@ def test_evaluated_again_the_numbers_are_the_same(trained: Path, capsys: pytest.
         assert metrics == pytest.approx(read_json(trained / "metrics.json")[split])
         assert equal is True
     assert evaluate(trained, ["task.rotation=0"])[1] is None
-    with pytest.raises(ValueError, match="only the settings of the data can change"):
+    with pytest.raises(ValueError, match="only settings of the data can change"):
         evaluate(trained, ["seed=1"])
     assert flora_cli.main(["eval", str(trained)]) == 0
     assert "the same as at the end of training" in capsys.readouterr().out
@@ -215,7 +215,7 @@ OTHER = {
     "seed=1": "--resume with another seed: .* was started with 0, and now it is 1",
     "adapter.r=3": "--resume with another adapter.r: ",
     "training.learning_rate=0.01": "--resume with another training.learning_rate: ",
-    "training.num_train_epochs=2": "is a finished run of 10 epochs, and 2 epochs are asked for",
+    "training.num_train_epochs=2": "is a finished run of 10 epochs, and 2 epochs are requested",
 }
 
 
@@ -284,7 +284,7 @@ def test_two_runs_into_one_folder(folder: Path) -> None:
         thread = threading.Thread(target=second)
         thread.start()
         thread.join()
-    assert refused == [f"another flora process is writing {folder}; wait until it has ended, or give another output"]
+    assert refused == [f"another flora process is writing {folder}; wait until it finishes, or give another output"]
     assert digest(folder) == before
 
 

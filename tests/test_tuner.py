@@ -236,7 +236,7 @@ def test_a_tie_between_modules_is_refused_with_the_remedy_that_fits() -> None:
 def test_a_layer_with_an_adapter_of_another_method_is_refused() -> None:
     base = inject_adapter_in_model(LoraConfig(r=2, target_modules=["mix"]), net(), adapter_name="first")
     before = {key: value.clone() for key, value in base.state_dict().items()}
-    with pytest.raises(ValueError, match="mix has an adapter of another method already"):
+    with pytest.raises(ValueError, match="mix already has an adapter of another method"):
         inject_adapter_in_model(config(modules_to_save=None), base, adapter_name="second")
     assert base.state_dict().keys() == before.keys()
 
@@ -305,7 +305,7 @@ def test_a_parametrization_that_cannot_hold_the_merged_weight_is_taken_off(
     out = model.eval()(x)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     model.train(training)
-    with pytest.warns(UserWarning, match=r"takes the parametrization off layer\.weight"):
+    with pytest.warns(UserWarning, match=r"removes the parametrization of layer\.weight"):
         model.merge_adapter(safe_merge=safe)
     assert torch.allclose(model.eval()(x), out, atol=1e-5)
     model.train(training).unmerge_adapter()
@@ -313,7 +313,7 @@ def test_a_parametrization_that_cannot_hold_the_merged_weight_is_taken_off(
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.allclose(value, before[key], atol=1e-6) for key, value in after.items())
-    with pytest.warns(UserWarning, match="takes the parametrization off"):
+    with pytest.warns(UserWarning, match="removes the parametrization of"):
         plain = model.merge_and_unload(safe_merge=safe)
     assert type(plain.layer) in (nn.Conv2d, nn.Linear)
     assert torch.allclose(plain.eval()(x), out, atol=1e-5)
@@ -357,7 +357,7 @@ def test_a_weighted_sum_of_adapters_is_exact() -> None:
         expected = 0.75 * layer.get_delta_weight("default") - 2.0 * layer.get_delta_weight("second")
         assert torch.allclose(layer.get_delta_weight("sum"), expected, atol=1e-6), name
     assert len(layers(model)) == 4
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match="already exists"):
         model.base_model.add_weighted_adapter(["default"], [1.0], "sum")
     with pytest.raises(ValueError, match="do not exist"):
         model.base_model.add_weighted_adapter(["nobody"], [1.0], "other")
@@ -413,7 +413,7 @@ def test_an_adapter_per_sample() -> None:
 def test_an_adapter_per_sample_is_refused_where_it_cannot_be() -> None:
     base = nn.Sequential(nn.LSTM(7, 5))
     model = get_peft_model(base, flora.FloraConfig(r=2, target_modules=["0"])).eval()
-    with pytest.raises(ValueError, match="not possible on LSTM"):
+    with pytest.raises(ValueError, match="cannot be used with LSTM"):
         model(torch.randn(3, 2, 7), adapter_names=["default"] * 3)
 
 

@@ -133,7 +133,7 @@ def test_a_layer_with_two_names_has_one_adapter(tmp_path: Path) -> None:
             {"network": "DenseNet", "network_args": {}, "patch": [64, 64, 64]},
             "gives .*, expected .*one number for each",
         ),
-        ({"weights": "nowhere.pt"}, "task.weights is 'nowhere.pt', and there is no such file"),
+        ({"weights": "nowhere.pt"}, "task.weights is 'nowhere.pt': no such file"),
         ({"network": None}, "task.network_args, task.weights and task.new_layers belong to task.network"),
         ({"spacing": [1, 0, 1]}, "task.spacing is"),
         ({"orientation": "RAX"}, "task.orientation is 'RAX'"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -54,3 +55,14 @@ def user_errors(*kinds: type[Exception], about: str = "") -> Iterator[None]:
             reason = f"{reason} is missing"
 
         raise UserError(f"{about}: {reason}" if about else reason) from error
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """``"; did you mean 'x'?"`` for the nearest of the known words, or nothing when none is near.
+
+    Examples:
+        >>> nearest("lineer", ["linear", "conv"])
+        "; did you mean 'linear'?"
+    """
+    found = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""

@@ -65,7 +65,7 @@ class FloraTrainer(nnUNetTrainer):  # type: ignore[misc]
     def initialize(self) -> None:
         """Builds the network, as nnU-Net does."""
         if self.is_ddp:
-            raise UserError("FloraTrainer trains on one GPU; leave -num_gpus away")
+            raise UserError("FloraTrainer trains on one GPU; leave out -num_gpus")
 
         self.initial_lr, self.num_epochs = self.learning_rate, self.epochs
         super().initialize()
@@ -92,7 +92,7 @@ class FloraTrainer(nnUNetTrainer):  # type: ignore[misc]
         new = load_trained(network, Path(self.pretrained).expanduser())
         config = self.adapter
         if new:
-            self.print_to_log_file(f"other classes than {self.pretrained}: {', '.join(new)} start at random")
+            self.print_to_log_file(f"classes that differ from {self.pretrained}: {', '.join(new)} start at random")
             config = replace(config, modules_to_save=[*(config.modules_to_save or []), *new])
 
         adapted = cast("PeftModel", get_peft_model(network, config))
@@ -159,10 +159,10 @@ def load_trained(network: nn.Module, path: Path) -> list[str]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        UserError: it is no checkpoint of nnU-Net, or of another architecture.
+        UserError: it is not a checkpoint of nnU-Net, or of another architecture.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"pretrained is {path}, and there is no such file")
+        raise FileNotFoundError(f"pretrained is {path}: no such file")
 
     try:
         with torch.serialization.safe_globals(NUMBERS):
@@ -172,7 +172,7 @@ def load_trained(network: nn.Module, path: Path) -> list[str]:
         raise UserError(f"{path} cannot be read without running what is in it, so it is not read ({reason})") from None
 
     if not isinstance(found, Mapping) or not isinstance(found.get("network_weights"), Mapping):
-        raise UserError(f"{path} is no checkpoint of nnU-Net: it has no network_weights")
+        raise UserError(f"{path} is not a checkpoint of nnU-Net: it has no network_weights")
 
     stored: dict[str, Tensor] = {key.removeprefix("module."): value for key, value in found["network_weights"].items()}
     wanted = network.state_dict()
@@ -181,7 +181,7 @@ def load_trained(network: nn.Module, path: Path) -> list[str]:
     others = [key for key in others if HEAD not in key]
     if others:
         raise UserError(
-            f"{path} is of another architecture: {len(others)} weights differ (first: {others[0]}). Plan the data set "
+            f"{path} has another architecture: {len(others)} weights differ (first: {others[0]}). Plan the data set "
             "with the plans of the trained one (nnUNetv2_move_plans_between_datasets), then preprocess it"
         )
 

@@ -284,7 +284,7 @@ def test_what_may_be_a_path_or_a_group_is_taken_as_it_is_typed(text: str) -> Non
     ("there", "message"),
     [
         ("photo.png", "holds the input .*photo.png, which a result could replace"),
-        ("thesis.txt", "holds files and no predictions.json, so it is not of flora predict"),
+        ("thesis.txt", "holds files and no predictions.json, so flora predict did not write them"),
         ("", "is a file; give a folder"),
         ("predictions.json", None),
     ],

@@ -127,7 +127,7 @@ def test_two_comparisons_of_one_output(tmp_path: Path) -> None:
     thread.start()
     held.wait()
     try:
-        with pytest.raises(UserError, match="another flora process is writing .*out-compare; wait until it has ended"):
+        with pytest.raises(UserError, match="another flora process is writing .*out-compare; wait until it finishes"):
             compare(settings, ["frozen"], [0])
     finally:
         done.set()

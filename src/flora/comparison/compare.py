@@ -25,8 +25,8 @@ from transformers import Trainer
 from flora.comparison.methods import METHODS
 from flora.comparison.rivals import RefusedError, default_budget
 from flora.comparison.trial import Run, train_once
-from flora.errors import UserError
-from flora.recipes import Data, Recipe, nearest
+from flora.errors import UserError, nearest
+from flora.recipes import Data, Recipe
 from flora.report.card import model_card
 from flora.report.comparison import comparison_page
 from flora.report.comparison_html import comparison_html

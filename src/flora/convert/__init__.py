@@ -53,7 +53,7 @@ def detect(path: str | Path) -> str:
 
     if path.is_file():
         raise UserError(
-            f"{path} is not an adapter that can be read: none of its keys belongs to {', '.join(FORMATS)}. Whole "
+            f"{path} is not an adapter that can be read: none of its keys belong to {', '.join(FORMATS)}. Whole "
             "models are for `flora extract BASE TUNED`"
         )
 
@@ -83,7 +83,7 @@ def load(path: str | Path, *, base: Base | nn.Module | str | Path | None = None,
         path: a folder that PEFT saved, or a tensor file (Kohya, dense, the authors' checkpoints).
         base: the base model (a module, or a folder with its config), for formats that do not record what kind of layer
             a weight belongs to. By default the folder that the adapter's config names, where it exists.
-        scale: of the authors' checkpoints, which do not store it.
+        scale: the scale of an authors' checkpoint, which does not store it.
 
     Returns:
         The adapter, exactly as stored.
@@ -211,10 +211,7 @@ def _save(
 
         layouts = {name: entry.layout for name, entry in adapter.weights.items() if entry.layout is not None}
 
-        if format == "flora":
-            written = native.read(work)
-        else:
-            written = FORMATS[format].read(work, layouts or None)
+        written = native.read(work) if format == "flora" else FORMATS[format].read(work, layouts or None)
 
         largest, relative, worst = compare(adapter, written)
         count = size_of(work)

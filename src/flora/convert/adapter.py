@@ -107,10 +107,7 @@ class Adapter:
             if name.endswith(TOKEN_ROWS):
                 module = name.removesuffix(TOKEN_ROWS)
 
-                if not isinstance(given, Mapping):
-                    key = None
-                else:
-                    key = match_pattern(given, module)
+                key = match_pattern(given, module) if isinstance(given, Mapping) else None
 
                 numbers = given[key] if key is not None else given
 
@@ -165,10 +162,7 @@ class Adapter:
 
             given = entry.layout.fold if entry.layout else None
 
-            if entry.form.core.ndim == len(layout.axes):
-                default = None
-            else:
-                default = layout.fold
+            default = None if entry.form.core.ndim == len(layout.axes) else layout.fold
 
             weights[name] = replace(entry, layout=replace(layout, fold=given or default))
 

@@ -55,10 +55,7 @@ def add(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
         other = scale(adapter, factor)
         for name, entry in other.weights.items():
             held = total.weights.get(name)
-            if held is None:
-                total.weights[name] = entry
-            else:
-                total.weights[name] = _add_entries(name, held, entry)
+            total.weights[name] = entry if held is None else _add_entries(name, held, entry)
 
         for name, value in other.extras.items():
             if name in total.extras and not torch.equal(total.extras[name], value):

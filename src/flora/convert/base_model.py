@@ -67,10 +67,7 @@ def open_base(base: Base | nn.Module | str | Path) -> Base:
     if isinstance(base, Base):
         return base
 
-    if isinstance(base, nn.Module):
-        model = base
-    else:
-        model = _build(check_exists(Path(base), "base model"))
+    model = base if isinstance(base, nn.Module) else _build(check_exists(Path(base), "base model"))
 
     shapes = {
         name: tuple(parameter.shape)
@@ -134,7 +131,7 @@ def meta_model(source: str) -> nn.Module:
     try:
         config = _transformers_config(source)
     except Exception as error:
-        raise UserError(f"no config of a transformers model in {source!r}: {_why(source, error)}") from None
+        raise UserError(f"no transformers config found in {source!r}: {_why(source, error)}") from None
 
     found = stored_class({"architectures": config.architectures})
     build: Any = found
@@ -151,7 +148,7 @@ def _why(source: str, error: Exception) -> str:
     """What is wrong with what stands for a model, and what to give instead."""
     path = Path(source)
     if path.suffix == ".py":
-        return "it is a Python file; a network of your own is planned in Python, with flora.plan_model(model, config)"
+        return "it is a Python file; name its function that returns the model, as FILE.py:FUNCTION, with --run-code"
     if (path / "adapter_config.json").is_file():
         return "it is an adapter; give the folder or the hub id of its base model"
     if path.is_dir() and not (path / "config.json").is_file():
@@ -173,7 +170,7 @@ def _only_class_of(config: Any, source: str) -> Any:
     takers = [each for each in classes if each.config_class is type(config) and not each.__name__.endswith("Model")]
     if len(takers) != 1:
         names = ", ".join(each.__name__ for each in takers) or "none that is known"
-        raise UserError(f'the config in {source!r} names no class; add to it "architectures": one of {names}')
+        raise UserError(f'the config in {source!r} names no class; add "architectures" to it, with one of {names}')
 
     return takers[0]
 
@@ -257,13 +254,8 @@ def _named_class(mapping: object, folder: Path) -> tuple[Any, str]:
     The module is imported only if it is part of an installed package. Python would also find one in the folder where a
     command runs, and that may be a folder that somebody sent.
     """
-    if not isinstance(mapping, Mapping):
-        library = None
-        name = None
-    else:
-        library = mapping.get("parent_library")
-        name = mapping.get("base_model_class")
-
+    given = mapping if isinstance(mapping, Mapping) else {}
+    library, name = given.get("parent_library"), given.get("base_model_class")
     if not isinstance(library, str) or not isinstance(name, str):
         raise UserError(f"{folder}: auto_mapping is {mapping!r}, expected the names of a library and a class in it")
     if library in sys.modules:
@@ -273,7 +265,7 @@ def _named_class(mapping: object, folder: Path) -> tuple[Any, str]:
     if package not in ALWAYS_KNOWN and package not in packages_distributions():
         raise UserError(
             f"{folder}: the base model's class is {library}.{name}, and {package} is not an installed package, so it "
-            "is not imported; install it, or in Python import it yourself before this call"
+            "is not imported; install it, or import it yourself in Python before this call"
         )
 
     with user_errors(ImportError, about=f"{folder}: the base model's class is {library}.{name}"):

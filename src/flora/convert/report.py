@@ -63,10 +63,7 @@ class Report:
     claim: str = "exact (no SVD)"
 
     def __str__(self) -> str:
-        if self.source_bytes is None:
-            source = ""
-        else:
-            source = f", source {size(self.source_bytes)}"
+        source = "" if self.source_bytes is None else f", source {size(self.source_bytes)}"
 
         lines = [
             f"{self.target}: {self.format}, {self.weights} weights, {size(self.target_bytes)}{source}",
@@ -85,7 +82,7 @@ def compare(source: Adapter, written: Adapter) -> tuple[float, float, str]:
     """
     if source.weights.keys() != written.weights.keys() or source.extras.keys() != written.extras.keys():
         odd = sorted((source.weights.keys() ^ written.weights.keys()) | (source.extras.keys() ^ written.extras.keys()))
-        raise UserError(f"what was written does not hold {odd[0]} as the source does; nothing was kept")
+        raise UserError(f"the written file does not hold {odd[0]} as the source does; nothing was kept")
 
     largest, relative, worst = 0.0, 0.0, next(iter(source.weights), "")
     for name, entry in source.weights.items():
@@ -93,7 +90,7 @@ def compare(source: Adapter, written: Adapter) -> tuple[float, float, str]:
         dtype = entry.form.core.dtype
         if not found.relative <= ROUNDING.get(dtype, ROUNDING[torch.float32]).weight:
             raise UserError(
-                f"{name}: what was written differs by {found.relative:.1e} from the source; nothing was kept"
+                f"{name}: the written file differs from the source by {found.relative:.1e}; nothing was kept"
             )
 
         largest = max(largest, found.largest)

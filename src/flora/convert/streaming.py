@@ -24,7 +24,7 @@ from flora.convert.formats.filemap import FileMap
 from flora.convert.report import ROUNDING
 from flora.errors import UserError
 from flora.layers.names import TOKEN_ROWS
-from flora.storage.atomic import check_target, staged, write_json
+from flora.storage.atomic import staged, write_json
 from flora.storage.checkpoint import Checkpoint
 from flora.storage.replacing import MODEL
 from flora.storage.tensors import DTYPES, read_object, stream_tensors
@@ -91,13 +91,8 @@ def stream_merged(
 
     pairs = [(adapters, 1.0)] if isinstance(adapters, Adapter) else list(adapters)
 
-    # what a merge copies from there
-    if base.is_dir():
-        names = [path.name for path in base.iterdir()]
-    else:
-        names = []
-
-    check_target(out, MODEL, overwrite=overwrite, sources=[base], also=names)
+    # A merged model may hold whatever lies beside the base's weights, since a merge copies it.
+    names = [path.name for path in base.iterdir()] if base.is_dir() else []
 
     if out.resolve() == base.resolve() or base.resolve() in out.resolve().parents:
         raise UserError(f"{out} is in the base model's own folder, which is never written to; give another output")
@@ -342,8 +337,8 @@ def files_inside(folder: Path, paths: Iterable[Path]) -> list[Path]:
 
     if outside:
         warnings.warn(
-            f"{outside[0]} is a link out of {folder} and is not copied ({len(outside)} such files); put the file "
-            "itself there if the merged model needs it",
+            f"{outside[0]} links to a file outside {folder} and is not copied ({len(outside)} such files); put the "
+            "file itself there if the merged model needs it",
             stacklevel=3,
         )
 

@@ -91,7 +91,7 @@ def _text(row: Mapping[str, Any], key: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"{key!r} is not a text: {value!r}")
     if not value.strip():
-        raise UserError(f"{key!r} is empty or not there; the record has {', '.join(map(repr, row))}")
+        raise UserError(f"{key!r} is empty or missing; the record has {', '.join(map(repr, row))}")
     return value
 
 

@@ -74,7 +74,7 @@ def read_coco(path: Path, folder: Path) -> Part:
         categories = {category["id"]: category["name"] for category in content["categories"]}
         rows = [Item(f"{path}: annotation {row.get('id', at)}", row) for at, row in enumerate(content["annotations"])]
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not of COCO's format: {type(error).__name__} {error}") from None
+        raise UserError(f"{path} is not in COCO's format: {type(error).__name__} {error}") from None
 
     return Part({key: Item(str(image), image) for key, image in images.items()}, rows, categories)
 
@@ -89,7 +89,7 @@ def read_rows(place: str, rows: Any, image_column: str, objects_column: str) -> 
     column = hub_column(rows, objects_column)
     names = getattr(getattr(column.features[objects_column]["category"], "feature", None), "names", None)
     if names is None:
-        raise UserError(f"{place}: {objects_column}.category has no names of classes")
+        raise UserError(f"{place}: {objects_column}.category has no class names")
 
     annotations = []
     for at, objects in enumerate(column[objects_column]):
@@ -150,4 +150,4 @@ def check_annotation(row: dict[str, Any], sizes: dict[Any, Any], categories: dic
     if not (all(map(math.isfinite, box)) and width > 0 and height > 0):
         raise UserError(f"the box {box} (left, top, width, height) has no size")
     if min(left, top) < -SLACK or left + width > size[0] + SLACK or top + height > size[1] + SLACK:
-        raise UserError(f"the box {box} (left, top, width, height) lies outside of its image, which has {size} pixels")
+        raise UserError(f"the box {box} (left, top, width, height) lies outside its image, which has {size} pixels")

@@ -119,8 +119,5 @@ class Prepared(Dataset[dict[str, Any]]):
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if self.seed is None:
-            draw = None
-        else:
-            draw = random.Random(f"{self.seed} {self.epoch} {index}")
+        draw = None if self.seed is None else random.Random(f"{self.seed} {self.epoch} {index}")
         return self.prepare(self.examples[index], draw)

@@ -63,10 +63,7 @@ def sift(items: Iterable[Item[Value]], check: Callable[[Value], object], *, bad:
             reasons.append(f"{item.place}: {reason}")
 
     if reasons:
-        if len(reasons) > SHOWN:
-            more = f" (and {len(reasons) - SHOWN} more)"
-        else:
-            more = ""
+        more = f" (and {len(reasons) - SHOWN} more)" if len(reasons) > SHOWN else ""
 
         told = f"{len(reasons)} of {len(items)} {what} cannot be used: {'; '.join(reasons[:SHOWN])}{more}"
 
@@ -206,7 +203,7 @@ def class_folders(folder: Path, endings: Sequence[str] = IMAGES) -> tuple[list[I
 
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not classes:
-        raise UserError(f"{folder} has no sub-folders; put the files of each class into a folder of its name")
+        raise UserError(f"{folder} has no sub-folders; put the files of each class into a folder named after it")
 
     items: list[Item[Path]] = []
     for name in classes:
@@ -272,7 +269,7 @@ def split_files(root: Path, endings: Sequence[str]) -> dict[str, Path]:
 
     kinds = ", ".join(endings)
     raise UserError(
-        f"task.data is {str(root)!r}: expected a file ({kinds}), or a folder with train{endings[0]} or alike"
+        f"task.data is {str(root)!r}: expected a file ({kinds}), or a folder with train{endings[0]}, or the like"
     )
 
 
@@ -492,7 +489,7 @@ def with_held_out(parts: dict[str, list[Value]], share: float = HELD_OUT) -> dic
         train = list(parts["train"])
         count = max(1, round(share * len(train)))
         if count >= len(train):
-            raise UserError(f"task.data has no {split} part and only {len(train)} items to hold some out of")
+            raise UserError(f"task.data has no {split} part, and its {len(train)} items are too few to hold some out")
 
         random.Random(SPLIT_SEED).shuffle(train)
         parts[split], parts["train"] = train[:count], train[count:]

@@ -66,7 +66,7 @@ def read_file(path: Path) -> MetaTensor:
         found = cast("Any", nibabel).load(regular(path))
         # Told by the header, before anything is allocated.
         if math.prod(found.shape) > MOST_VOXELS:
-            raise UserError(f"{path.name} is said to have the size {found.shape}, which is more than can be read")
+            raise UserError(f"{path.name} claims the size {found.shape}, more than can be read")
         voxels = np.asanyarray(found.dataobj)
     except (nibabel.filebasedimages.ImageFileError, EOFError, zlib.error) as error:
         raise UserError(f"{path.name} cannot be read ({error})") from None
@@ -97,7 +97,9 @@ def resampled(volume: MetaTensor, reading: Reading, mode: str = "bilinear") -> M
     sides = [side * own / new for side, own, new in zip(volume.shape[1:], volume.pixdim, reading.spacing, strict=True)]
     if not math.prod(max(1.0, float(side)) for side in sides) <= MOST_VOXELS:
         shown = " x ".join(f"{side:.0f}" for side in sides)
-        raise UserError(f"at the spacing {list(reading.spacing)} it would have {shown} voxels, more than can be held")
+        raise UserError(
+            f"at the spacing {list(reading.spacing)} it would have {shown} voxels, too many to hold in memory"
+        )
 
     return cast("MetaTensor", Spacing(pixdim=tuple(reading.spacing), mode=mode)(volume))
 

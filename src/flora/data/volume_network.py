@@ -335,7 +335,7 @@ def load_weights(network: nn.Module, path: Path, new_layers: Sequence[str] = ())
     if told:
         raise UserError(
             f"the weights in {path} do not fit task.network and task.network_args: {'; '.join(told)}. Give the "
-            "arguments that they were trained with; layers that shall start at random go into task.new_layers"
+            "arguments that they were trained with; layers that should start at random go into task.new_layers"
         )
 
     network.load_state_dict(stored, strict=False)

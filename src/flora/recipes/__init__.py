@@ -6,7 +6,6 @@ lie in ``configs/``.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import pkgutil
@@ -22,7 +21,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
 
-from flora.errors import UserError
+from flora.errors import UserError, nearest
 
 CONFIGS = Path(__file__).parent / "configs"
 SPLITS = ("train", "validation", "test")
@@ -236,11 +235,3 @@ def config_path(config: str) -> Path:
     raise FileNotFoundError(
         f"no config {config!r}{hint} It is neither a file nor a packaged config ({', '.join(names)})"
     )
-
-
-def nearest(word: str, words: list[str]) -> str:
-    """``"; did you mean 'x'?"`` for the nearest of the words, or nothing when none is near."""
-    found = difflib.get_close_matches(word, words, n=1)
-    if found:
-        return f"; did you mean {found[0]!r}?"
-    return ""

@@ -99,7 +99,7 @@ def read_sound(clip: Clip, rate: int) -> np.ndarray:
 
             # Told by the header, before anything is allocated.
             if not 0 < own <= MOST_RATE or sound.frames * max(sound.channels, rate / own) > MOST_SAMPLES:
-                raise UserError(f"is said to have {sound.frames} samples at {own} Hz, which is more than can be read")
+                raise UserError(f"claims {sound.frames} samples at {own} Hz, more than can be read")
 
             wave = sound.read(dtype="float32", always_2d=True)
     except soundfile.SoundFileError as error:

@@ -118,7 +118,9 @@ def load_data(task: Task, seed: int) -> Data:
     pool, random = parts["pool"], np.random.default_rng(seed)
     most = int(np.bincount(labels[pool]).min())
     if not 1 <= task.labels_per_class <= most:
-        raise UserError(f"task.labels_per_class is {task.labels_per_class}, expected 1 to {most}, what the pool has")
+        raise UserError(
+            f"task.labels_per_class is {task.labels_per_class}, expected 1 to {most}, as many as the pool has"
+        )
 
     chosen = [random.choice(pool[labels[pool] == digit], task.labels_per_class, replace=False) for digit in range(10)]
     parts["train"] = np.concatenate(chosen)

@@ -80,7 +80,7 @@ def messages_of(turns: object, images: int) -> list[dict[str, Any]]:
         ValueError: the turns are not human and gpt in turn, a text is empty, or the marks do not match the images.
     """
     if not isinstance(turns, list) or not turns or len(turns) % 2:
-        raise UserError("'conversations' must be a list of human and gpt in turn, which ends with an answer")
+        raise UserError("'conversations' must be a list in which human and gpt take turns, ending with an answer")
 
     messages: list[dict[str, Any]] = []
     for at, turn in enumerate(turns):
@@ -177,7 +177,9 @@ def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[
 
     def answer(request: Request) -> dict[str, Any]:
         if not request.prompt:
-            raise UserError("this recipe answers questions about images: give one, --prompt 'What is this?'")
+            raise UserError(
+                "this recipe answers questions about images; give the question with --prompt 'What is this?'"
+            )
 
         with Pillow.open(request.given) as opened:
             image = opened.convert("RGB")
@@ -194,10 +196,7 @@ def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[
 def findings(tested: Tested) -> Findings:
     """The first questions of the test set with their images, the answers that are written, and the true ones."""
     rows, processor, model = tested.data.test, tested.data.processor, cast("Any", tested.model)
-    if model is None:
-        count = 0
-    else:
-        count = min(FEW, len(cast("Any", rows)))
+    count = 0 if model is None else min(FEW, len(cast("Any", rows)))
 
     examples = []
     for number in range(count):

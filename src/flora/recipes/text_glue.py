@@ -174,7 +174,7 @@ def load_data(task: Task, seed: int) -> Data:
 
     if task.train_size is not None:
         if not 1 <= task.train_size <= (most := len(rows["train"])):
-            raise UserError(f"task.train_size is {task.train_size}, expected 1 to {most}, the training rows there are")
+            raise UserError(f"task.train_size is {task.train_size}, expected 1 to {most}, the number of training rows")
 
         rows["train"] = random.Random(seed).sample(rows["train"], task.train_size)
 

@@ -127,7 +127,9 @@ def load_data(task: Task, seed: int) -> Data:
 
     def check(example: Example) -> None:
         if example.name not in labels:
-            raise UserError(f"its class {example.name!r} is not one of the {len(labels)}: {', '.join(labels[:5])} ...")
+            raise UserError(
+                f"its class {example.name!r} is not one of the {len(labels)} known: {', '.join(labels[:5])} ..."
+            )
         read_image(example.image)
 
     good = {name: sift(items, check, bad=task.bad_data, what=f"{name} images") for name, items in parts.items()}

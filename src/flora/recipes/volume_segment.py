@@ -215,7 +215,7 @@ def _monai_network(task: Task, network: str) -> str:
     if weights is not None:
         file = Path(weights).expanduser()
         if not file.is_file():
-            raise FileNotFoundError(f"task.weights is {weights!r}, and there is no such file")
+            raise FileNotFoundError(f"task.weights is {weights!r}: no such file")
         key.append(hashlib.sha256(file.read_bytes()).hexdigest())
 
     def make() -> VolumeNetwork:
@@ -263,7 +263,10 @@ def load_data(task: Task, seed: int) -> Data:
         patch = task.patch
 
     if patch is not None and config.padded(patch) != patch:
-        raise UserError(f"task.patch is {patch}, the next that the strides divide is {config.padded(patch)}")
+        raise UserError(
+            f"task.patch is {patch}, which the strides do not divide; the next size that works is "
+            f"{config.padded(patch)}"
+        )
 
     reading = task.reading(config)
     sizes: dict[Pair, tuple[int, ...]] = {}

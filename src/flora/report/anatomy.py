@@ -19,10 +19,7 @@ from flora.storage.size import size
 def mode_energy(core: Tensor, mode: int) -> list[float]:
     """The share of the squared norm in each direction of a mode, strongest first; all zero for a zero core."""
     unfolded = core.movedim(mode, 0).reshape(core.shape[mode], -1)
-    if unfolded.shape[0] <= unfolded.shape[1]:
-        gram = unfolded @ unfolded.T
-    else:
-        gram = unfolded.T @ unfolded
+    gram = unfolded @ unfolded.T if unfolded.shape[0] <= unfolded.shape[1] else unfolded.T @ unfolded
 
     energy = torch.linalg.eigvalsh(gram).clamp(min=0).flip(0)
 

@@ -52,10 +52,7 @@ def model_card(
         ("seed", str(metrics["seed"])),
     ]
 
-    if classes:
-        options = f", num_labels={classes}, ignore_mismatched_sizes=True"
-    else:
-        options = ""
+    options = f", num_labels={classes}, ignore_mismatched_sizes=True" if classes else ""
 
     if mapping.get("parent_library", "").startswith("diffusers") and is_hub_id(base):
         options = ', subfolder="unet"'

@@ -53,7 +53,7 @@ def _charts(rows: Sequence[Row], metric: str) -> list[Chart]:
         axes.set_title("Quality against parameters")
         legend_below(axes)
 
-    charts = [chart(f"{metric} on the test set against trainable parameters, a point for each seed", quality)]
+    charts = [chart(f"{metric} on the test set against trainable parameters, one point per seed", quality)]
     pairs = [(row, difference) for row in rows if (difference := against(row, rows)) is not None]
 
     if pairs:
@@ -126,7 +126,7 @@ def _table(rows: Sequence[Row], metric: str) -> Table:
             ]
         )
 
-    return Table("Method by method", columns, lines, ["The bar goes from the lowest to the highest mean."], words=(9,))
+    return Table("Method by method", columns, lines, ["The bar spans the lowest to the highest mean."], words=(9,))
 
 
 def _difference(difference: tuple[float, float] | None) -> Cell:

@@ -173,10 +173,7 @@ def _rows(adapted: nn.Module, positions: int, cpu: bool) -> Iterator[Row]:
                 form, kind = delta.form, module.row.kind
                 way, mflops = _cost(module, inner.rpartition(".")[2], positions, cpu)
 
-                if weight == "weight":
-                    label = _generic(name)
-                else:
-                    label = f"{_generic(name)} {weight}"
+                label = _generic(name) if weight == "weight" else f"{_generic(name)} {weight}"
 
                 yield Row(label, kind, form.shape, form.ranks, form.num_params, way, mflops)
 
@@ -202,10 +199,7 @@ def _left_out(adapted: nn.Module) -> Iterator[tuple[str, str]]:
             kind = type(module.original_module).__name__
             yield f"{_generic(name.removeprefix(PREFIX))} ({kind})", "trained in full, in modules_to_save"
         elif next(module.parameters(recurse=False), None) is not None:
-            if find_layer(module):
-                reason = refusal(module)
-            else:
-                reason = "not in the table of layers"
+            reason = refusal(module) if find_layer(module) else "not in the table of layers"
 
             label = f"{_generic(name.removeprefix(PREFIX))} ({type(module).__name__})"
             yield label, reason or "not among target_modules"

@@ -77,7 +77,7 @@ def _curves(panels: Mapping[str, Sequence[Curve]]) -> Charts:
     charts = [chart(f"{panel} against steps", drawn(panel, curves)) for panel, curves in panels.items()]
     notes = []
     if not any(curve.label == "training" for curves in panels.values() for curve in curves):
-        notes = ["The loss of training was never logged; training.logging_steps says how often it is."]
+        notes = ["The training loss was never logged; training.logging_steps sets how often it is."]
 
     return Charts("Training", charts, notes)
 
@@ -98,7 +98,7 @@ def _findings(findings: Findings) -> list[Section]:
     examples = [_illustration(example) for example in findings.examples]
     notes: tuple[str, ...] = ()
     if not examples and not findings.classes:
-        notes = ("Examples are shown only by a run of one process.",)
+        notes = ("Only a run with one process shows examples.",)
 
     sections.append(Examples(findings.heading, examples, notes, findings.wide))
 
@@ -106,10 +106,7 @@ def _findings(findings: Findings) -> list[Section]:
 
 
 def _illustration(example: Shown) -> Illustration:
-    if example.sound is None:
-        audio = ""
-    else:
-        audio = sound(*example.sound)
+    audio = "" if example.sound is None else sound(*example.sound)
     return Illustration(example.title, [picture(*each) for each in example.pictures], example.texts, audio)
 
 
@@ -139,7 +136,7 @@ def _confused(findings: Findings) -> Table:
         "What is taken for what",
         ("true class", *names),
         rows,
-        ["A line for each true class, a column for each class given; the colour is the share of its line."],
+        ["A row for each true class, a column for each predicted class; the colour shows the share of the row."],
         sortable=False,
     )
 
@@ -160,7 +157,9 @@ def _per_class(findings: Findings) -> Table:
         ]
         for index, name in enumerate(findings.classes)
     ]
-    notes = ["Recall: the share of a class that is found. Precision: the share of what is called so that is so."]
+    notes = [
+        "Recall: the share of a class that is found. Precision: the share of the predictions of a class that are right."
+    ]
 
     return Table("Class by class", ("class", "test inputs", "recall", "precision", "F1"), rows, notes)
 

@@ -51,7 +51,7 @@ def evaluate(
     """
     overrides = list(overrides)
     if other := [item for item in overrides if not item.startswith("task.")]:
-        raise UserError(f"{other[0]!r}: only the settings of the data can change here, as task.key=value")
+        raise UserError(f"{other[0]!r}: only settings of the data can change here, as task.key=value")
 
     settings = read_run(folder, overrides, run_recipe_file=run_recipe_file)
     run = RunFolder(folder)
@@ -91,8 +91,8 @@ def evaluate(
     causes = [*_other_origin(stored), *_other_size(counted, dataset, split), *_not_saved(folder, recipe, settings)]
     if not causes:
         causes = [
-            "the versions, the device and the number of examples are those of then, so the files behind task.data or "
-            "task.model have changed; measure with those of the training"
+            "the versions, the device and the number of examples are the same, so the files behind task.data or "
+            "task.model have changed; evaluate with the same files"
         ]
 
     differences = [f"{key} was {value:.6g}, now it is {metrics.get(key)}" for key, value in apart.items()]
@@ -119,7 +119,7 @@ def _other_origin(stored: Mapping[str, Any]) -> Iterator[str]:
 
 def _other_size(then: int | None, dataset: Any, split: str) -> Iterator[str]:
     if then is not None and then != len(dataset):
-        yield f"the {split} data had {then} examples, now there are {len(dataset)}: measure on the data of the training"
+        yield f"the {split} data had {then} examples, now there are {len(dataset)}: evaluate on the data of training"
 
 
 def _not_saved(folder: Path, recipe: Recipe, settings: Settings) -> Iterator[str]:

@@ -156,10 +156,7 @@ def _check_request(adapters: Path | Sequence[Path], weights: Sequence[float] | N
     for path, number in zip(paths, numbers, strict=True):
         check_exists(path, "adapter")
 
-        if (path / ADAPTER_CONFIG).is_file():
-            config = read_json(path / ADAPTER_CONFIG)
-        else:
-            config = {}
+        config = read_json(path / ADAPTER_CONFIG) if (path / ADAPTER_CONFIG).is_file() else {}
 
         sources.append(_Source(path, number, config))
 
@@ -175,10 +172,7 @@ def _marks(folder: Path, adapters: Sequence[Adapter]) -> list[str]:
     Raises:
         UserError: the base says that one of them is merged into it already.
     """
-    if (folder / BASE_CONFIG).is_file():
-        config = read_json(folder / BASE_CONFIG)
-    else:
-        config = {}
+    config = read_json(folder / BASE_CONFIG) if (folder / BASE_CONFIG).is_file() else {}
 
     if "model_type" not in config:
         return []

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from flora.errors import UserError
-from flora.recipes import nearest, run_file
+from flora.errors import UserError, nearest
+from flora.recipes import run_file
 
 REFERENCE = re.compile(r"(?P<file>.+\.py):(?P<function>\w+)")
 

@@ -95,7 +95,9 @@ def check_place(out: Path, inputs: Sequence[str]) -> None:
     if inside is not None:
         raise UserError(f"{out} holds the input {inside}, which a result could replace; give another folder with --out")
     if any(out.iterdir()) and not (out / RESULTS).is_file():
-        raise UserError(f"{out} holds files and no {RESULTS}, so it is not of flora predict; give another with --out")
+        raise UserError(
+            f"{out} holds files and no {RESULTS}, so flora predict did not write them; give another folder with --out"
+        )
 
 
 def expand(inputs: Sequence[str], endings: Sequence[str]) -> list[str]:

@@ -42,7 +42,7 @@ def read_run(folder: Path, overrides: Iterable[str] = (), *, run_recipe_file: bo
 
     if not run_recipe_file and (file := _recipe_file(path)) is not None:
         raise UserError(
-            f"the recipe that {path} names is the Python file {file}, which flora does not run by itself: a folder "
+            f"the recipe that {path} names is the Python file {file}, which flora does not run unasked: a folder "
             "that somebody sent can name any file. If it is yours, add --run-recipe-file"
         )
 
@@ -73,7 +73,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
     config = read_object(folder / ADAPTER_CONFIG)
     if not (folder / ADAPTER).is_file():
-        raise FileNotFoundError(f"{folder} has no {ADAPTER}; the training that writes it has not ended")
+        raise FileNotFoundError(f"{folder} has no {ADAPTER}; the training that writes it has not finished")
 
     return config
 

@@ -52,8 +52,8 @@ def check_same(run: RunFolder, settings: Settings) -> None:
 
     if run.is_finished and _further(run, before["training"], now["training"]) < 0:
         raise UserError(
-            f"{run.path} is a finished run of {_length(before['training'])}, and {_length(now['training'])} are asked "
-            "for; give a larger number to train on, or another output=FOLDER"
+            f"{run.path} is a finished run of {_length(before['training'])}, and {_length(now['training'])} are "
+            "requested; give a larger number to continue the training, or another output=FOLDER"
         )
 
 
@@ -81,7 +81,7 @@ def _further(run: RunFolder, before: Mapping[str, Any], now: Mapping[str, Any]) 
 
 
 def _number(training: Mapping[str, Any], name: str) -> float:
-    """The epochs, or steps, that are asked for; those of the Trainer where none are given."""
+    """The epochs, or steps, that are requested; those of the Trainer where none are given."""
     default = 3.0 if name == "num_train_epochs" else -1
     return float(training.get(name) or default)
 

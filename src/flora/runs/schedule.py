@@ -93,7 +93,7 @@ def fit_to_data(arguments: TrainingArguments, examples: int) -> list[str]:
 
     if steps < FEW_STEPS:
         notes.append(
-            f"this run has only {steps} steps; for a result to rely on, raise training.num_train_epochs "
+            f"this run has only {steps} steps; for a reliable result, raise training.num_train_epochs "
             f"(now {arguments.num_train_epochs:g}) or lower training.per_device_train_batch_size "
             f"(now {arguments.per_device_train_batch_size})"
         )

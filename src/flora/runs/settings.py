@@ -187,10 +187,7 @@ def _output(given: Config, path: Path) -> Path:
 def _take_start(given: Config) -> str:
     """Takes ``adapter.start`` out, which is about the run and no field of the adapter that is saved."""
     adapter = given.values.get("adapter")
-    if isinstance(adapter, dict):
-        start = adapter.pop("start", STARTS[0])
-    else:
-        start = STARTS[0]
+    start = adapter.pop("start", STARTS[0]) if isinstance(adapter, dict) else STARTS[0]
 
     if start not in STARTS:
         where = given.place_of("adapter.start")

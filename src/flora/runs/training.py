@@ -17,8 +17,8 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
-from flora.errors import UserError, user_errors
-from flora.recipes import SPLITS, Data, Recipe, Tested, nearest, optional
+from flora.errors import UserError, nearest, user_errors
+from flora.recipes import SPLITS, Data, Recipe, Tested, optional
 from flora.report.card import model_card
 from flora.report.plots import training_curves, training_plot
 from flora.report.provenance import provenance, subject
@@ -154,7 +154,7 @@ def training_arguments(settings: Settings, output: Path, **changes: Any) -> Trai
         else:
             remedy = ""
 
-        raise UserError(f"the settings under 'training' do not go together here: {error}{remedy}") from None
+        raise UserError(f"the settings under 'training' do not work together: {error}{remedy}") from None
 
     check_schedule(arguments)
 
@@ -286,10 +286,7 @@ def _train(
         return {}
 
     # A model that is spread over processes cannot be run by this one alone.
-    if arguments.world_size == 1:
-        whole = cast("nn.Module", trainer.model)
-    else:
-        whole = None
+    whole = cast("nn.Module", trainer.model) if arguments.world_size == 1 else None
 
     predictions, labels = cast("Any", tested.predictions), cast("Any", tested.label_ids)
     _write(trainer, state, metrics, run, settings, Tested(settings.task, data, predictions, labels, whole))

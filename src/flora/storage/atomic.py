@@ -109,7 +109,7 @@ def claim(target: Path, *, wait: bool = False, keep: Collection[str] = ()) -> It
     """
     place = _real(target)
     if not place.name:
-        raise UserError(f"{target} is no place for an output; give the path of a file or folder in it")
+        raise UserError(f"{target} cannot be an output; give the path of a file or folder in it")
 
     # A record lock holds off other processes, but not threads.
     turn = _turns.setdefault(place, threading.RLock())
@@ -284,7 +284,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, and brackets, are refused too
-        raise UserError(f"{path} is not valid JSON ({error}); it was cut short or edited") from None
+        raise UserError(f"{path} is not valid JSON ({error}); it was truncated or edited") from None
 
 
 def clear_parts(folder: Path) -> None:
@@ -328,7 +328,7 @@ def _lock(folder: Path, target: Path, wait: bool) -> Lock:
     while True:
         # Everything in the folder is removed, so it must be the one that is made here and not a way to another.
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-            raise UserError(f"{folder} is in the way of {target}: it is no folder that flora made; move it away")
+            raise UserError(f"{folder} is in the way of {target} and is not a folder that flora made; move it away")
 
         try:
             folder.mkdir(exist_ok=True)
@@ -355,7 +355,7 @@ def _lock(folder: Path, target: Path, wait: bool) -> Lock:
 
 
 def _busy(target: Path) -> UserError:
-    return UserError(f"another flora process is writing {target}; wait until it has ended, or give another output")
+    return UserError(f"another flora process is writing {target}; wait until it finishes, or give another output")
 
 
 def _put_right(folder: Path, place: Path) -> None:

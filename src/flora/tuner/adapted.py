@@ -126,10 +126,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     def deltas(self, weight: str | None = None) -> nn.ModuleDict:
         """Adapter name -> ``TuckerDelta`` of one weight, by default of the only or first one."""
-        if weight is not None:
-            attribute = self.attributes[weight]
-        else:
-            attribute = self.adapter_layer_names[0]
+        attribute = self.attributes[weight] if weight is not None else self.adapter_layer_names[0]
         return cast(nn.ModuleDict, self._modules[attribute])
 
     def delta(self, adapter: str, weight: str | None = None) -> TuckerDelta:
@@ -210,10 +207,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divides the scale of the active adapters; without an argument restores the configured one."""
         for adapter, weight, delta in self._changes(self.active_adapters):
-            if scale is None:
-                delta.scale = self.settings[adapter].scale[weight]
-            else:
-                delta.scale = delta.scale / scale
+            delta.scale = self.settings[adapter].scale[weight] if scale is None else delta.scale / scale
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT may convert this layer to LoRA from ``get_delta_weight``."""

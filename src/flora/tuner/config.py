@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import json
@@ -15,7 +14,7 @@ from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
 from safetensors import SafetensorError, safe_open
 
-from flora.errors import UserError, WrongTypeError
+from flora.errors import UserError, WrongTypeError, nearest
 from flora.layers.entries import Entries, check_entries, check_number
 from flora.layers.layout import layout_from_json
 from flora.storage.card import complete_card
@@ -43,10 +42,8 @@ def one_of(value: object, allowed: Iterable[str], what: str) -> None:
     """Raises unless ``value`` is one of the allowed words; the message names the nearest."""
     allowed = list(allowed)
     if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-
-        raise UserError(f"{what} is {value!r}, expected one of {', '.join(allowed)}{hint}")
+        expected = f"expected one of {', '.join(allowed)}{nearest(str(value), allowed)}"
+        raise UserError(f"{what} is {value!r}, {expected}")
 
 
 @dataclass
@@ -268,10 +265,7 @@ def _check_names(value: object, field: str, *, or_one: bool) -> None:
     if value is None or (or_one and isinstance(value, str)):
         return
 
-    if or_one:
-        wanted = "a list of names or one regular expression"
-    else:
-        wanted = "a list of names"
+    wanted = "a list of names or one regular expression" if or_one else "a list of names"
 
     listed = isinstance(value, (list, tuple, set, frozenset))
     wrong = [name for name in cast(Iterable[Any], value) if not isinstance(name, str) or not name] if listed else []
@@ -309,12 +303,9 @@ def _refuse_foreign_names(made: Callable[..., None]) -> Callable[..., None]:
 
         known = [*inspect.signature(made).parameters][1:]
         for name in kwargs:
-            near = difflib.get_close_matches(name, known, n=1)
-            if name not in known and near:
+            if name not in known and (hint := nearest(name, known)):
                 # PEFT looks for its middle part where a config was written by a newer version.
-                raise WrongTypeError(
-                    f"FloraConfig got an unexpected keyword argument {name!r}; did you mean {near[0]!r}?"
-                )
+                raise WrongTypeError(f"FloraConfig got an unexpected keyword argument {name!r}{hint}")
 
         made(self, *args, **kwargs)
 

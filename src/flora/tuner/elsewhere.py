@@ -35,8 +35,8 @@ def _guarded(name: str, function: Callable[..., Any], trained: Callable[..., Ite
     def guarded(*args: Any, **kwargs: Any) -> Any:
         if any(PREFIX in parameter for parameter in trained(*args)):
             raise UserError(
-                f"{name} knows LoRA's matrices A and B only, and would train a FLoRA adapter as plain AdamW does; use "
-                "torch.optim.AdamW, with parameter groups of your own for several learning rates: names end in core, "
+                f"{name} knows LoRA's matrices A and B only, and would train a FLoRA adapter like plain AdamW; use "
+                "torch.optim.AdamW, with your own parameter groups for several learning rates: names end in core, "
                 "factor_0, factor_1, ..., and factor_0 is the one that starts at zero"
             )
 
@@ -69,7 +69,7 @@ def _save_lora_adapter(
     if getattr(config, "peft_type", None) == "TUCKER":
         raise UserError(
             f"save_lora_adapter writes LoRA, and {adapter_name!r} is a FLoRA adapter, which diffusers would not load "
-            "again; put it on with get_peft_model(unet, config) and save that with save_pretrained, then "
+            "again; attach it with get_peft_model(unet, config) and save that with save_pretrained, then "
             "`flora convert FOLDER --to kohya --prefix lora_unet --no-mid --out FILE.safetensors` writes what "
             "pipeline.load_lora_weights reads"
         )

@@ -330,7 +330,7 @@ def mixed_output(layer: AdaptedLayer, names: list[str], *args: Any, **kwargs: An
     adds_up = layer.quantization_backend is not None or is_plain(layer.base_layer)
     if not adds_up or layer.row.kind not in KINDS or isinstance(layer.base_layer, nn.EmbeddingBag):
         raise UserError(
-            f"adapter_names (an adapter for each sample) is not possible on {type(layer.base_layer).__name__}: its "
+            f"adapter_names (an adapter for each sample) cannot be used with {type(layer.base_layer).__name__}: its "
             "output is not a sum of the base layer's and the adapter's; run one batch per adapter, with set_adapter"
         )
 

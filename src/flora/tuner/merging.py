@@ -114,7 +114,7 @@ def _write(layer: AdaptedLayer, weight: str, value: Tensor) -> None:
     elif not _write_through(owner, leaf, value):
         layer._taken_off[weight] = _take_off(owner, leaf, value)
         warnings.warn(
-            f"merging takes the parametrization off {layer.place}.{weight}: it cannot hold W + s dW. The merged layer "
+            f"merging removes the parametrization of {layer.place}.{weight}: it cannot hold W + s dW. The merged layer "
             "computes the right thing with a plain weight",
             stacklevel=2,
         )

@@ -114,10 +114,7 @@ class FloraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if isinstance(target, FloraLayer):
-            base = target.get_base_layer()
-        else:
-            base = target
+        base = target.get_base_layer() if isinstance(target, FloraLayer) else target
 
         if parameter_name is not None:
             site = find.raw_parameter(current_key.rpartition(".")[0], base, parameter_name)
@@ -204,10 +201,7 @@ class FloraModel(BaseTuner):
 
     def _check_merge(self, adapter_names: list[str] | None) -> None:
         for layer in self._layers():
-            if adapter_names is None:
-                wanted = layer.active_adapters
-            else:
-                wanted = adapter_names
+            wanted = layer.active_adapters if adapter_names is None else adapter_names
 
             adapters = [name for name in wanted if name in layer.settings and name not in layer.merged_adapters]
             if adapters:
@@ -308,19 +302,16 @@ class FloraModel(BaseTuner):
         beams = kwargs.get("num_beams") or 1
         repeated = [name for name in names for _ in range(beams)]
 
-        if not (beams > 1):
-            encoder = None
-        else:
+        # An encoder sees each sample once, whatever the number of beams.
+        once: set[nn.Module] = set()
+        if beams > 1:
             encoder = getattr(self.model, "get_encoder", lambda: None)()
-
-        if isinstance(encoder, nn.Module) and encoder is not self.model:
-            own = set(encoder.modules())
-        else:
-            own = set()
+            if isinstance(encoder, nn.Module) and encoder is not self.model:
+                once = set(encoder.modules())
 
         handles = [
             module.register_forward_pre_hook(
-                partial(_pass_names, list(names) if module in own else repeated), with_kwargs=True
+                partial(_pass_names, list(names) if module in once else repeated), with_kwargs=True
             )
             for module in self.modules()
             if isinstance(module, (FloraLayer, AuxiliaryTrainingWrapper))
@@ -357,7 +348,7 @@ class FloraModel(BaseTuner):
             ValueError: an adapter does not exist, the new name is taken, or they do not adapt the same weights.
         """
         if adapter_name in self.peft_config:
-            raise UserError(f"adapter {adapter_name!r} exists already; delete it first or choose another name")
+            raise UserError(f"adapter {adapter_name!r} already exists; delete it first or choose another name")
         if len(adapters) != len(weights) or not adapters:
             raise UserError(f"{len(adapters)} adapters and {len(weights)} weights; give one weight for each adapter")
 

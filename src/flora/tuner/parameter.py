@@ -52,7 +52,7 @@ class ParamWrapper(FloraLayer):
         if not any(name in self.settings for name in names):
             return self.base_layer(*args, **kwargs)  # type: ignore[no-any-return]
         raise UserError(
-            "adapter_names (an adapter for each sample) is not possible with target_parameters; "
+            "adapter_names (an adapter for each sample) cannot be used with target_parameters; "
             "run one batch per adapter, with set_adapter"
         )
 

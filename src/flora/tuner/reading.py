@@ -149,8 +149,8 @@ def read(layer: AdaptedLayer, weight: str) -> Tensor:
 
     if isinstance(stored, torch.fx.Proxy):
         raise UserError(
-            f"{layer.place}: its {weight} is read while torch.fx traces the model by symbols, which knows no W + s dW; "
-            "merge the adapter first, or use torch.export"
+            f"{layer.place}: its {weight} is read while torch.fx traces the model symbolically, where W + s dW cannot "
+            "be formed; merge the adapter first, or use torch.export"
         )
 
     can_be_summed = _is_ordinary(layer, stored) or _stands_for_numbers(layer, stored)
@@ -159,7 +159,7 @@ def read(layer: AdaptedLayer, weight: str) -> Tensor:
 
     if BATCHES_WITH_ADAPTER_PER_SAMPLE and (torch.compiler.is_compiling() or ADAPTER_PER_SAMPLE.get()):
         raise UserError(
-            f"adapter_names (an adapter for each sample) is not possible with {layer.place}: its {weight} is read "
+            f"adapter_names (an adapter for each sample) cannot be used with {layer.place}: its {weight} is read "
             "instead of the layer being called; run one batch per adapter, with set_adapter"
         )
 

@@ -102,10 +102,7 @@ class Resolution:
         shape = weight_shape(site.module, weight)
 
         own_fold = self.entries.fold(names)
-        if own_fold is not None:
-            default_fold = None
-        else:
-            default_fold = site.row.folds(site.module).get(weight)
+        default_fold = None if own_fold is not None else site.row.folds(site.module).get(weight)
 
         pattern = own_fold or default_fold
         fold = parse_fold(pattern, shape, names[0]) if pattern else None
@@ -120,10 +117,7 @@ class Resolution:
         target = Target(shape, ranks, self.entries.scale(names), roles, fold)
 
         if layout is not None:
-            if is_usual(names[0], layout):
-                layout = None
-            else:
-                layout = replace(layout, fold=pattern)
+            layout = None if is_usual(names[0], layout) else replace(layout, fold=pattern)
 
         return Resolved(
             names,

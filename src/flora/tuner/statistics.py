@@ -40,7 +40,7 @@ def settle_statistics(model: nn.Module, *, freeze: bool, training: bool) -> None
         if told and training:
             warnings.warn(
                 f"the running statistics of {len(told)} norms move in training and are not saved with the adapter: "
-                "loaded again, the model will give other outputs; put the norms into modules_to_save",
+                "after loading, the model will give other outputs; put the norms into modules_to_save",
                 stacklevel=2,
             )
 

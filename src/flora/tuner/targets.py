@@ -212,10 +212,7 @@ def explain_no_match(config: FloraConfig, model: nn.Module) -> None:
 
 def _near_shorthand(wanted: str | set[str] | list[str] | None) -> str:
     """The shorthand that was meant, where a lone word is nearly one."""
-    if isinstance(wanted, str):
-        words = [wanted]
-    else:
-        words = list(wanted or ())
+    words = [wanted] if isinstance(wanted, str) else list(wanted or ())
 
     found = difflib.get_close_matches(words[0].lower(), SHORTHANDS, n=1, cutoff=0.8) if len(words) == 1 else []
     if found:
@@ -264,10 +261,7 @@ def check_saved(config: FloraConfig, model: nn.Module) -> None:
 
     words = sorted({name.rpartition(".")[2] for name in names if name} | set(names))
     near = [f"{word!r}" for key in unmatched for word in difflib.get_close_matches(key, words, n=3)]
-    if near:
-        hint = f"did you mean {' or '.join(near)}?"
-    else:
-        hint = "print(model) lists the names"
+    hint = f"did you mean {' or '.join(near)}?" if near else "print(model) lists the names"
 
     text = f"modules_to_save {unmatched} match no module of {type(model).__name__}; {hint}"
 
@@ -343,7 +337,7 @@ def _check_other_methods(name: str, model: nn.Module) -> None:
     wrapper = model.get_submodule(name)
     if isinstance(wrapper, BaseTunerLayer) and not isinstance(wrapper, AdaptedLayer):
         raise UserError(
-            f"Target module {name} has an adapter of another method already ({type(wrapper).__module__}); two methods "
+            f"Target module {name} already has an adapter of another method ({type(wrapper).__module__}); two methods "
             "on one layer are not possible. Merge that adapter first (merge_and_unload), or leave the layer out "
             "(exclude_modules)"
         )

@@ -123,10 +123,7 @@ def extract(
     pair = Pair(Checkpoint(base), Checkpoint(tuned), try_base(Path(base)), progress)
     request = {"rank": rank, "energy": energy, "budget": budget, "kernel_r": kernel_r}
 
-    if work is None:
-        store = None
-    else:
-        store = Store(Path(work), pair.fingerprint(request))
+    store = None if work is None else Store(Path(work), pair.fingerprint(request))
 
     chosen: dict[str, Choice] | None = None
 

@@ -37,7 +37,7 @@ class Pair:
             if missing and (model.path / CONFIG).is_file():
                 raise UserError(
                     f"{model.path} is an adapter, expected a whole model; flora extract compares a base model with its "
-                    "fine-tune (flora merge makes one of an adapter)"
+                    "fine-tune (flora merge turns an adapter into one)"
                 )
 
         if missing:
@@ -122,10 +122,7 @@ class Pair:
         """``tuned - base`` in float32, folded to the N-d tensor that is decomposed."""
         shape = self.shape(name)
         old, new = (self.files.read(name, shape, source) for source in (self.base, self.tuned))
-        if new.is_floating_point():
-            delta = new.float() - old.float()
-        else:
-            delta = torch.zeros(shape)
+        delta = new.float() - old.float() if new.is_floating_point() else torch.zeros(shape)
 
         if not torch.isfinite(delta).all():
             raise UserError(f"{name} has NaN or infinite entries in {self.base.path} or {self.tuned.path}")

@@ -199,10 +199,7 @@ class FileMap:
         module, _, leaf = name.rpartition(".")
 
         try:
-            if self.model is None:
-                owner = None
-            else:
-                owner = self.model.get_submodule(module)
+            owner = None if self.model is None else self.model.get_submodule(module)
         except AttributeError:
             return None
 

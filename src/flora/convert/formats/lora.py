@@ -85,10 +85,7 @@ def refusal(name: str, layout: Layout) -> str | None:
     if len(layout.axes) == 2 and layout.kind in ("attention", "recurrent", "other"):
         return None
 
-    if layout.axes[:1] != ("in",):
-        kind = layout.kind
-    else:
-        kind = f"transposed {layout.kind}"
+    kind = layout.kind if layout.axes[:1] != ("in",) else f"transposed {layout.kind}"
 
     return f"PEFT's LoRA has no form for a {len(layout.axes)}-dimensional weight of kind '{kind}'"
 

@@ -73,10 +73,7 @@ def read(path: Path) -> Adapter:
 
             continue
 
-        if found["weight"] == _ATTENTION_OUT_KEY:
-            leaf = _ATTENTION_OUT
-        else:
-            leaf = found["weight"]
+        leaf = _ATTENTION_OUT if found["weight"] == _ATTENTION_OUT_KEY else found["weight"]
 
         spoken = names_of(module_of(found["module"] or "", wrapped), leaf)
         names[spoken[0]] = spoken
@@ -165,10 +162,7 @@ def write(adapter: Adapter, folder: Path) -> None:
 
     folder.mkdir()
     recorded = adapter.recorded_layouts()
-    if recorded is None:
-        note = {}
-    else:
-        note = {NOTE: json.dumps(recorded, sort_keys=True)}
+    note = {} if recorded is None else {NOTE: json.dumps(recorded, sort_keys=True)}
 
     write_tensors(folder / WEIGHTS, tensors, note)
     write_json(folder / CONFIG, _config(adapter, forms), sort_keys=True)

@@ -60,10 +60,7 @@ def read(path: Path, layouts: Mapping[str, Layout] | None = None, *, scale: floa
             "the convolution code, alpha / r of the NLU and LLM code"
         )
 
-    if path.suffix in PICKLED:
-        tensors = read_pickled(path)
-    else:
-        tensors = read_tensors(path)[0]
+    tensors = read_pickled(path) if path.suffix in PICKLED else read_tensors(path)[0]
 
     parts: dict[str, dict[str, Tensor]] = {}
     passed = []

@@ -54,10 +54,7 @@ def split_stack(form: Tucker, scale: float) -> tuple[Tensor, Tensor]:
 
     up = torch.eye(left, dtype=torch.float64) if out is None else out.double()
 
-    if inner is None:
-        down = torch.eye(right, dtype=torch.float64)
-    else:
-        down = inner.double().T
+    down = torch.eye(right, dtype=torch.float64) if inner is None else inner.double().T
 
     if right <= left:
         return scale * (up @ core), down.expand(count, *down.shape)

@@ -192,7 +192,7 @@ def adapt_and_tell(
         raise WrongTypeError(f"adapt needs a FloraConfig, got {config!r}; write FloraConfig(r=8, target_modules='all')")
     if isinstance(base, PeftModel):
         raise UserError(
-            "the model has an adapter already, and adapt attaches one itself; give the base model, or call "
+            "the model already has an adapter, and adapt attaches one itself; give the base model, or call "
             "flora.start(model, batches) for the adapter that is there"
         )
 
@@ -304,7 +304,7 @@ def _fresh_places(model: nn.Module, adapter_name: str | None) -> list[Place]:
 
         if place.delta.dense().count_nonzero():
             raise UserError(
-                f"{place.name} is changed already: the start is for an adapter that has not been trained; "
+                f"{place.name} has been changed: only an adapter that has not been trained can be started; "
                 "attach a fresh one"
             )
 
