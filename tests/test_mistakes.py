@@ -153,7 +153,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "compare digits-tiny --seeds one": ("--seeds: 'one' is not a list of whole numbers such as 0,1,2",),
     "compare digits-tiny compare.learning_rates=[]": ("compare.learning_rates is [], expected one or more above 0",),
     # ---- plan, inspect
-    "plan net.py": ("it is a Python file", "flora.plan_model(model, config)"),
+    "plan net.py": ("it is a Python file", "FILE.py:FUNCTION"),
     "plan adapter": ("it is an adapter", "its base model"),
     "plan empty": ("the folder has no config.json", "save_pretrained"),
     "plan base --r eight": ("--r: 'eight' is not a whole number such as 8",),
