@@ -22,7 +22,6 @@ from torch.nn import functional as F
 
 from flora.layers import device
 from flora.layers.gate import again, call_of, without_autocast
-from flora.tucker.form import kronecker
 
 LARGEST_KERNEL = 1024  # pixels of a kernel whose factors are seen as one
 LEAST_MODES = 3  # of such a kernel, where W + dW is kept; for two, the launches take the host longer than they save
@@ -114,24 +113,55 @@ _form_in_one_step = call_of(_Formed)
 
 
 def _formed_plain(weight: Tensor, scale: float, core: Tensor, *factors: Tensor | None) -> Tensor:
-    """The same in plain operations."""
-    modes = _kernel_modes(core, factors)
-    if modes:
-        core, factors = _merged(core, factors, _kronecker(*_of_modes(factors, modes)))
+    """The same in plain operations.
+
+    The factors of a kernel's modes stay apart here: as products of matrices a compiler leaves them to the device, where
+    their Kronecker product and its gradients would each be kernels that it generates.
+    """
+    # A weight with one channel, or one pixel, lies in memory the same way in either order.
+    if weight.ndim == 4 and weight.shape[1] > 1 and weight[0, 0].numel() > 1:
+        return with_update(weight, _channels_last(weight, core, factors, scale))
 
     steps = _steps(core, factors)
 
     if weight.dtype in device.HALF:
-        return _rounded_sum(weight, steps, scale)
+        return with_update(weight, _update(steps, scale).reshape(weight.shape))
 
     return _sum(weight, steps, scale)
 
 
-def _kronecker(*factors: Tensor) -> Tensor:
-    found = kronecker(factors, [factor.shape[1] for factor in factors])
-    if found is None:
-        raise AssertionError("there are factors")
-    return found
+def _channels_last(weight: Tensor, core: Tensor, factors: Factors, scale: float) -> Tensor:
+    """The update of a convolution over images, with the channels of its second mode innermost in memory.
+
+    A compiler stores such a weight, its gradient and the core in that order, so nothing has to be copied.
+    """
+    first, second, *kernel = factors
+    core = core.permute(0, 2, 3, 1)
+    if scale != 1:
+        core = scale * core
+
+    # Where the kernel is whole, its pixels stay where they are. Otherwise the chain moves every mode to its place.
+    if any(factor is not None for factor in kernel) or second is None:
+        steps = _steps(core, (first, *kernel, second))
+    else:
+        # shape: (J1 K, J2), then (J1, K I2)
+        spread = torch.mm(core.reshape(-1, core.shape[3]), second.t()).view(core.shape[0], -1)
+        steps = Steps((first,), (spread.t(),))
+
+    rows, inner, *pixels = weight.shape
+
+    return _update(steps, 1.0).reshape(rows, *pixels, inner).permute(0, 3, 1, 2)
+
+
+def _update(steps: Steps, scale: float) -> Tensor:
+    """``s dW`` as a matrix (I1, rest), by the last of its products."""
+    rows, factor = steps.rows[0], steps.factors[0]
+    update = rows.t() if factor is None else torch.mm(factor, rows.t())
+
+    if scale == 1:
+        return update
+
+    return scale * update
 
 
 def run_plain(
@@ -153,17 +183,6 @@ def with_update(weight: Tensor, update: Tensor) -> Tensor:
     total = weight.float() + update.float()
     exact = total.detach()
     return (total + (device.rounded(exact, weight.dtype) - exact)).to(weight.dtype)
-
-
-def _rounded_sum(weight: Tensor, steps: Steps, scale: float) -> Tensor:
-    """``_sum`` in half precision, in operations that a compiler fuses; the gradient passes the rounding by."""
-    rows, factor = steps.rows[0], steps.factors[0]
-    update = rows.t() if factor is None else torch.mm(factor, rows.t())
-
-    if scale != 1:
-        update = scale * update
-
-    return with_update(weight, update.view(weight.shape) if factor is not None else update.reshape(weight.shape))
 
 
 class _Summed(torch.autograd.Function):

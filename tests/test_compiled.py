@@ -1,0 +1,124 @@
+"""What a compiler makes of adapted layers: numbers against the dense weight, and kernels counted in generated code."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from flora.layers import summed
+from flora.tucker.form import Tucker
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the benchmarks are no package of the distribution
+compiled = importlib.import_module("benchmarks.compiled")
+
+# ---- W + s dW in the operations that a compiler is given -----------------------------------------------------------
+
+FORMED = {  # shape of the weight, ranks
+    "linear": ((13, 11), (5, 3)),
+    "1-D": ((13, 11, 5), (5, 3, 2)),
+    "2-D": ((13, 11, 5, 3), (7, 3, 2, 2)),
+    "2-D, whole kernel": ((13, 11, 2, 3), (7, 5, 2, 3)),
+    "2-D, one mode of the kernel whole": ((13, 11, 2, 3), (7, 5, 2, 2)),
+    "2-D, outputs whole": ((5, 11, 3, 3), (5, 7, 2, 1)),
+    "2-D, inputs whole": ((13, 3, 7, 5), (5, 3, 2, 3)),
+    "2-D, only the outputs": ((13, 3, 2, 3), (5, 3, 2, 3)),
+    "2-D, all whole": ((5, 3, 2, 3), (5, 3, 2, 3)),
+    "2-D, one pixel": ((13, 11, 1, 1), (5, 3, 1, 1)),
+    "2-D, depthwise": ((13, 1, 5, 3), (5, 1, 2, 2)),
+    "3-D": ((13, 11, 2, 3, 5), (5, 3, 2, 2, 3)),
+}
+
+
+@pytest.mark.parametrize("scale", [1.0, -0.3])
+@pytest.mark.parametrize("name", FORMED)
+def test_the_sum_of_weight_and_update(name: str, scale: float) -> None:
+    """The weight and the gradients of core and factors equal those of the dense update."""
+    shape, ranks = FORMED[name]
+    weight, grad = torch.randn(2, *shape, dtype=torch.float64)
+    core = torch.randn(ranks, dtype=torch.float64, requires_grad=True)
+    factors = [
+        None if size == rank else torch.randn(size, rank, dtype=torch.float64, requires_grad=True)
+        for size, rank in zip(shape, ranks, strict=True)
+    ]
+    wanted = [core, *(factor for factor in factors if factor is not None)]
+    dense = weight + scale * Tucker(core, tuple(factors)).to_dense()
+    exact = torch.autograd.grad(dense, wanted, grad)
+
+    found = summed._formed_plain(weight, scale, core, *factors)
+    gradients = torch.autograd.grad(found, wanted, grad)
+
+    assert torch.allclose(found, dense, rtol=0, atol=1e-12)
+    assert all(torch.allclose(value, other, rtol=0, atol=1e-10) for value, other in zip(gradients, exact, strict=True))
+
+
+# ---- kernels -------------------------------------------------------------------------------------------------------
+
+
+def images() -> nn.Module:
+    """The convolutions of image networks."""
+    depthwise = nn.Conv2d(16, 16, 5, padding=2, groups=16)
+    return nn.Sequential(nn.Conv2d(12, 16, 3, padding=1), nn.ReLU(), depthwise, nn.ReLU(), nn.Conv2d(16, 20, 1))
+
+
+def volumes() -> nn.Module:
+    """The convolutions of networks for volumes."""
+    return nn.Sequential(nn.Conv3d(12, 16, 3, padding=1), nn.ReLU(), nn.ConvTranspose3d(16, 12, 2, stride=2))
+
+
+def tokens() -> nn.Module:
+    """The layers of a transformer."""
+    return nn.Sequential(nn.Linear(24, 32), nn.SiLU(), nn.Linear(32, 24, bias=False))
+
+
+# The last number is how many kernels LoRA of rank 8 asks for. It leaves out the depthwise and the transposed layer.
+SMALL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
+    "images": (images, (12, 8, 8), 10),
+    "volumes": (volumes, (12, 4, 4, 4), 3),
+    "tokens": (tokens, (16, 24), 5),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+@pytest.mark.parametrize("name", SMALL)
+def test_no_more_kernels_than_lora_on_its_layers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    build, size, most = SMALL[name]
+    monkeypatch.setitem(compiled.ROWS, name, lambda: (build(), [size]))
+    found = compiled.count(name, "flora-same", "float32")
+    assert found["kernels"] <= most
+    check(found)
+
+
+def check(found: dict[str, Any]) -> None:
+    """One graph for a shape, whole, that a CUDA graph could hold."""
+    assert found["graphs"] == 1
+    assert found["breaks"] == found["recompiled"] == 0
+    assert not found["uncapturable"]
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+def test_graphs_for_other_batches_and_their_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for the first batch, one for all others, and no number of the CPU between those of the device."""
+    monkeypatch.setitem(compiled.ROWS, "images", lambda: (images(), [(12, 8, 8)]))
+    assert compiled.traced("images", "flora", "float32", compiled.BATCHES) == AS_IT_SHOULD
+
+
+AS_IT_SHOULD = {"graphs_by_batch": [1, 0, 1, 0], "devices": ["meta"]}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+@pytest.mark.parametrize("dtype", compiled.DTYPES)
+@pytest.mark.parametrize("name", compiled.ROWS)
+def test_no_more_kernels_than_lora_in_real_blocks(name: str, dtype: str) -> None:
+    """Also where FLoRA adapts more layers."""
+    found, lora = (compiled.count(name, method, dtype) for method in ("flora", "lora"))
+    assert found["kernels"] <= lora["kernels"]
+    check(found)
+    assert compiled.traced(name, "flora", dtype, compiled.BATCHES) == AS_IT_SHOULD
