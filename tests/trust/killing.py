@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jinja2
+import pytest
 import safetensors.torch
 import torch
 from matplotlib.figure import Figure
@@ -204,6 +206,20 @@ def draw_nothing(figure: Figure, path: Any, **options: Any) -> None:
 
     with Path(path).open("wb") as stream:
         stream.write(b"a picture")
+
+
+def remember_templates(patch: pytest.MonkeyPatch) -> None:
+    """Cards and pages are made from texts that never change; compiling them takes longer than the trainings here."""
+    compile_text = jinja2.Environment.compile
+    compiled: dict[Any, Any] = {}
+
+    def remembered(self: jinja2.Environment, source: Any, *args: Any, **options: Any) -> Any:
+        key = (str(source), args, *sorted(options.items()))
+        if key not in compiled:
+            compiled[key] = compile_text(self, source, *args, **options)
+        return compiled[key]
+
+    patch.setattr(jinja2.Environment, "compile", remembered)
 
 
 def contents(place: Path, name: str = "", ignore: Callable[[str], bool] = lambda name: False) -> dict[str, str]:

@@ -8,6 +8,7 @@ run is written when it ends and found again, so an interrupted comparison contin
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import statistics
 import tempfile
@@ -33,10 +34,11 @@ from flora.report.comparison_html import comparison_html
 from flora.report.plots import quality_against_parameters
 from flora.report.provenance import provenance, subject, versions
 from flora.runs.merging import verified_merge
-from flora.runs.run_folder import ADAPTER, ADAPTER_CONFIG, LABELS, METRICS
+from flora.runs.run_folder import ADAPTER, ADAPTER_CONFIG, LABELS, METRICS, RUN
 from flora.runs.settings import Settings
 from flora.runs.training import measure
-from flora.storage.atomic import claim, clear_parts, read_json, staged, staged_folder, write_json, write_text
+from flora.storage.atomic import check_target, claim, clear_parts, read_json, staged, write_json, write_text
+from flora.storage.replacing import check_replaceable
 
 KEPT = "flora"  # the method whose first adapter is kept, ready to load
 SEARCH_SEEDS = 3  # that the learning rate is chosen on
@@ -69,7 +71,7 @@ class Bench:
 
         stored = read_json(path) if path.is_file() else {}
 
-        if stored.get("identity") == identity:
+        if isinstance(stored, dict) and stored.get("identity") == identity:
             return cast("dict[str, Any]", stored)
 
         try:
@@ -88,7 +90,15 @@ class Bench:
         ways = {key: given["compare"][key] for key in ("scale", "probe_epochs")}
         return {"run": asdict(run), **shared, **ways, "versions": versions()}
 
+    def _is_kept(self, run: Run) -> bool:
+        """Whether the run's adapter is the one that is kept."""
+        return run.final and (run.method, run.seed, run.budget) == (KEPT, self.settings.seed, self.kept)
+
     def _run(self, run: Run) -> dict[str, Any]:
+        # Training takes long, so what its adapter would replace is looked at first.
+        if self._is_kept(run):
+            check_target(self.folder / KEPT, RUN, overwrite=True)
+
         with tempfile.TemporaryDirectory(dir=self.scratch) as scratch:
             trainer, data, result = train_once(self.settings, self.recipe, run, Path(scratch))
             if run.final:
@@ -103,7 +113,7 @@ class Bench:
 
         if not isinstance(model, PeftModel):
             return found
-        if (run.method, run.seed, run.budget) == (KEPT, self.settings.seed, self.kept):
+        if self._is_kept(run):
             self._keep(run, model, data, {**result, **found})
 
         batch = next(iter(trainer.get_eval_dataloader(data.test)))
@@ -124,7 +134,8 @@ class Bench:
         adapter = {**self.settings.adapter, "budget": run.budget}
         target = self.folder / run.method
 
-        with staged_folder(target) as new:
+        with staged(target, RUN, overwrite=True, wait=True) as new:
+            new.mkdir()
             model.save_pretrained(str(new))
 
             if data.processor is not None:
@@ -192,7 +203,7 @@ def compare(
         clear_parts(folder / "runs")
 
         if overwrite:
-            _remove_results(folder)
+            _remove_results(folder, place.folder)
 
         recipe = settings.load_recipe()
         budgets = _budgets(settings, recipe)
@@ -206,15 +217,40 @@ def _check_ours(folder: Path) -> None:
         raise UserError(f"{folder} is not a comparison of flora; set output=FOLDER to another place, or move it away")
 
 
-def _remove_results(folder: Path) -> None:
-    """Removes what an earlier comparison wrote: its runs, its report and the adapter that it kept."""
+def _remove_results(folder: Path, scratch: Path) -> None:
+    """Removes what an earlier comparison wrote: its runs, the adapter that it kept and its report; nothing else.
+
+    Args:
+        folder: of the comparison.
+        scratch: what goes with the claim on it, also after a kill.
+
+    Raises:
+        UserError: there is something else beside the adapter; nothing is removed.
+    """
+    kept = folder / KEPT
+    if os.path.lexists(kept):
+        check_replaceable(kept, kept, RUN)
+
+    # The runs go first: an adapter whose run is still there would not be made again after a kill.
+    for path in (folder / "runs").glob("*.json"):
+        if _is_result(path):
+            path.unlink()
+
+    if os.path.lexists(kept):
+        kept.rename(scratch / KEPT)
+        shutil.rmtree(scratch / KEPT)
+
     for name in ("README.md", "compare.html", "compare.png", "compare.json"):
         (folder / name).unlink(missing_ok=True)
 
-    # `runs` is what a comparison is recognised by, so it goes last.
-    for name in (KEPT, "runs"):
-        if (folder / name).exists():
-            shutil.rmtree(folder / name)
+
+def _is_result(path: Path) -> bool:
+    """Whether a file is the result of a run, and not a user's own."""
+    try:
+        found = read_json(path)
+    except UserError:
+        return False
+    return isinstance(found, dict) and "identity" in found
 
 
 def _compare(bench: Bench, methods: Sequence[str], seeds: Sequence[int], budgets: Sequence[int]) -> dict[str, Any]:

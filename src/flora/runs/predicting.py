@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -13,7 +13,7 @@ from flora.errors import UserError
 from flora.recipes import Request, optional
 from flora.runs.reloading import load_adapter, load_base, read_run
 from flora.runs.run_folder import PREDICTIONS
-from flora.storage.atomic import write_json
+from flora.storage.atomic import staged, write_json
 
 RESULTS = "predictions.json"
 
@@ -37,7 +37,7 @@ def predict(
 
     Returns:
         One dict for each input: ``input``, and what was found, as the recipe says it. The same list is written to
-        ``predictions.json``.
+        ``predictions.json``. All files appear at once, at the end; others that are in the folder stay.
 
     Raises:
         FileNotFoundError, ValueError: The folder or an input cannot be used.
@@ -60,19 +60,32 @@ def predict(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     answer = make(settings.task, model.to(device), folder)
 
-    out.mkdir(parents=True, exist_ok=True)
-    # By this file the folder is known as one of predictions, also after a kill.
-    write_json(out / RESULTS, [])
+    with staged(out, overwrite=True, keep_others=True) as new:
+        new.mkdir()
 
-    with torch.inference_mode():
-        results = [
-            {"input": one, **answer(Request(one, number, name, out, prompt))}
-            for number, (one, name) in enumerate(zip(given, names, strict=True))
-        ]
+        with torch.inference_mode():
+            found = [
+                {"input": one, **answer(Request(one, number, name, new, prompt))}
+                for number, (one, name) in enumerate(zip(given, names, strict=True))
+            ]
 
-    write_json(out / RESULTS, results)
+        results = cast("list[dict[str, Any]]", _moved(found, new, out))
+        write_json(new / RESULTS, results)
 
     return results
+
+
+def _moved(value: Any, new: Path, out: Path) -> Any:
+    """A result with every file that it names under the folder where the files will be."""
+    if isinstance(value, dict):
+        return {key: _moved(item, new, out) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_moved(item, new, out) for item in value]
+
+    if isinstance(value, str) and value.startswith(f"{new}{os.sep}"):
+        return str(out / value.removeprefix(f"{new}{os.sep}"))
+
+    return value
 
 
 def check_place(out: Path, inputs: Sequence[str]) -> None:

@@ -92,13 +92,13 @@ def load_base(folder: Path, base: str | None = None, *, run_recipe_file: bool = 
     """
     config = read_adapter_config(folder)
     where = base or config.get("base_model_name_or_path")
-    if not where:
+    run = RunFolder(folder)
+    if not where and not run.is_begun:
         raise UserError(f"{folder / ADAPTER_CONFIG} names no base model; give it with --base")
 
     # A recipe knows how its model is loaded: the size of the head, the part of a pipeline. One that makes its own base
-    # makes it again where the cache was cleared, or on another machine.
-    absent = base is None and Path(where).is_absolute() and not Path(where).is_dir()
-    run = RunFolder(folder)
+    # makes it again where it has no name, where the cache was cleared, or on another machine.
+    absent = base is None and (not where or (Path(where).is_absolute() and not Path(where).is_dir()))
     labels = run.labels()
     if run.is_begun and (absent or labels is None):
         settings = read_run(folder, run_recipe_file=run_recipe_file)

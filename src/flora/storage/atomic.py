@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from flora.errors import UserError
 from flora.storage.replacing import Kind, check_replaceable
-from flora.storage.system import Lock, exchange, sync
+from flora.storage.system import CANNOT, Lock, exchange, sync
 
 PART = ".flora-part"
 LOCK, NEW, OLD = "lock", "new", "old"
@@ -82,6 +82,9 @@ def check_target(
             pass
 
         raise FileExistsError(f"{target} exists; choose another output or ask to overwrite it (--overwrite)")
+
+    if os.path.ismount(place):
+        raise UserError(f"{target} is the root of a file system, which cannot be replaced; give a folder in it")
 
     for source in sources:
         real = _real(Path(source))
@@ -165,6 +168,7 @@ def staged(
     sources: Sequence[str | Path] = (),
     also: Collection[str] = (),
     wait: bool = False,
+    keep_others: bool = False,
 ) -> Iterator[Path]:
     """A path to write a file or a folder to, which is put in the place of ``target`` when the block ends well.
 
@@ -178,6 +182,7 @@ def staged(
         sources: what is read, and must not be replaced.
         also: names that a folder may hold besides those of its kind.
         wait: waits for another process that writes the output, instead of raising.
+        keep_others: what a folder holds under other names than the new one stays in it.
 
     Raises:
         FileExistsError, UserError: as in :func:`check_target` and :func:`claim`.
@@ -196,6 +201,8 @@ def staged(
             yield new / target.name
 
             sync(new, mode=new.stat().st_mode)
+            if keep_others and place.target.is_dir():
+                _link_others(place.target, new / target.name)
             put(new / target.name, place)
             _remove(new)
     except OSError as error:
@@ -231,6 +238,32 @@ def staged_files(folder: Path, last: str) -> Iterator[Path]:
         sync(folder, deep=False)
     finally:
         _remove(new)
+
+
+def _link_others(before: Path, new: Path) -> None:
+    """Gives a new folder what the one before it holds under other names: the same files, which take no more room."""
+    for path in before.iterdir():
+        twin = new / path.name
+
+        if os.path.lexists(twin):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, twin, symlinks=True, copy_function=_link)
+        else:
+            _link(path, twin)
+
+    sync(new, deep=False)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """A second name for a file, or a copy where the file system has no such thing."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in {*CANNOT, errno.EPERM, errno.EMLINK}:
+            raise
+
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def put(source: Path, place: Claim) -> None:
