@@ -307,7 +307,7 @@ def recipes(args: argparse.Namespace) -> int:
     from flora.recipes import config_names, config_path
     from flora.report.recipe_list import recipe_table
     from flora.runs.recipe_keys import task_keys
-    from flora.storage.atomic import write_text
+    from flora.storage.atomic import check_target, write_text
 
     if args.action == "list":
         print(recipe_table())
@@ -324,9 +324,7 @@ def recipes(args: argparse.Namespace) -> int:
         raise UserError(f"no config {args.name!r} is packaged{nearest(args.name, names)}; there are {', '.join(names)}")
 
     target = Path(f"{args.name}.yaml")
-    if target.exists() and not args.overwrite:
-        raise UserError(f"{target} already exists; --overwrite replaces it")
-
+    check_target(target, overwrite=args.overwrite)
     write_text(target, config_path(args.name).read_text(encoding="utf-8"))
     print(f"written to {target}; edit it, then: flora train {target}")
 

@@ -216,7 +216,10 @@ def test_recipes_are_listed_and_copied(
     assert run(capsys, "recipes", "copy", "digits")[0] == 0
     assert Path("digits.yaml").read_text() == (CONFIGS / "digits.yaml").read_text()
     Path("digits.yaml").write_text("edited")
-    assert "digits.yaml already exists; --overwrite replaces it" in run(capsys, "recipes", "copy", "digits")[2]
+    assert (
+        "digits.yaml exists; choose another output or ask to overwrite it (--overwrite)"
+        in run(capsys, "recipes", "copy", "digits")[2]
+    )
     assert Path("digits.yaml").read_text() == "edited"
     assert run(capsys, "recipes", "copy", "digits", "--overwrite")[0] == 0
     assert Path("digits.yaml").read_text() == (CONFIGS / "digits.yaml").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -62,6 +63,40 @@ def test_a_failure_changes_nothing(old: Path, way: str) -> None:
         fails(old.parent / "deep" / "er" / "out")
     assert text_of(old) == "old"
     assert [path.name for path in old.parent.iterdir()] == ["out"], "folders that were made for it go too"
+
+
+def test_what_else_a_folder_holds_can_stay(old: Path, way: str) -> None:
+    (old / "deep").mkdir()
+    (old / "deep" / "notes.txt").write_text("mine")
+    (old / "notes.txt").write_text("mine")
+    (old / "notes.txt").chmod(0o640)
+    (old / "link").symlink_to("absent")
+
+    with staged(old, overwrite=True, keep_others=True) as new:
+        write_adapter(new)
+
+    assert text_of(old) == "new"
+    assert (old / "deep" / "notes.txt").read_text() == (old / "notes.txt").read_text() == "mine"
+    assert (old / "notes.txt").stat().st_mode & 0o777 == 0o640
+    assert (old / "link").readlink() == Path("absent")
+    assert [path.name for path in old.parent.iterdir()] == ["out"]
+
+
+def test_what_stays_is_copied_where_a_file_has_one_name(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    (old / "notes.txt").write_text("mine")
+    monkeypatch.setattr(os, "link", refused)
+    with staged(old, overwrite=True, keep_others=True) as new:
+        write_adapter(new)
+    assert (text_of(old), (old / "notes.txt").read_text()) == ("new", "mine")
+
+
+def test_the_root_of_a_file_system_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path)
+    with pytest.raises(UserError, match="is the root of a file system, which cannot be replaced; give a folder in it"):
+        check_target(tmp_path, overwrite=True)
 
 
 def test_what_a_kill_between_two_renames_moved_aside_comes_back(old: Path) -> None:

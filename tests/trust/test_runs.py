@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flora.comparison.compare import compare
+from flora.comparison.compare import Bench, compare
+from flora.comparison.trial import Run
 from flora.errors import UserError
 from flora.runs import run_folder
 from flora.runs.run_folder import RunFolder, claim_run, partial_of, take_place
@@ -141,3 +142,62 @@ def test_a_folder_that_is_no_comparison(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a comparison of flora"):
         compare(read("digits-tiny", [f"output={tmp_path / 'out'}"]), ["frozen"], [0])
     assert [path.name for path in (tmp_path / "out-compare").iterdir()] == ["thesis.txt"]
+
+
+def write_comparison(folder: Path) -> None:
+    """A comparison with a result, its report and the adapter that it kept."""
+    (folder / "runs").mkdir(parents=True)
+    (folder / "runs" / "flora.json").write_text('{"identity": {}}')
+    (folder / "compare.json").write_text("{}")
+    write_run(folder / "flora", "kept")
+
+
+def compare_again(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to where the first run would begin."""
+    settings = read("digits-tiny", [f"output={out}", "compare.budgets=[60]"])
+    monkeypatch.setattr("flora.comparison.compare._compare", lambda *args: {})
+    compare(settings, ["frozen"], [0], overwrite=True)
+
+
+def test_a_comparison_that_is_overwritten_keeps_what_is_not_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "out-compare"
+    write_comparison(folder)
+    (folder / "runs" / "thesis.json").write_text('["years of work"]')
+    (folder / "runs" / "thesis.txt").write_text("years of work")
+    (folder / "thesis.txt").write_text("years of work")
+
+    compare_again(tmp_path / "out", monkeypatch)
+    left = {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    assert left == {"runs", "runs/thesis.json", "runs/thesis.txt", "thesis.txt"}
+
+
+@pytest.mark.parametrize("name", ["flora/thesis.txt", "flora/config.yaml"])
+def test_a_comparison_whose_adapter_is_not_its_own_alone(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "out-compare"
+    write_comparison(folder)
+    if name == "flora/thesis.txt":
+        (folder / name).write_text("years of work")
+    else:
+        (folder / name).unlink()
+    before = sorted(tmp_path.rglob("*"))
+
+    with pytest.raises(UserError, match="flora (holds 'thesis.txt', which is not part of|exists and is not) a run"):
+        compare_again(tmp_path / "out", monkeypatch)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_adapter_that_cannot_be_kept_is_told_before_it_is_trained(tmp_path: Path) -> None:
+    folder = tmp_path / "out-compare"
+    (folder / "runs").mkdir(parents=True)
+    (folder / "flora").mkdir()
+    (folder / "flora" / "thesis.txt").write_text("years of work")
+
+    settings = read("digits-tiny", [f"output={tmp_path / 'out'}"])
+    bench = Bench(settings, settings.load_recipe(), folder, tmp_path, kept=60)
+    with pytest.raises(UserError, match="holds 'thesis.txt', which is not part of a run"):
+        bench.result(Run("flora", 60, 0.01, settings.seed, final=True))
+    assert [path.name for path in (folder / "runs").iterdir()] == []
