@@ -362,7 +362,7 @@ def main(argv: list[str] | None = None) -> int:
     if not sys.stderr.isatty():
         quiet_bars()
 
-    # PEFT reads an attribute that transformers has renamed. The user of the command can do nothing about that.
+    # PEFT reads an attribute that transformers has renamed; users of the command cannot change that.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
     try:
@@ -385,7 +385,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _refused(error: OSError) -> int:
-    """What the system refuses; where that is the printing itself, what is left of it goes nowhere."""
+    """Reports an error of the system; if printing itself failed, the rest of the output is discarded."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -401,9 +401,9 @@ def _refused(error: OSError) -> int:
 def prepare_streams() -> None:
     """Makes everything printable: in any encoding, and where a stream is closed.
 
-    A file that is opened while a standard stream is closed gets its number, and then what is printed.
+    A file opened while a standard stream is closed would get that stream's number, and everything printed.
     """
-    # Where there is no such device, nothing can be done about it.
+    # There may be no such device.
     with suppress(OSError):
         nowhere = os.open(os.devnull, os.O_RDWR)
         while nowhere <= 2:
@@ -419,7 +419,7 @@ def prepare_streams() -> None:
 
 
 def _fail(message: str, code: int = 2) -> int:
-    # Names in files that somebody sent could otherwise move the cursor, or clear the screen.
+    # A name in a file that somebody sent could otherwise move the cursor or clear the screen.
     shown = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in " ".join(message.split()))
     print(f"flora: error: {shown}", file=sys.stderr)
     return code

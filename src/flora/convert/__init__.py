@@ -46,7 +46,7 @@ def detect(path: str | Path) -> str:
     path = check_exists(Path(path), "adapter")
     _check_kind(path)
 
-    # Dense files are told by their metadata, so they come before the formats that are told by key names.
+    # Dense files are recognised by their metadata, so they come before the formats that are recognised by key names.
     for name in ("flora", "lora", "dense", "official", "kohya"):
         if FORMATS[name].detect(path):
             return name

@@ -127,7 +127,7 @@ def meta_model(source: str) -> nn.Module:
     """
     from transformers import AutoModel
 
-    # Whatever transformers raises here, it is of a config that it did not write or cannot build.
+    # Anything that transformers raises here is about a config that it did not write or cannot build.
     try:
         config = _transformers_config(source)
     except Exception as error:
@@ -213,7 +213,7 @@ def stored_class(settings: Mapping[str, Any]) -> Any:
 
 
 def _architectures(settings: Mapping[str, Any]) -> list[str]:
-    """The names of classes in the ``config.json`` of a model; whatever else somebody wrote there is passed over."""
+    """The names of classes in the ``config.json`` of a model; anything else there is ignored."""
     given = settings.get("architectures")
     if not isinstance(given, list | tuple):
         return []

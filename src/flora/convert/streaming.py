@@ -270,7 +270,7 @@ class _Plan:
         return old
 
     def _merged(self, name: str) -> dict[str, Tensor]:
-        """The entries of a merged weight; kept until another weight is asked for, as they follow each other."""
+        """The entries of a merged weight; kept until the next weight, since entries of one weight follow each other."""
         if self._latest[0] != name:
             # The one before goes first.
             self._latest = ("", {})
@@ -317,7 +317,7 @@ def _copy_companions(source: Checkpoint, work: Path) -> None:
 def files_inside(folder: Path, paths: Iterable[Path]) -> list[Path]:
     """The files among the paths that are in the folder for real: a link out of it is passed over with a warning.
 
-    Whoever made a model or an adapter could otherwise have a file of the reader's copied into what they publish. The
+    Otherwise the author of a model or an adapter could have a private file copied into what its reader publishes. The
     cache of the Hugging Face hub keeps its files beside its snapshots and links to them, which is allowed.
     """
     homes = [folder.resolve()]

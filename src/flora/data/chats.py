@@ -41,7 +41,7 @@ class Record(NamedTuple):
 
 
 def prompt_of(instruction: str, given: str) -> str:
-    """What the model is asked in the frame of Alpaca, up to where its answer starts."""
+    """The prompt in the frame of Alpaca, up to where the answer starts."""
     if given:
         lead = f"### Input:\n{given}\n\n"
     else:
@@ -142,7 +142,7 @@ def _of_sharegpt(turns: Any) -> list[dict[str, Any]]:
 
 
 def chat_template(kind: str, bos: str, eos: str) -> str:
-    """The chat template of a model that learnt records without messages, so that others ask it as it was taught.
+    """The chat template of a model that learnt records without messages, so that others prompt it as it was trained.
 
     Args:
         kind: Of the records: instruction, completion or text.

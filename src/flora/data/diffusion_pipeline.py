@@ -102,13 +102,13 @@ def _assemble(where: str, family: Family, network: Any) -> Any:
 
 
 def encode_prompts(where: str, family: Family, prompts: Iterable[str], resolution: int) -> dict[str, dict[str, Any]]:
-    """What the network is told beside the picture, for each prompt; the text encoders stay as they are.
+    """What else the network gets with the picture, for each prompt; the text encoders stay as they are.
 
     Args:
         where: The pipeline.
         family: Its kind.
         prompts: Each is encoded once.
-        resolution: Of the pictures, which Stable Diffusion XL is told.
+        resolution: Of the pictures; Stable Diffusion XL takes it as an input.
 
     Returns:
         Prompt -> keyword arguments of the network, without a dimension for the batch.
@@ -165,7 +165,7 @@ class Noisy(NamedTuple):
 
     Attributes:
         picture: shape (1, channels, height, width).
-        time: As the network is told it, shape (1,).
+        time: As the network takes it, shape (1,).
         target: What the network is to predict, shape (1, channels, height, width).
     """
 

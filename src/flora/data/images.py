@@ -1,4 +1,4 @@
-"""Images of a data set: files of a folder, or in the rows of a hub data set, decoded when they are asked for."""
+"""Images of a data set: files of a folder, or in the rows of a hub data set, decoded on demand."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ Prepare = Callable[[Any, "random.Random | None"], dict[str, Any]]
 
 
 class Prepared(Dataset[dict[str, Any]]):
-    """Examples, each prepared for the model when it is asked for.
+    """Examples, each prepared for the model on demand.
 
     What is random about a sample depends on seed, epoch and index alone: a run that is resumed draws what the whole
     one would have drawn, with any number of workers and processes.

@@ -286,7 +286,7 @@ def load_pretrained(kind: Any, where: str, **options: Any) -> Any:
         FileNotFoundError: there is nothing of this kind; says why.
     """
     try:
-        # A download has a bar.
+        # Only a download shows a progress bar.
         with hidden_bars() if Path(where).is_dir() else nullcontext():
             return kind.from_pretrained(where, **options)
     except (OSError, ValueError) as error:

@@ -64,7 +64,7 @@ def read_file(path: Path) -> MetaTensor:
     """
     try:
         found = cast("Any", nibabel).load(regular(path))
-        # Told by the header, before anything is allocated.
+        # The header says this before anything is allocated.
         if math.prod(found.shape) > MOST_VOXELS:
             raise UserError(f"{path.name} claims the size {found.shape}, more than can be read")
         voxels = np.asanyarray(found.dataobj)

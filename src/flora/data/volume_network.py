@@ -1,4 +1,4 @@
-"""``VolumeNetwork``: any segmentation network of MONAI as a model of transformers, told by its name and arguments.
+"""``VolumeNetwork``: any segmentation network of MONAI as a model of transformers, given by its name and arguments.
 
 The name is looked up among the classes of ``monai.networks.nets`` and nowhere else, and the arguments are plain values,
 so that a config which somebody sent cannot name code to run.

@@ -97,7 +97,7 @@ def read_sound(clip: Clip, rate: int) -> np.ndarray:
         with soundfile.SoundFile(clip.open()) as sound:
             own = sound.samplerate
 
-            # Told by the header, before anything is allocated.
+            # The header says this before anything is allocated.
             if not 0 < own <= MOST_RATE or sound.frames * max(sound.channels, rate / own) > MOST_SAMPLES:
                 raise UserError(f"claims {sound.frames} samples at {own} Hz, more than can be read")
 

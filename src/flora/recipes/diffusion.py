@@ -118,7 +118,7 @@ class Noised(Dataset[dict[str, Any]]):
 
     Args:
         latents: shape (pictures, channels, height, width).
-        told: What the network is told beside each picture, such as the embedding of its caption.
+        told: What else the network gets with each picture, such as the embedding of its caption.
         family: Of the pipeline.
         scheduler: Of the noise.
         draws: Of noise for each picture.

@@ -78,7 +78,7 @@ class Task:
 
 @cache
 def _source() -> Any:
-    """The data set; reading it takes longer than all that is done with it."""
+    """The data set, read once: reading takes longer than all that follows."""
     return load_digits()
 
 

@@ -143,7 +143,7 @@ def generated(model: Any, tokenizer: Any, inputs: dict[str, Any], longest: int =
 
 
 LONGEST_SHOWN = 64  # tokens of an answer on the page of a run
-BEGINNING = 32  # tokens of a text that the model is shown to go on with
+BEGINNING = 32  # tokens of a text that the model is given to continue
 
 
 def findings(tested: Tested) -> Findings:

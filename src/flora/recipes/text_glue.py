@@ -106,7 +106,7 @@ class Task:
 
 
 class Examples(Dataset[dict[str, Any]]):
-    """Token ids of texts or pairs with their label, as the model takes them; tokenized when asked for."""
+    """Token ids of texts or pairs with their label, as the model takes them; tokenized on demand."""
 
     def __init__(self, rows: list[tuple[list[str], float]], tokenizer: Any, max_length: int) -> None:
         self.rows, self.tokenizer, self.max_length = rows, tokenizer, max_length

@@ -1,6 +1,6 @@
 """Image classification: any such model of transformers, on folders of images or a data set of the hub.
 
-The head is made anew for the classes of the data; list it in ``adapter.modules_to_save``.
+The model gets a new head for the classes of the data; list it in ``adapter.modules_to_save``.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from flora.report.page import Chart
 
 INK = "#010203"  # stands for the colour of the text around a chart
 SIZE = (5.2, 3.4)  # inches of a chart; the page scales it
-WIDTH = 80  # letters of a legend that stand beside each other under a chart
+WIDTH = 80  # characters of a legend that fit side by side under a chart
 STYLE: Any = {
     "axes.edgecolor": INK,
     "axes.facecolor": "none",

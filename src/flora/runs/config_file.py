@@ -36,7 +36,7 @@ SPOKEN = {  # what people call a setting -> its name
     "warmup_ratio": "warmup_steps",
     "workers": "dataloader_num_workers",
 }
-MOST_VALUES = 100_000  # a config of a few hundred characters can repeat its parts into billions
+MOST_VALUES = 100_000  # a YAML file of a few hundred characters can expand to billions of values
 
 
 class Item(NamedTuple):

@@ -123,7 +123,7 @@ def _other_size(then: int | None, dataset: Any, split: str) -> Iterator[str]:
 
 
 def _not_saved(folder: Path, recipe: Recipe, settings: Settings) -> Iterator[str]:
-    """What of the model is not in the folder, so that it is another one each time it is loaded."""
+    """The parts of the model that are not in the folder, so that they differ each time it is loaded."""
     if read_adapter_config(folder).get("freeze_batch_norm") is False:
         yield (
             "adapter.freeze_batch_norm is false, so the statistics of batch norms moved in training, and no adapter "

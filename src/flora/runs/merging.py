@@ -144,7 +144,7 @@ def merge(
 
 
 def _check_request(adapters: Path | Sequence[Path], weights: Sequence[float] | None) -> list[_Source]:
-    """The adapters, each checked to be there: below, no path is asked again."""
+    """The adapters, each checked to exist; no path is checked again below."""
     paths = [adapters] if isinstance(adapters, Path) else list(adapters)
 
     numbers = [1.0] * len(paths) if weights is None else list(weights)
@@ -269,7 +269,7 @@ def _compare_models(
 ) -> dict[str, Any]:
     """``difference`` and ``magnitude`` of the outputs of the two models, or the ``reason`` why they were not compared.
 
-    The unmerged model is PEFT's own, from the adapter's files, so that nothing of what merged is asked again.
+    The unmerged model is PEFT's own, from the adapter's files, so that the merging code does not judge itself.
 
     Raises:
         UserError: the outputs differ by more than rounding.

@@ -28,7 +28,7 @@ def install_hint(module: str, config: str = "") -> str:
     """What to do about a module that cannot be imported.
 
     Args:
-        module: The name that the import asked for, such as ``"trl"`` or ``"PIL.Image"``.
+        module: The name that was imported, such as ``"trl"`` or ``"PIL.Image"``.
         config: The config that is being run, if any; its field decides where several extras bring the module.
 
     Returns:

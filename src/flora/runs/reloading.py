@@ -28,7 +28,7 @@ def read_run(folder: Path, overrides: Iterable[str] = (), *, run_recipe_file: bo
         folder: that ``train`` wrote.
         overrides: ``key=value`` items that replace what the folder says.
         run_recipe_file: runs the Python file that the folder names as its recipe. A folder that somebody sent can name
-            any file, so this is only for one's own; packaged recipes go by name and need no such word.
+            any file, so this is only for your own; packaged recipes are found by name and do not need it.
 
     Raises:
         FileNotFoundError: the folder has no ``config.yaml``.
@@ -112,7 +112,7 @@ def load_base(folder: Path, base: str | None = None, *, run_recipe_file: bool = 
     head = head_options(labels) if labels is not None else {}
 
     try:
-        # A download has a bar.
+        # Only a download shows a progress bar.
         with hidden_bars() if Path(where).is_dir() else nullcontext():
             return cast("PreTrainedModel", adapted_class(config, folder).from_pretrained(where, **head))
     except OSError as error:

@@ -11,7 +11,7 @@ from flora.runs.settings import Settings, read
 
 LENGTH = ("num_train_epochs", "max_steps")
 # Settings of the Trainer that do not change what is learnt. Others would be ignored, since optimiser and schedule come
-# from the checkpoint, or would make one run of two.
+# from the checkpoint, or would mix two runs.
 FREE = (
     *LENGTH,
     "disable_tqdm",

@@ -47,7 +47,7 @@ TENSOR_FILES = (".safetensors", ".pt", ".pth")
 CHECKPOINT_FILES = ("optimizer.pt", "scheduler.pt", STATE)
 REPLACED = "replaced"  # in the folder of a claim: which folder is the old run, while the new one takes its place
 
-# A tokenizer or processor is saved under names of its own.
+# The names under which a tokenizer or processor is saved.
 PROCESSOR = (
     "*token*", "*vocab*", "merges.txt", "normalizer.json", "*.model", "*processor_config.json", "chat_template*",
 )  # fmt: skip
@@ -185,7 +185,7 @@ def choose_folder(output: Path, *, resume: bool, overwrite: bool) -> RunFolder:
 
     Args:
         output: where its result goes.
-        resume: the run goes on with one that was cut short.
+        resume: the run continues one that was interrupted.
         overwrite: the run replaces what is there.
 
     Raises:

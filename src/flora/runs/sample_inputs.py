@@ -65,7 +65,7 @@ def _inputs(name: str | None, config: Any, random: torch.Generator) -> dict[str,
             "timestep": torch.tensor([1.0, 500.0]),
             "encoder_hidden_states": torch.randn(2, 7, config.cross_attention_dim, generator=random),
         }
-        # That of Stable Diffusion XL is told the pooled prompt and six sizes too.
+        # Stable Diffusion XL also takes the pooled prompt and six sizes.
         if getattr(config, "addition_embed_type", None) == "text_time":
             width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
             pooled = torch.randn(2, width, generator=random)

@@ -175,7 +175,7 @@ def _output(given: Config, path: Path) -> Path:
         raise UserError(f"output is {text!r}, expected the path of a folder")
 
     output = Path(text).expanduser() if text.startswith("~/") else Path(text)
-    # A run that replaces another works beside it, under a name that is made of its own.
+    # A run that replaces another works beside it, under a name derived from the output's.
     if output.name in ("", ".."):
         output = output.resolve()
     if not output.name:

@@ -126,7 +126,7 @@ class TellEpoch(TrainerCallback):
 
 
 class KeepCheckpoints(TrainerCallback):
-    """Waits until a checkpoint is on the disk, so that a power cut leaves at least that."""
+    """Waits until a checkpoint is on the disk, so that a power cut loses nothing before it."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """After the Trainer has written one."""
@@ -184,7 +184,7 @@ def train(settings: Settings, *, resume: bool = False, overwrite: bool = False) 
 
     Args:
         settings: of the run.
-        resume: go on from the last complete checkpoint of a run that was cut short.
+        resume: continue from the last complete checkpoint of an interrupted run.
         overwrite: replace a run that is in the output folder.
 
     Returns:
@@ -208,7 +208,7 @@ def train(settings: Settings, *, resume: bool = False, overwrite: bool = False) 
             if is_done(run, settings):
                 return _result(run, place)
 
-        # What is not given cannot be wrong: the settings are looked at before anything is loaded.
+        # The settings are checked before anything is loaded.
         arguments = training_arguments(settings, run.path)
 
         checkpoint = run.last_checkpoint() if resume else None
@@ -234,7 +234,7 @@ def _train(
     recipe = settings.load_recipe()
     set_seed(settings.seed)
 
-    # What is cached is made once.
+    # One process fills the cache, the others read it.
     with arguments.main_process_first(local=False, desc="data and base model"):
         data = recipe.load_data(settings.task, settings.seed)
         base = recipe.load_base(settings.task)

@@ -44,7 +44,7 @@ def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
 
 
 def kronecker(parts: Sequence[Tensor | None], ranks: Sequence[int]) -> Tensor | None:
-    """The Kronecker product of the factors of several modes, which is their factor when they are seen as one.
+    """The Kronecker product of the factors of several modes, which is their factor when they are treated as one.
 
     Args:
         parts: matrices ``(In, Jn)``, None for the identity.

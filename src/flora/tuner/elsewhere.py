@@ -62,7 +62,7 @@ def guard_saving(model: nn.Module) -> None:
 def _save_lora_adapter(
     model: Any, save_directory: Any, adapter_name: str = "default", *args: Any, **kwargs: Any
 ) -> None:
-    """What a diffusers model has in the place of its own method; adapters of other kinds go to that one."""
+    """Replaces the method of a diffusers model, which still handles adapters of other kinds."""
     configs: Mapping[str, Any] = getattr(model, "peft_config", {})
     config = configs.get(adapter_name)
 

@@ -27,7 +27,7 @@ def straight_output(layer: AdaptedLayer, x: Any) -> Any:
 
     The usual case is one active adapter, on a layer whose row has a fused function, called with one tensor of a shape
     that was met before. On a GPU small layers take as long as the host takes to launch them, so everything here is
-    looked up once and past ``nn.Module.__getattr__``. What may have changed since the last call is looked at anew.
+    looked up once and past ``nn.Module.__getattr__``. What may have changed since the last call is checked again.
     """
     if type(x) is not Tensor or torch.compiler.is_compiling():
         return None
@@ -96,7 +96,7 @@ def choice_for(layer: AdaptedLayer, active: list[str], x: Any) -> Choice:
     if torch.compiler.is_compiling():
         return _choose(layer, active, _work(layer, active, x, compiled=True))
 
-    # Everything that the choice depends on is the key of the layer's memory of choices. Asking anew at each forward
+    # Everything that the choice depends on is the key of the layer's memory of choices. Deciding again at each forward
     # would cost more time than a small layer takes.
     base = layer.base_layer
     facts: tuple[Any, ...] = (x.shape, x.dtype, x.device, type(base), layer.training, readable(layer), *active)

@@ -88,8 +88,8 @@ def base_weight(layer: AdaptedLayer, weight: str) -> Tensor:
     """A weight of the base layer; of a quantised one, what it stands for."""
     if layer.quantization_backend is not None:
         if layer.quantization_backend.backend_name == "bnb 4bit":
-            # For inference on a CPU bitsandbytes lays the weight out anew, and PEFT would read it wrongly; asking
-            # for the state dict puts it back.
+            # For inference on a CPU bitsandbytes changes the layout of the weight, and PEFT would read it wrongly.
+            # Reading the state dict changes it back.
             layer.get_base_layer().state_dict()
 
         return layer.get_base_weight()
@@ -149,7 +149,7 @@ def _at_rest(parametrizations: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def _write_through(owner: nn.Module, leaf: str, value: Tensor) -> bool:
-    """Writes a weight by the right inverse; where that does not give the weight back, leaves all as it was: False."""
+    """Writes a weight by the right inverse; returns False, and changes nothing, where that is not exact."""
     # Assigning to a parametrized weight calls the right inverse, which changes the tensors that the weight is made
     # from. Whether they give the weight back shows only when it is read again, so the old tensors are kept until then.
     lists = _parametrization(owner, leaf)

@@ -49,7 +49,7 @@ class FloraModel(BaseTuner):
     tuner_layer_cls = FloraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
-    # What the config of the adapter that is being injected means, from the check of its targets until the last of them
+    # The resolved config of the adapter that is being injected; set from the check of its targets until the last one
     # has its layer.
     _resolution: Resolution | None = None
     _injecting: Injecting | None = None
@@ -416,7 +416,7 @@ class FloraModel(BaseTuner):
     def __getattr__(self, name: str) -> Any:
         """PEFT's own: what the tuner lacks is the model's.
 
-        Saving asks the model for its embeddings, and speech models have none to give; that must not end it.
+        Saving reads the embeddings of the model; speech models have none, which must not stop the save.
         """
         found = super().__getattr__(name)
         if name in ("get_input_embeddings", "get_output_embeddings"):

@@ -75,7 +75,7 @@ def attribute(layer: AdaptedLayer, name: str) -> Any:
     A weight is read as ``W + s dW``. A method or property that the base layer's own class defines may read a weight
     too, so it runs on a shell with those weights.
     """
-    # What is asked for may be a weight, a module with a weight inside (``out_proj``), or code of the base layer's class
+    # The attribute may be a weight, a module with a weight inside (``out_proj``), or code of the base layer's class
     # that reads a weight. Only what torch wrote itself is known not to read one.
     base = layer.base_layer
     weights = _weights_of(layer)

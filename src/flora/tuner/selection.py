@@ -13,7 +13,7 @@ from flora.layers.patterns import Expression, exact_name, exact_pattern
 PARAMETRIZATIONS = "parametrizations"  # where a module of torch keeps those of its weights
 CONDENSED_FROM = 20  # names from which a list is shortened to ends of names
 
-# The first number in a name that is a part of its own is the index of the layer; two parts stand before it.
+# The index of a layer is the first part of a name that is a number and has at least two parts before it.
 _INDEX = Expression(r".*?\.[^.]*\.(?P<index>\d+)\.", "layers_to_transform")
 
 
@@ -57,7 +57,7 @@ class Names:
 
 
 class Selection:
-    """The modules that a config targets, for as many names as one likes: each is looked up, none searched for.
+    """The modules that a config targets. Each name is looked up, none is searched for, so a config may list many.
 
     Args:
         config: ``target_modules``, ``target_parameters``, ``exclude_modules``, ``modules_to_save``,

@@ -109,7 +109,7 @@ def extract(
         budget: instead, parameters to spend over all layers, where they lower the total error most.
         kernel_r: with ``rank``, the rank of the kernel modes; None keeps them whole.
         carry: takes along, whole, the biases, norms and new tensors that differ.
-        work: a folder for finished layers: an extraction that was cut short goes on from there. It stays; remove it
+        work: a folder for finished layers: an interrupted extraction continues from there. It stays; remove it
             when the adapter is saved.
         progress: shows a progress bar.
 

@@ -46,7 +46,7 @@ def extract_to(base: str | Path, tuned: str | Path, out: Path, *, overwrite: boo
 
         try:
             found = extract(base, tuned, work=layers, **options)
-        except UserError:  # of the request or the models: there is nothing to go on with
+        except UserError:  # of the request or the models: there is nothing to continue
             if not resumed:
                 shutil.rmtree(layers, ignore_errors=True)
 
