@@ -21,8 +21,8 @@ from flora.data.volume_files import (
     Pair,
     Reading,
     Volumes,
+    normalised,
     read_file,
-    read_image,
     read_pair,
     resampled,
     turned,
@@ -238,7 +238,7 @@ def test_a_bundle(tmp_path: Path) -> None:
 
 def test_intensities_between_two_values(tmp_path: Path) -> None:
     path = write(tmp_path / "scan.nii", np.array([[[-300, -100, 0, 100, 900]]], np.int16))
-    found = read_image(path, Reading(1, 2, intensity=[-100, 100]))
+    found = normalised(read_file(path), Reading(1, 2, intensity=[-100, 100]))
     torch.testing.assert_close(found.flatten(), torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]))
 
 
@@ -326,9 +326,9 @@ def test_trained_measured_predicted_and_merged(tmp_path: Path, monkeypatch: pyte
     model = VolumeNetwork.from_pretrained(tmp_path / "merged").eval()
     reading = Reading(1, 3, spacing=[1.5, 1.5, 1.5])
     upright = turned(read_file(scan), reading)
-    with torch.no_grad():
-        logits = model(read_image(scan, reading)[None]).logits[0]
     grid = resampled(upright, reading)
+    with torch.no_grad():
+        logits = model(normalised(grid, reading)[None]).logits[0]
     write_classes(logits, upright, grid, scan, tmp_path / "again.nii.gz")
     first, second = (np.asanyarray(nibabel.load(path).dataobj) for path in (result["file"], tmp_path / "again.nii.gz"))
     assert (first == second).mean() > 0.999

@@ -20,8 +20,7 @@ from PIL import Image
 from flora.data.coco import read_coco
 from flora.data.images import read_image
 from flora.data.records import Item, check_image, json_entries, regular, sift, table_rows, text_of
-from flora.data.volume_files import Pair, Reading, read_file, read_pair
-from flora.data.volume_files import read_image as read_volume
+from flora.data.volume_files import Pair, Reading, read_file, read_pair, resampled
 from flora.errors import UserError
 from flora.recipes.audio_classify import Clip, read_sound
 from flora.recipes.diffusion import read_picture
@@ -57,7 +56,7 @@ def test_voxels_as_wide_as_a_kilometre(tmp_path: Path) -> None:
     path = tmp_path / "wide.nii.gz"
     nibabel.save(nibabel.Nifti1Image(np.ones((5, 4, 3), np.uint8), np.diag([1e6, 1e6, 1e6, 1])), path)
     with pytest.raises(UserError, match="it would have 5000000 x 4000000 x 3000000 voxels, too many to hold in memory"):
-        read_volume(path, Reading(num_channels=1, classes=2, spacing=[1, 1, 1]))
+        resampled(read_file(path), Reading(num_channels=1, classes=2, spacing=[1, 1, 1]))
 
 
 def test_bad_volumes_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

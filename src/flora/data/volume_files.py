@@ -130,11 +130,6 @@ def normalised(volume: Tensor, reading: Reading) -> Tensor:
     return (values - mean) / std.clamp_min(1e-6)
 
 
-def read_image(path: Path, reading: Reading) -> Tensor:
-    """The image as the network takes it, shape (channels, *size)."""
-    return normalised(resampled(turned(read_file(path), reading), reading), reading)
-
-
 def read_pair(pair: Pair, reading: Reading) -> tuple[Tensor, Tensor]:
     """The image and its labels, as the network takes them.
 

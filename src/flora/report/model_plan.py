@@ -41,16 +41,13 @@ class Row:
     mflops: float | None
 
 
-def model_plan(
-    model: str | nn.Module, adapter: dict[str, Any], *, positions: int = 4096, device: str | None = None
-) -> dict[str, Any]:
+def model_plan(model: str | nn.Module, adapter: dict[str, Any], *, positions: int = 4096) -> dict[str, Any]:
     """What FLoRA would adapt in a model.
 
     Args:
         model: a hub id, a local folder, the config of a transformers model as JSON or YAML, or a module.
         adapter: keyword arguments of ``FloraConfig``.
         positions: output positions per training step that the operations are counted for.
-        device: "cpu" or "gpu", that the ways are chosen for; by default what torch finds here.
 
     Returns:
         ``rows`` with their ``count``, ``left_out`` with reasons, and totals.
@@ -60,9 +57,9 @@ def model_plan(
     """
     config = FloraConfig(**adapter)
     if isinstance(model, nn.Module):
-        return plan_model(model, config, positions=positions, device=device).report
+        return plan_model(model, config, positions=positions).report
 
-    return _planned(meta_model(model), model, config, positions, device)
+    return _planned(meta_model(model), model, config, positions)
 
 
 def plan_model(model: nn.Module, config: FloraConfig, *, positions: int = 4096, device: str | None = None) -> ModelPlan:
@@ -101,10 +98,7 @@ def plan_model(model: nn.Module, config: FloraConfig, *, positions: int = 4096, 
     for tensor in [*model.parameters(), *model.buffers()]:
         meta = torch.empty_like(tensor, device="meta")
 
-        if isinstance(tensor, nn.Parameter):
-            memo[id(tensor)] = nn.Parameter(meta, tensor.requires_grad)
-        else:
-            memo[id(tensor)] = meta
+        memo[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
 
     base = copy.deepcopy(model, memo)
 
@@ -125,7 +119,9 @@ class ModelPlan:
         return plan_text(self.report)
 
 
-def _planned(base: nn.Module, name: str, config: FloraConfig, positions: int, device: str | None) -> dict[str, Any]:
+def _planned(
+    base: nn.Module, name: str, config: FloraConfig, positions: int, device: str | None = None
+) -> dict[str, Any]:
     """The report for a model that is on the meta device, which is adapted on the way."""
     total = sum(parameter.numel() for parameter in base.parameters())
 
