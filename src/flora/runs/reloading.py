@@ -91,7 +91,7 @@ def load_base(folder: Path, base: str | None = None, *, run_recipe_file: bool = 
         UserError: the folder does not say which class the base has.
     """
     config = read_adapter_config(folder)
-    where = base or config.get("base_model_name_or_path")
+    where: str = base or config.get("base_model_name_or_path") or ""
     run = RunFolder(folder)
     if not where and not run.is_begun:
         raise UserError(f"{folder / ADAPTER_CONFIG} names no base model; give it with --base")
