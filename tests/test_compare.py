@@ -95,7 +95,6 @@ GRIDS = {
     "at the upper end": ({"frozen": 0.02, "full": 0.05}, [0.01, 0.02, 0.04], [0.08]),
     "at both ends": ({"frozen": 0.02, "full": 0.003}, [0.01, 0.02], [0.003, 0.005, 0.04]),
     "beyond the last grid": ({"frozen": 9.0, "full": 9.0}, [0.01, 0.02], [0.04, 0.08]),
-    "one rate": ({"frozen": 9.0, "full": 9.0}, [0.01], []),
 }
 
 
@@ -122,6 +121,13 @@ def test_one_grid_for_all_goes_on_past_an_end_that_is_best(
             assert score == pytest.approx(0.05 - abs(math.log(rate / best[method])))
     assert {run.seed for run in ran} == {4, 5, 6}, "the first three seeds"
     assert len(ran) == 2 * 3 * len([*rates, *wider])
+
+
+def test_one_rate_is_not_searched_for(cache: None, tmp_path: Path) -> None:
+    settings = tiny(tmp_path / "run", "compare.learning_rates=[0.02]", "training.max_steps=1")
+    row = compare(settings, ["frozen"], [0])["rows"][0]
+    assert (row["learning_rate"], row["search"]) == (0.02, {})
+    assert [path.name for path in (folder_of(settings) / "runs").iterdir()] == ["final-frozen-lr0.02-seed0.json"]
 
 
 def test_only_adapters_are_merged(done: tuple[Settings, dict[str, Any]]) -> None:
@@ -453,6 +459,14 @@ def test_the_interval_is_students() -> None:
     assert found[1] == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-5)  # t of 2 degrees of freedom, 97.5 %
     assert against(ours, [ours, theirs]) is None
     assert against(row("lora", [0.7] * 3, budget=50), [ours]) is None
+
+
+def test_where_only_the_gradient_start_was_compared_it_is_held_against_the_others() -> None:
+    rows = [{**row("flora-gradient", [0.8, 0.9, 0.7]), "search": {}}, {**row("lora", [0.7, 0.7, 0.7]), "search": {}}]
+    assert against(rows[1], rows) is not None
+    assert against(rows[0], rows) is None
+    notes = comparison_notes({"rows": rows, "seeds": [0, 1, 2], "budgets": [100]})
+    assert "one learning rate for all, so that nothing was chosen" in notes[0]
 
 
 def test_losses_are_told() -> None:

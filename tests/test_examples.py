@@ -8,10 +8,18 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 
 from flora.data.samples import locate
+from flora.errors import UserError
+from flora.runs.merging import merge
+from flora.runs.settings import read
+from flora.runs.training import train
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 ADAPTER = "adapter_model.safetensors"
@@ -45,6 +53,43 @@ def test_every_example_is_listed_and_tested() -> None:
         assert f"`{name}.py`" in listed
         assert f'example("{name}")' in own
         assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= 75
+
+
+def test_the_spoken_digits_of_make_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small, read as 16 bits would be, parts without a recording in common, and the start of the training."""
+    monkeypatch.chdir(EXAMPLES.parent)
+    folder = EXAMPLES / "spoken_digits"
+    assert sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) < 3e6
+    settings = read(str(folder / "spoken_digits.yaml"))
+    recipe = settings.load_recipe()
+    data: Any = recipe.load_data(settings.task, 0)
+    sounds = [{row.numpy().tobytes() for row in part.sounds} for part in (data.train, data.validation, data.test)]
+    assert [len(part) for part in sounds] == [200, 300, 300]
+    assert not (sounds[0] & sounds[1] | sounds[0] & sounds[2] | sounds[1] & sounds[2])
+    assert data.train.sounds.abs().amax(1).numpy() == pytest.approx(0.5)
+    logits = recipe.load_base(settings.task)(data.test.sounds[:5]).logits
+    assert logits.shape == (5, 10)
+    assert torch.isfinite(logits).all()
+
+
+@pytest.mark.slow
+def test_spoken_digits_are_merged_by_their_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base has no name and no config: the recipe makes it again, and only where that is allowed."""
+    monkeypatch.chdir(EXAMPLES.parent)
+    run, out = tmp_path / "run", tmp_path / "merged"
+    quick = [f"output={run}", "training.max_steps=2", "training.disable_tqdm=true"]
+    settings = read("examples/spoken_digits/spoken_digits.yaml", quick)
+    train(settings)
+    with pytest.raises(UserError, match="--run-recipe-file"):
+        merge(run, out)
+    merge(run, out, run_recipe_file=True)
+    recipe = settings.load_recipe()
+    sounds = recipe.load_data(settings.task, 0).test.sounds[:5]  # type: ignore[attr-defined]
+    adapted = PeftModel.from_pretrained(recipe.load_base(settings.task), str(run)).eval()
+    merged = recipe.load_base(settings.task).eval()
+    merged.load_state_dict(load_file(out / "model.safetensors"))
+    assert torch.allclose(merged(sounds).logits, adapted(sounds).logits, atol=1e-5)
+    assert not torch.allclose(merged(sounds).logits, recipe.load_base(settings.task).eval()(sounds).logits, atol=1e-3)
 
 
 @pytest.mark.slow

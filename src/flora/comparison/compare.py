@@ -1,8 +1,8 @@
 """``compare``: one task, several methods and seeds, adapters at matched trainable parameters.
 
-Each method's learning rate is chosen by its mean validation score over the first three seeds. As long as a method
-chooses a rate at an edge of the grid, the grid is extended for all methods. Only the final runs use the test set. Every
-run is written when it ends and found again, so an interrupted comparison continues where it stopped.
+Each method's learning rate is chosen by its mean validation score over the first three seeds, unless only one is given.
+As long as a method chooses a rate at an edge of the grid, the grid is extended for all methods. Only the final runs use
+the test set. Every run is written when it ends and found again: an interrupted comparison continues where it stopped.
 """
 
 from __future__ import annotations
@@ -262,7 +262,7 @@ def _compare(bench: Bench, methods: Sequence[str], seeds: Sequence[int], budgets
         rows = []
         for method, budget in places:
             search = found[method, budget]
-            best = max(search, key=search.__getitem__)
+            best = max(search, key=search.__getitem__, default=settings.comparison.learning_rates[0])
             finals = [_tell(bench, Run(method, budget, best, seed, final=True), bar) for seed in seeds]
             named = {"method": method, "title": METHODS[method].title, "budget": budget}
             rows.append({**named, **_row(recipe.METRIC, search, best, finals)})
@@ -286,10 +286,16 @@ def _compare(bench: Bench, methods: Sequence[str], seeds: Sequence[int], budgets
 def _search(
     bench: Bench, places: Sequence[Place], seeds: Sequence[int], bar: tqdm[Any]
 ) -> dict[Place, dict[float, float]]:
-    """The mean of validation over the first seeds, for every method and each learning rate of one grid for all."""
+    """The mean of validation over the first seeds, for every method and each learning rate of one grid for all.
+
+    Nothing where there is one rate, as there is nothing to choose then.
+    """
     rates = sorted(bench.settings.comparison.learning_rates)
     scores: dict[Place, dict[float, float]] = {place: {} for place in places}
-    for _ in range(1 + (EXTENSIONS if len(rates) > 1 else 0)):
+    if len(rates) == 1:
+        return scores
+
+    for _ in range(1 + EXTENSIONS):
         for (method, budget), known in scores.items():
             for rate in rates:
                 if rate not in known:
@@ -299,12 +305,11 @@ def _search(
             scores[method, budget] = dict(sorted(known.items()))
 
         chosen = {max(known, key=known.__getitem__) for known in scores.values() if max(known.values()) > -math.inf}
-        if rates[0] in chosen and len(rates) > 1:
-            wider = [rates[0] ** 2 / rates[1]]
-        else:
-            wider = []
-
-        wider += [rates[-1] ** 2 / rates[-2]] if rates[-1] in chosen and len(rates) > 1 else []
+        wider = []
+        if rates[0] in chosen:
+            wider.append(rates[0] ** 2 / rates[1])
+        if rates[-1] in chosen:
+            wider.append(rates[-1] ** 2 / rates[-2])
 
         if not wider:
             break

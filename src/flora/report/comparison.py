@@ -15,6 +15,7 @@ from flora.storage.size import size
 
 Row = Mapping[str, Any]
 CONFIDENCE = 0.95
+OURS = ("flora", "flora-gradient")  # the first of them that was compared is held against the other methods
 
 
 def comparison_table(rows: Sequence[Row], metric: str, style: str = "github") -> str:
@@ -33,7 +34,7 @@ def comparison_table(rows: Sequence[Row], metric: str, style: str = "github") ->
 def _line(row: Row, rows: Sequence[Row], metric: str) -> dict[str, str]:
     difference = against(row, rows)
     return {
-        "method": f"**{row['title']}**" if row["method"] == "flora" else row["title"],
+        "method": f"**{row['title']}**" if row["method"] == _ours(rows) else row["title"],
         "trainable parameters": f"{row['trainable_parameters']:,}",
         f"{metric} (test)": f"{row['mean']:.4f}" + (f" ± {row['std']:.4f}" if len(row["values"]) > 1 else ""),
         f"FLoRA minus it, {CONFIDENCE:.0%}": "" if difference is None else _interval(*difference),
@@ -58,9 +59,9 @@ def against(row: Row, rows: Sequence[Row]) -> tuple[float, float] | None:
     Returns:
         None for FLoRA itself, or where there is nothing to compare with; the half is NaN for a single seed.
     """
-    ours = [other for other in rows if other["method"] == "flora" and "refused" not in other]
+    ours = [other for other in rows if other["method"] == _ours(rows) and "refused" not in other]
     same = [other for other in ours if row["budget"] in (None, other["budget"])]
-    if row["method"] == "flora" or not same:
+    if row["method"] == _ours(rows) or not same:
         return None
 
     best = max(same, key=lambda other: float(other["trainable_parameters"]))
@@ -73,6 +74,11 @@ def against(row: Row, rows: Sequence[Row]) -> tuple[float, float] | None:
     return statistics.mean(differences), float(student.ppf((1 + CONFIDENCE) / 2, len(differences) - 1)) * spread
 
 
+def _ours(rows: Sequence[Row]) -> str:
+    compared = {row["method"] for row in rows}
+    return next((method for method in OURS if method in compared), OURS[0])
+
+
 def comparison_notes(report: Row) -> list[str]:
     """What a reader must know beside the table, a sentence each."""
     rows = [row for row in report["rows"] if "refused" not in row]
@@ -83,10 +89,15 @@ def comparison_notes(report: Row) -> list[str]:
     else:
         runs = f"One seed ({seeds}), so no spread"
 
+    chosen = (
+        "each learning rate was chosen by the mean of validation over the first seeds (at most three), from one grid "
+        "for all that goes on where an edge is chosen; the test set was used by the final runs only."
+    )
+    if not any(row["search"] for row in rows):
+        chosen = "one learning rate for all, so that nothing was chosen."
+
     notes = [
-        f"{runs}; each learning rate was "
-        "chosen by the mean of validation over the first seeds (at most three), from one grid for all that goes on "
-        "where an edge is chosen; the test set was used by the final runs only.",
+        f"{runs}; {chosen}",
         f"Every adapter may spend {budgets} parameters, the head not counted; ranks are solved for that. Each is on "
         "those of FLoRA's layers that it can adapt.",
         f"FLoRA minus it: mean of the differences seed by seed, with the {CONFIDENCE:.0%} interval of Student's t. "

@@ -24,7 +24,7 @@ from flora.convert.report import ROUNDING
 from flora.convert.streaming import Streamed, files_inside, stream_merged
 from flora.errors import UserError, user_errors
 from flora.layers.merged import MARK, fingerprint
-from flora.runs.reloading import attach, load_base
+from flora.runs.reloading import attach, load_base, read_run
 from flora.runs.run_folder import ADAPTER, ADAPTER_CONFIG, CONFIG
 from flora.runs.sample_inputs import random_inputs
 from flora.storage.atomic import check_target, claim, read_json, write_json
@@ -109,6 +109,9 @@ def merge(
         OSError: it cannot be written; nothing is left behind.
     """
     sources = _check_request(adapters, weights)
+    if base is None:
+        base = _made_by_recipe(sources[0], run_recipe_file)
+
     inputs = [source.path for source in sources]
     check_target(out, overwrite=overwrite, sources=[*inputs, base] if isinstance(base, str) else inputs)
     first = sources[0]
@@ -200,6 +203,15 @@ def _companions(sources: Sequence[_Source]) -> list[Path]:
             paths = [path for pattern in COMPANIONS for path in sorted(source.path.glob(pattern))]
             found += files_inside(source.path, paths)
     return found
+
+
+def _made_by_recipe(source: _Source, run_recipe_file: bool) -> nn.Module | None:
+    """The base model of a run whose recipe makes it and gives it no name; None for every other adapter."""
+    if not source.config or source.config.get("base_model_name_or_path") or not (source.path / CONFIG).is_file():
+        return None
+
+    settings = read_run(source.path, run_recipe_file=run_recipe_file)
+    return settings.load_recipe().load_base(settings.task)
 
 
 @contextmanager

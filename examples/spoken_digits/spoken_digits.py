@@ -1,7 +1,8 @@
-"""3-D weights and a new head: the Conv1d encoder of a voice activity detector learns ten spoken digits from few takes.
+"""The Conv1d encoder of a voice activity detector learns ten spoken digits, with a new head, from few recordings.
 
-Data: ``spoken_digits.npz`` (Free Spoken Digit Dataset) and ``speech_encoder.safetensors`` (Silero VAD). Takes 0 to 4 of
-every speaker are the test set, 5 to 9 are for validation, and the seed draws the training takes from the others.
+Data: ``spoken_digits.npz`` (Free Spoken Digit Dataset) and ``speech_encoder.safetensors`` (Silero VAD); README.md has
+their origin and licences. Takes 0 to 4 of every speaker are the test set, 5 to 9 are for validation, and the seed draws
+the training takes from the others.
 """
 
 from __future__ import annotations
@@ -90,9 +91,18 @@ class Takes(Dataset[dict[str, Tensor]]):
 def read(folder: str) -> tuple[Tensor, Tensor, np.ndarray]:
     """The sounds as the encoder takes them, the digits, and the number of the take."""
     arrays = np.load(Path(folder) / "spoken_digits.npz", allow_pickle=False)
-    sounds = resample_poly(arrays["x"].astype(np.float32), 2, 1, axis=1)
+    sounds = resample_poly(_samples(arrays["x"]), 2, 1, axis=1)
     sounds = 0.5 * sounds / np.abs(sounds).max(axis=1, keepdims=True)
     return torch.from_numpy(sounds.astype(np.float32)), torch.from_numpy(arrays["y"]).long(), arrays["take"]
+
+
+def _samples(stored: np.ndarray) -> np.ndarray:
+    """Samples of 16 bits as they are, those of 8 bits by the mu-law that they were stored with; of any scale."""
+    if stored.dtype == np.int16:
+        return stored.astype(np.float32)
+
+    level = stored.astype(np.float32) / 127
+    return np.sign(level) * (256.0 ** np.abs(level) - 1)
 
 
 def load_base(task: Task) -> Any:
