@@ -282,8 +282,10 @@ def keeps_sum(weight: Tensor, x: Tensor, rank: int) -> bool:
     """
     if on_cpu(x):
         return False
+    if weight.numel() <= SMALL_WEIGHT:
+        return True
     hidden = rank * (x.numel() // weight.shape[1])
-    return weight.numel() <= max(SMALL_WEIGHT, hidden + (2 * x.numel() if x.dtype in HALF else 0))
+    return weight.numel() <= hidden + (2 * x.numel() if x.dtype in HALF else 0)
 
 
 SMALL_WEIGHT = 2**16  # entries of a weight that may always be kept once more

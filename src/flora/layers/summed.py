@@ -13,15 +13,16 @@ is what the next step starts from.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from flora.layers import device
-from flora.layers.gate import again, call_of, without_autocast
+from flora.layers.gate import Ready, again, call_of, without_autocast
+from flora.tucker.delta import TuckerDelta
 
 LARGEST_KERNEL = 1024  # pixels of a kernel whose factors are seen as one
 LEAST_MODES = 3  # of such a kernel, where W + dW is kept; for two, the launches take the host longer than they save
@@ -41,78 +42,104 @@ class Operation(Protocol):
         """The gradient of the bias."""
 
 
-class Steps(NamedTuple):
-    """How dW is formed: ``dW = factors[0] @ rows[0].T``, and ``rows[n]`` from ``factors[n + 1] @ rows[n + 1].T``.
+class Step(NamedTuple):
+    """One product of the chain: ``factor @ rows.T``.
 
     Attributes:
-        factors: shape (In, Jn) each, None for the identity.
-        rows: shape (rest, Jn) each, the numbers before that step.
+        mode: of the factor; of several neighbours that are kept whole, which are one step, the first.
+        rest: rows of what there is before this step, ``rows``.
+        rank: columns of it.
     """
 
-    factors: Factors
-    rows: Sequence[Tensor]
+    mode: int
+    rest: int
+    rank: int
 
 
-def run(
-    operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None, core: Tensor, factors: Factors, scale: float
+class Chain(NamedTuple):
+    """How dW is formed from tensors of certain shapes.
+
+    Attributes:
+        kernel: the modes whose factors are multiplied into one first, and count as mode 2 then.
+        steps: the last mode first; the first mode's is the product that is added to W.
+    """
+
+    kernel: tuple[int, ...]
+    steps: tuple[Step, ...]
+
+
+def run(operation: Operation, ready: Ready, weight: Tensor, delta: TuckerDelta) -> Tensor:
+    """The layer with the change, for an input as ``gate.prepare`` gave it."""
+    core, factors = delta.tensors()
+    if not ready.fused:
+        with ready.autocast:
+            return run_plain(operation, ready.x, weight, ready.bias, core, factors, delta.scale)
+
+    with ready.autocast:
+        return _run(operation, ready.x, weight, ready.bias, delta, core, factors)
+
+
+def _run(
+    operation: Operation,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    delta: TuckerDelta,
+    core: Tensor,
+    factors: Factors,
 ) -> Tensor:
-    """The layer with ``weight + scale * dW`` in one autograd function that keeps the input and small tensors only.
+    keeps = device.keeps_sum(weight, x, core.shape[0])
 
-    Args:
-        operation: of the layer.
-        x: its input, in the dtype that the layer computes in.
-        weight: frozen; it may have another dtype under autocast.
-        bias: of the layer.
-        core: shape (J1, ..., JN).
-        factors: one for each mode of the weight, folded or as it is stored.
-        scale: of the update.
-    """
-    if device.keeps_sum(weight, x, core.shape[0]):
-        return operation.run(x, device.cast(_formed(weight, core, factors, scale), x.dtype), bias)
-    y: Tensor = _sum_and_run(x, weight, bias, operation, scale, core, *factors)
-    return y
+    # Worked out once for each adapter, whose shapes stay.
+    known = delta.__dict__
+    chains: tuple[Chain, Chain] | None = known.get("chains")
+    if chains is None:
+        chains = known["chains"] = _chains(core, factors)
 
+    chain, scale = chains[keeps], delta.scale
 
-def _formed(weight: Tensor, core: Tensor, factors: Factors, scale: float) -> Tensor:
-    """``W + s dW``, from which the layer is differentiated as any other.
+    if not keeps:
+        y: Tensor = _sum_and_run(x, weight, bias, operation, chain, scale, core, *factors)
+        return y
 
-    Two products in float32 are differentiated by autograd in less time than one step through Python takes. With more
-    modes, or in half precision, where the rounding needs such a step in any case, everything is done in it.
-    """
-    if len(factors) == 2 and weight.dtype not in device.HALF:
-        return _sum(weight, _steps(core, factors), scale)
-    changed: Tensor = _form_in_one_step(weight, scale, core, *factors)
-    return changed
+    # Two products in float32 are differentiated by autograd in less time than one step through Python takes. With more
+    # steps, or in half precision, where the rounding needs such a step in any case, everything is done in it.
+    if len(chain.steps) == 2 and not chain.kernel and weight.dtype not in device.HALF:
+        changed = _sum(weight, factors, _rows(core, factors, chain.steps), scale)
+    else:
+        changed = _form_in_one_step(weight, chain, scale, core, *factors)
+
+    return operation.run(x, device.cast(changed, x.dtype), bias)
 
 
 class _Formed(torch.autograd.Function):
     """``W + s dW`` in the dtype of the weight; the gradient passes its rounding by."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: float, core: Tensor, *factors: Tensor | None) -> Tensor:
-        modes = _kernel_modes(core, factors, LEAST_MODES)
-        steps = _form(core, factors, modes)
-        ctx.scale, ctx.modes, ctx.count = scale, modes, len(factors)
-        ctx.save_for_backward(weight, core, *factors, *_to_save(steps, modes))
+    def forward(ctx: Any, weight: Tensor, chain: Chain, scale: float, core: Tensor, *factors: Tensor | None) -> Tensor:
+        used, rows = _form(core, factors, chain)
+        # The weight is frozen, and only a gradient with a graph asks for it.
+        ctx.given = weight, chain, scale
+        ctx.save_for_backward(core, *factors, *_to_save(used, rows, chain))
 
-        return _sum(weight, steps, scale)
+        return _sum(weight, used, rows, scale)
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, grad: Tensor) -> Any:
-        weight, core, *saved = ctx.saved_tensors
-        factors, steps = _saved_steps(saved, ctx.count, ctx.modes)
+        weight, chain, scale = ctx.given
+        core, *saved = ctx.saved_tensors
 
         if torch.is_grad_enabled():
-            return again(ctx, _formed_plain, (weight, ctx.scale, core, *factors), (), grad)
+            return again(ctx, _formed_plain, (weight, chain, scale, core, *saved[: core.ndim]), (), grad)
 
-        return None, None, *_gradients(grad, core, factors, steps, ctx.modes, ctx.scale)
+        return None, None, None, *_gradients(grad, core, saved, chain, scale)
 
 
 _form_in_one_step = call_of(_Formed)
 
 
-def _formed_plain(weight: Tensor, scale: float, core: Tensor, *factors: Tensor | None) -> Tensor:
+def _formed_plain(weight: Tensor, chain: Chain | None, scale: float, core: Tensor, *factors: Tensor | None) -> Tensor:
     """The same in plain operations.
 
     The factors of a kernel's modes stay apart here: as products of matrices a compiler leaves them to the device, where
@@ -122,12 +149,12 @@ def _formed_plain(weight: Tensor, scale: float, core: Tensor, *factors: Tensor |
     if weight.ndim == 4 and weight.shape[1] > 1 and weight[0, 0].numel() > 1:
         return with_update(weight, _channels_last(weight, core, factors, scale))
 
-    steps = _steps(core, factors)
+    rows = _rows(core, factors, _chain(core, factors).steps)
 
     if weight.dtype in device.HALF:
-        return with_update(weight, _update(steps, scale).reshape(weight.shape))
+        return with_update(weight, _update(factors[0], rows[-1], scale).reshape(weight.shape))
 
-    return _sum(weight, steps, scale)
+    return _sum(weight, factors, rows, scale)
 
 
 def _channels_last(weight: Tensor, core: Tensor, factors: Factors, scale: float) -> Tensor:
@@ -142,20 +169,19 @@ def _channels_last(weight: Tensor, core: Tensor, factors: Factors, scale: float)
 
     # Where the kernel is whole, its pixels stay where they are. Otherwise the chain moves every mode to its place.
     if any(factor is not None for factor in kernel) or second is None:
-        steps = _steps(core, (first, *kernel, second))
+        moved = (first, *kernel, second)
+        last = _rows(core, moved, _chain(core, moved).steps)[-1]
     else:
         # shape: (J1 K, J2), then (J1, K I2)
-        spread = torch.mm(core.reshape(-1, core.shape[3]), second.t()).view(core.shape[0], -1)
-        steps = Steps((first,), (spread.t(),))
+        last = torch.mm(core.reshape(-1, core.shape[3]), second.t()).view(core.shape[0], -1).t()
 
     rows, inner, *pixels = weight.shape
 
-    return _update(steps, 1.0).reshape(rows, *pixels, inner).permute(0, 3, 1, 2)
+    return _update(first, last, 1.0).reshape(rows, *pixels, inner).permute(0, 3, 1, 2)
 
 
-def _update(steps: Steps, scale: float) -> Tensor:
+def _update(factor: Tensor | None, rows: Tensor, scale: float) -> Tensor:
     """``s dW`` as a matrix (I1, rest), by the last of its products."""
-    rows, factor = steps.rows[0], steps.factors[0]
     update = rows.t() if factor is None else torch.mm(factor, rows.t())
 
     if scale == 1:
@@ -168,7 +194,7 @@ def run_plain(
     operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None, core: Tensor, factors: Factors, scale: float
 ) -> Tensor:
     """The same in plain operations, for a compiler and for gradients of gradients."""
-    return operation.run(x, _formed_plain(weight, scale, core, *factors).to(x.dtype), bias)
+    return operation.run(x, _formed_plain(weight, None, scale, core, *factors).to(x.dtype), bias)
 
 
 def with_update(weight: Tensor, update: Tensor) -> Tensor:
@@ -195,21 +221,19 @@ class _Summed(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         operation: Operation,
+        chain: Chain,
         scale: float,
         core: Tensor,
         *factors: Tensor | None,
     ) -> Tensor:
-        # The factors of the kernel's two or three modes are multiplied into one first, so that the chain has three
-        # steps for a convolution of any number of dimensions: kernel, inputs, outputs.
-        modes = _kernel_modes(core, factors)
-        steps = _form(core, factors, modes)
-        y = operation.run(x, device.cast(_sum(weight, steps, scale), x.dtype), bias)
+        used, rows = _form(core, factors, chain)
+        y = operation.run(x, device.cast(_sum(weight, used, rows, scale), x.dtype), bias)
         # A caller may change the output in place, which autograd refuses of a view made in here.
         if y._is_view():
             y = torch.ops.aten._unsafe_view(y, y.shape)
 
-        ctx.operation, ctx.scale, ctx.modes, ctx.count = operation, scale, modes, len(factors)
-        ctx.save_for_backward(x, weight, bias, core, *factors, *_to_save(steps, modes))
+        ctx.given = operation, chain, scale
+        ctx.save_for_backward(x, weight, bias, core, *factors, *_to_save(used, rows, chain))
 
         return y
 
@@ -217,14 +241,18 @@ class _Summed(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, bias, core, *saved = ctx.saved_tensors
-        operation, scale = ctx.operation, ctx.scale
-        factors, steps = _saved_steps(saved, ctx.count, ctx.modes)
+        operation, chain, scale = ctx.given
 
         if torch.is_grad_enabled():
-            return again(ctx, _differentiable, (x, weight, bias, operation, scale, core, *factors), (), grad)
+            factors = saved[: core.ndim]
+            return again(ctx, _differentiable, (x, weight, bias, operation, chain, scale, core, *factors), (), grad)
 
         wants_x = ctx.needs_input_grad[0]
-        used = device.cast(_sum(weight, steps, scale), x.dtype) if wants_x else weight
+        used = weight
+
+        if wants_x:
+            factors, rows = _saved(saved, core.ndim, chain)
+            used = device.cast(_sum(weight, factors, rows, scale), x.dtype)
 
         # The layer's own backward gives the gradient of the whole weight, as full fine-tuning has it. It lives only
         # until it is projected onto core and factors.
@@ -235,14 +263,21 @@ class _Summed(torch.autograd.Function):
         else:
             grad_bias = operation.bias_gradient(grad)
 
-        return grad_x, None, grad_bias, None, None, *_gradients(grad_weight, core, factors, steps, ctx.modes, scale)
+        return grad_x, None, grad_bias, None, None, None, *_gradients(grad_weight, core, saved, chain, scale)
 
 
 _sum_and_run = call_of(_Summed)
 
 
 def _differentiable(
-    x: Tensor, weight: Tensor, bias: Tensor | None, operation: Operation, scale: float, core: Tensor, *factors: Any
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    operation: Operation,
+    chain: Chain,
+    scale: float,
+    core: Tensor,
+    *factors: Any,
 ) -> Tensor:
     return run_plain(operation, x, weight, bias, core, factors, scale)
 
@@ -279,104 +314,159 @@ def _merged(core: Tensor, factors: Factors, kernel: Tensor) -> tuple[Tensor, tup
     return core.reshape(core.shape[0], core.shape[1], -1), (factors[0], factors[1], kernel)
 
 
-def _form(core: Tensor, factors: Factors, modes: Sequence[int]) -> Steps:
-    """The products that form dW, all but the last; the factors of ``modes`` as one."""
-    if modes:
-        core, factors = _merged(core, factors, device.kronecker(_of_modes(factors, modes)))
-    return _steps(core, factors)
+def _chains(core: Tensor, factors: Factors) -> tuple[Chain, Chain]:
+    """Where W + dW is formed once more in backward, and where it is kept."""
+    merging, keeping = _kernel_modes(core, factors), _kernel_modes(core, factors, LEAST_MODES)
+    return _chain(core, factors, merging), _chain(core, factors, keeping)
 
 
-def _to_save(steps: Steps, modes: Sequence[int]) -> Sequence[Any]:
-    """What a backward needs of the steps besides the factors of the form."""
-    if modes:
-        return steps.factors[2], *steps.rows
-    return steps.rows
+def _chain(core: Tensor, factors: Factors, kernel: Sequence[int] = ()) -> Chain:
+    """How dW is formed; the factors of the modes ``kernel`` are one by then."""
+    # shape: of the core, mode by mode at its full size from the end
+    ranks = list(core.shape)
+    sizes = [rank if factor is None else factor.shape[0] for rank, factor in zip(ranks, factors, strict=True)]
+    whole = [factor is None for factor in factors]
+
+    if kernel:
+        ranks, sizes = [*ranks[:2], math.prod(ranks[2:])], [*sizes[:2], math.prod(sizes[2:])]
+        whole = [*whole[:2], False]
+
+    steps: list[Step] = []
+    numel, mode = math.prod(ranks), len(ranks)
+
+    while mode > 1:
+        mode -= 1
+        rank, size = ranks[mode], sizes[mode]
+
+        # Without a factor the mode is only put in front, and its neighbours that are kept whole with it.
+        if whole[mode]:
+            while mode > 1 and whole[mode - 1]:
+                mode -= 1
+                rank *= ranks[mode]
+            if rank == 1:
+                continue
+            size = rank
+
+        steps.append(Step(mode, numel // rank, rank))
+        numel = numel // rank * size
+
+    steps.append(Step(0, numel // ranks[0], ranks[0]))
+
+    return Chain(tuple(kernel), tuple(steps))
 
 
-def _saved_steps(saved: list[Any], count: int, modes: Sequence[int]) -> tuple[list[Any], Steps]:
-    """The factors of the form, and the steps as ``_to_save`` gave them."""
-    factors, rest = saved[:count], saved[count:]
-    if modes:
-        return factors, Steps((factors[0], factors[1], rest[0]), rest[1:])
-    return factors, Steps(factors, rest)
+def _form(core: Tensor, factors: Factors, chain: Chain) -> tuple[Factors, list[Tensor]]:
+    """The factors as the chain sees them, those of the kernel as one if it says so, and ``_rows``."""
+    if chain.kernel:
+        core, factors = _merged(core, factors, device.kronecker(_of_modes(factors, chain.kernel)))
+    return factors, _rows(core, factors, chain.steps)
 
 
-def _gradients(
-    grad: Tensor, core: Tensor, factors: Sequence[Any], steps: Steps, modes: Sequence[int], scale: float
-) -> list[Any]:
-    """The gradients of the core and of each factor from that of the weight."""
-    grad_core, *grad_factors = _project(grad, steps, scale, core.dtype)
-
-    # What came back for the one factor of the kernel is split into the gradients of the factors it was made of.
-    if modes:
-        of_kernel = device.kronecker_gradients(grad_factors.pop(), _of_modes(factors, modes))
-        grad_factors += [None] * (len(factors) - 2)
-
-        for mode, gradient in zip(modes, of_kernel, strict=True):
-            grad_factors[mode] = gradient
-
-    return [grad_core.reshape(core.shape), *grad_factors]
-
-
-def _steps(core: Tensor, factors: Factors) -> Steps:
-    """The products that form dW, all but the last."""
+def _rows(core: Tensor, factors: Factors, steps: Sequence[Step]) -> list[Tensor]:
+    """What there is before each step."""
     # Each step sees what there is as a matrix whose columns are the last mode, still in its rank, and multiplies it by
     # that mode's factor from the left: (I, J) @ (J, rest) = (I, rest). The mode now has its full size and stands in
     # front, and the mode before it has become the last one. Nothing is copied between two steps.
-    rows: list[Tensor] = []
-    current, ranks = core, core.shape
-    for mode in range(len(factors) - 1, -1, -1):
-        # shape: (rest, J), then (I, rest)
-        if current.ndim > 2 or current.shape[1] != ranks[mode]:
-            current = current.reshape(-1, ranks[mode])
+    current, rows = core, []
 
+    # shape: (rest, J), then (I, rest)
+    for mode, rest, rank in steps:
+        current = current.reshape(rest, rank)
         rows.append(current)
-
         if mode:
             factor = factors[mode]
-            # factor @ current.T
-            current = current.t() if factor is None else F.linear(factor, current)
+            current = current.t() if factor is None else torch.mm(factor, current.t())
 
-    rows.reverse()
-
-    return Steps(factors, rows)
+    return rows
 
 
-def _sum(weight: Tensor, steps: Steps, scale: float) -> Tensor:
+def _to_save(factors: Factors, rows: list[Tensor], chain: Chain) -> Sequence[Any]:
+    """What a backward needs besides core and factors."""
+    if chain.kernel:
+        return factors[2], *rows
+    return rows
+
+
+def _saved(saved: Sequence[Any], count: int, chain: Chain) -> tuple[Sequence[Any], Sequence[Any]]:
+    """The factors as the chain sees them, and the rows, from those of the form and what ``_to_save`` gave."""
+    if chain.kernel:
+        return (*saved[:2], saved[count]), saved[count + 1 :]
+    return saved, saved[count:]
+
+
+def _sum(weight: Tensor, factors: Factors, rows: Sequence[Tensor], scale: float) -> Tensor:
     """``W + s dW``: the last product, into a copy of W."""
-    rows, factor = steps.rows[0], steps.factors[0]
-    if weight.shape[1:] == rows.shape[:1]:
-        return device.add_update(weight, factor, rows, scale)
-    return device.add_update(weight.reshape(-1, rows.shape[0]), factor, rows, scale).view(weight.shape)
+    # shape: (I1, rest)
+    wide, shape = rows[-1], weight.shape
+    rest = wide.shape[0]
+    if len(shape) == 2 and shape[1] == rest:
+        return device.add_update(weight, factors[0], wide, scale)
+    return device.add_update(weight.reshape(-1, rest), factors[0], wide, scale).view(shape)
 
 
-def _project(grad: Tensor, steps: Steps, scale: float, dtype: torch.dtype) -> list[Any]:
+def _gradients(grad: Tensor, core: Tensor, saved: Sequence[Any], chain: Chain, scale: float) -> list[Any]:
     """The gradients of the core and of each factor from that of the weight.
+
+    Args:
+        grad: of the weight.
+        core: of the form.
+        saved: its factors, and what ``_to_save`` gave.
+        chain: that formed dW.
+        scale: of the update.
+    """
+    count = core.ndim
+    factors, rows = _saved(saved, count, chain)
+    found = _project(grad, factors, rows, chain.steps, scale, core)
+
+    # What came back for the one factor of the kernel is split into the gradients of the factors it was made of.
+    if chain.kernel:
+        of_kernel = device.kronecker_gradients(found[3], _of_modes(saved[:count], chain.kernel))
+        found[3:] = [None] * (count - 2)
+
+        for mode, gradient in zip(chain.kernel, of_kernel, strict=True):
+            found[1 + mode] = gradient
+
+    return found
+
+
+def _project(
+    grad: Tensor, factors: Sequence[Any], rows: Sequence[Any], steps: Sequence[Step], scale: float, core: Tensor
+) -> list[Any]:
+    """The gradients of the core and of each factor that the chain sees, from that of the weight.
 
     The weight's own gradient is multiplied in its own precision, everything after that in the adapter's.
     """
-    # The chain of ``_steps`` backwards. A step was out = factor @ rows.T, so the gradient of its factor is
+    # The chain of ``_rows`` backwards. A step was out = factor @ rows.T, so the gradient of its factor is
     # grad_out @ rows and that of its rows is grad_out.T @ factor. The rows of a step are the output of the one before.
-    found: list[Any] = []
-    current, times = grad, scale
+    dtype, shape = core.dtype, core.shape
+    found: list[Any] = [None] * (1 + len(shape))
+    current, exact = grad, scale == 1 and grad.dtype == dtype
 
     # shape: (I1, rest), then (I, rest) from (rest of the mode before, its J)
-    for factor, rows in zip(steps.factors, steps.rows, strict=True):
-        current = current.reshape(-1, rows.shape[0])
+    for index in range(len(steps) - 1, -1, -1):
+        mode, rest, _ = steps[index]
+        factor, current = factors[mode], current.reshape(-1, rest)
 
         if factor is None:
-            found.append(None)
-            current = device.cast(current.t(), dtype)
-            if times != 1:
-                current = times * current
-        elif times == 1 and current.dtype == dtype:
-            found.append(torch.mm(current, rows))
+            current = current.t() if exact else _scaled(device.cast(current.t(), dtype), scale)
+        elif exact:
+            found[1 + mode] = torch.mm(current, rows[index])
             current = torch.mm(current.t(), factor)
         else:
-            narrow_rows, narrow_factor = device.cast(rows, current.dtype), device.cast(factor, current.dtype)
-            found.append(device.cast(device.product(current, narrow_rows, dtype, times), dtype))
-            current = device.cast(device.product(current.t(), narrow_factor, dtype, times), dtype)
+            narrow_rows, narrow_factor = device.cast(rows[index], current.dtype), device.cast(factor, current.dtype)
+            found[1 + mode] = device.cast(device.product(current, narrow_rows, dtype, scale), dtype)
+            current = device.cast(device.product(current.t(), narrow_factor, dtype, scale), dtype)
 
-        times = 1.0
+        # What follows has the adapter's dtype, and the scale in it.
+        exact = True
 
-    return [current, *found]
+    found[0] = current.reshape(shape)
+
+    return found
+
+
+def _scaled(x: Tensor, scale: float) -> Tensor:
+    """``scale * x``, without a copy where the scale is 1."""
+    if scale == 1:
+        return x
+    return scale * x

@@ -15,7 +15,7 @@ from flora.layers import device, plain, summed
 from flora.layers.conv.channels import add_projected, outer, project
 from flora.layers.conv.geometry import Geometry, Placed, of_conv, of_transposed
 from flora.layers.conv.pointwise import pointwise
-from flora.layers.gate import Ready, again, prepare, without_autocast
+from flora.layers.gate import again, prepare, without_autocast
 from flora.layers.planning import Choice
 from flora.tucker.delta import TuckerDelta
 from flora.tucker.form import mode_product
@@ -46,26 +46,20 @@ def conv_transpose(
 
 
 def _run(choice: Choice, weight: Tensor, bias: Tensor | None, delta: TuckerDelta, placed: Placed) -> Tensor | None:
-    ready = prepare(placed.x, weight, bias)
+    x, geometry = placed
+    ready = prepare(x, weight, bias)
     if ready is None:
         return None
 
-    with ready.autocast:
-        return _ready(choice, weight, delta, ready, placed.geometry)
-
-
-def _ready(choice: Choice, weight: Tensor, delta: TuckerDelta, ready: Ready, geometry: Geometry) -> Tensor | None:
     # Through the whole weight: any number of groups, any kernel, in the order of the weight.
     if choice.gradient == "dense":
-        run = summed.run if ready.fused else summed.run_plain
-
-        core, factors = delta.tensors()
-        return run(geometry, ready.x, weight, ready.bias, core, factors, delta.scale)
+        return summed.run(geometry, ready, weight, delta)
 
     if not ready.fused:
         return None
 
-    return _narrow(choice, weight, ready.bias, delta, ready.x, geometry)
+    with ready.autocast:
+        return _narrow(choice, weight, ready.bias, delta, ready.x, geometry)
 
 
 def _narrow(

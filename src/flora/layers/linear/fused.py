@@ -78,15 +78,10 @@ def linear_transposed(
 
 
 def _dense(operation: Product, weight: Tensor, bias: Tensor | None, delta: TuckerDelta, x: Tensor) -> Tensor | None:
-    core, factors = delta.tensors()
     ready = prepare(x, weight, bias)
     if ready is None:
         return None
-
-    run = summed.run if ready.fused else summed.run_plain
-
-    with ready.autocast:
-        return run(operation, ready.x, weight, ready.bias, core, factors, delta.scale)
+    return summed.run(operation, ready, weight, delta)
 
 
 STRAIGHT, TRANSPOSED = Product(False), Product(True)
