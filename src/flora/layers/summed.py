@@ -107,7 +107,7 @@ def _run(
     if len(chain.steps) == 2 and not chain.kernel and weight.dtype not in device.HALF:
         changed = _sum(weight, factors, _rows(core, factors, chain.steps), scale)
     else:
-        changed = _form_in_one_step(weight, chain, scale, core, *factors)
+        changed = _form_in_one_step(weight, (chain, scale), core, *factors)
 
     return operation.run(x, device.cast(changed, x.dtype), bias)
 
@@ -116,7 +116,8 @@ class _Formed(torch.autograd.Function):
     """``W + s dW`` in the dtype of the weight; the gradient passes its rounding by."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, chain: Chain, scale: float, core: Tensor, *factors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, how: tuple[Chain, float], core: Tensor, *factors: Tensor | None) -> Tensor:
+        chain, scale = how
         used, rows = _form(core, factors, chain)
         # The weight is frozen, and only a gradient with a graph asks for it.
         ctx.given = weight, chain, scale
@@ -131,15 +132,15 @@ class _Formed(torch.autograd.Function):
         core, *saved = ctx.saved_tensors
 
         if torch.is_grad_enabled():
-            return again(ctx, _formed_plain, (weight, chain, scale, core, *saved[: core.ndim]), (), grad)
+            return again(ctx, _formed_plain, (weight, scale, core, *saved[: core.ndim]), (), grad)
 
-        return None, None, None, *_gradients(grad, core, saved, chain, scale)
+        return None, None, *_gradients(grad, core, saved, chain, scale)
 
 
 _form_in_one_step = call_of(_Formed)
 
 
-def _formed_plain(weight: Tensor, chain: Chain | None, scale: float, core: Tensor, *factors: Tensor | None) -> Tensor:
+def _formed_plain(weight: Tensor, scale: float, core: Tensor, *factors: Tensor | None) -> Tensor:
     """The same in plain operations.
 
     The factors of a kernel's modes stay apart here: as products of matrices a compiler leaves them to the device, where
@@ -194,7 +195,7 @@ def run_plain(
     operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None, core: Tensor, factors: Factors, scale: float
 ) -> Tensor:
     """The same in plain operations, for a compiler and for gradients of gradients."""
-    return operation.run(x, _formed_plain(weight, None, scale, core, *factors).to(x.dtype), bias)
+    return operation.run(x, _formed_plain(weight, scale, core, *factors).to(x.dtype), bias)
 
 
 def with_update(weight: Tensor, update: Tensor) -> Tensor:
