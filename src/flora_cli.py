@@ -46,11 +46,11 @@ def train(args: argparse.Namespace) -> int:
         return 0
 
     for split in ("validation", "test"):
-        print(f"{split:<11}", _line(metrics[split]))
+        say(f"{split:<11} {_line(metrics[split])}")
 
     trained, total = metrics["trainable_parameters"], metrics["total_parameters"]
-    print(f"trained     {trained:,} of {total:,} parameters in {metrics['seconds']:.1f} s, {metrics['steps']} steps")
-    print(f"written     {settings.output} (adapter file {metrics['adapter_bytes']:,} bytes)")
+    say(f"trained     {trained:,} of {total:,} parameters in {metrics['seconds']:.1f} s, {metrics['steps']} steps")
+    say(f"written     {settings.output} (adapter file {metrics['adapter_bytes']:,} bytes)")
 
     return 0
 
@@ -69,18 +69,18 @@ def evaluate(args: argparse.Namespace) -> int:
     from flora.runs.evaluating import evaluate
 
     found = evaluate(Path(args.folder), args.overrides, args.split, run_recipe_file=args.run_recipe_file)
-    print(f"{args.split:<11}", _line(found.metrics))
+    say(f"{args.split:<11} {_line(found.metrics)}")
 
     if found.same is None:
         return 0
 
     if found.same:
-        print("the same as at the end of training")
+        say("the same as at the end of training")
         return 0
 
-    print("NOT the same as at the end of training (metrics.json):")
+    say("NOT the same as at the end of training (metrics.json):")
     for line in found.report:
-        print(f"  {line}")
+        say(f"  {line}")
 
     return 1
 
@@ -102,7 +102,7 @@ def predict(args: argparse.Namespace) -> int:
     out = Path(args.out) if args.out else None
     results = predict(Path(args.folder), args.inputs, out, args.prompt, run_recipe_file=args.run_recipe_file)
     for result in results:
-        print(result_line(result))
+        say(result_line(result))
 
     return 0
 
@@ -143,10 +143,10 @@ def compare(args: argparse.Namespace) -> int:
         report = compare(read(args.config, args.overrides), args.methods, args.seeds, overwrite=args.overwrite)
         show, text = comparison_html, comparison_text(report)
 
-    print(text)
+    say(text)
 
     if page is not None:
-        print(write_page(page, show(report), overwrite=args.overwrite))
+        say(write_page(page, show(report), overwrite=args.overwrite))
 
     return 0
 
@@ -178,7 +178,7 @@ def plan(args: argparse.Namespace) -> int:
         settings["target_parameters"] = args.target_parameters
 
     report = model_plan(model_or_name(args.model, args.run_code), settings, positions=args.positions)
-    print(json.dumps(report, indent=2) if args.json else plan_text(report))
+    say(json.dumps(report, indent=2) if args.json else plan_text(report))
 
     return 0
 
@@ -199,7 +199,7 @@ def inspect(args: argparse.Namespace) -> int:
 
     base = model_or_name(args.base, args.run_code)
     if not args.html:
-        print(anatomy_text(anatomy(Path(args.folder), base)))
+        say(anatomy_text(anatomy(Path(args.folder), base)))
         return 0
 
     from flora.report.anatomy_page import anatomy_page
@@ -207,8 +207,8 @@ def inspect(args: argparse.Namespace) -> int:
 
     page = page_target(args.html, overwrite=args.overwrite)
     report = anatomy(Path(args.folder), base)
-    print(anatomy_text(report))
-    print(write_page(page, anatomy_page(report), overwrite=args.overwrite))
+    say(anatomy_text(report))
+    say(write_page(page, anatomy_page(report), overwrite=args.overwrite))
 
     return 0
 
@@ -238,7 +238,7 @@ def merge(args: argparse.Namespace) -> int:
         progress=sys.stderr.isatty(),
         run_recipe_file=args.run_recipe_file,
     )
-    print(report)
+    say(report)
 
     return 0
 
@@ -268,7 +268,7 @@ def convert(args: argparse.Namespace) -> int:
         drop_extras=args.drop_extras,
         overwrite=args.overwrite,
     )
-    print(report)
+    say(report)
 
     return 0
 
@@ -289,8 +289,8 @@ def extract(args: argparse.Namespace) -> int:
     size = {"rank": args.rank, "energy": args.energy, "budget": args.budget, "kernel_r": args.kernel_r}
     options = {"carry": args.carry, "overwrite": args.overwrite, "progress": sys.stderr.isatty()}
     written = extract_to(args.base, args.tuned, Path(args.out), **size, **options)
-    print(written.found.table())
-    print(written.report)
+    say(written.found.table())
+    say(written.report)
 
     return 0
 
@@ -310,13 +310,13 @@ def recipes(args: argparse.Namespace) -> int:
     from flora.storage.atomic import check_target, write_text
 
     if args.action == "list":
-        print(recipe_table())
+        say(recipe_table())
         return 0
 
     if args.name is None:
         raise UserError(f"missing NAME: flora recipes {args.action} NAME, with NAME one of {', '.join(config_names())}")
     if args.action == "keys":
-        print(task_keys(args.name))
+        say(task_keys(args.name))
         return 0
 
     names = config_names()
@@ -326,9 +326,16 @@ def recipes(args: argparse.Namespace) -> int:
     target = Path(f"{args.name}.yaml")
     check_target(target, overwrite=args.overwrite)
     write_text(target, config_path(args.name).read_text(encoding="utf-8"))
-    print(f"written to {target}; edit it, then: flora train {target}")
+    say(f"written to {target}; edit it, then: flora train {target}")
 
     return 0
+
+
+def say(text: object) -> None:
+    """Prints what a verb has found, which may hold names from files that somebody sent."""
+    from flora.errors import printable
+
+    print(printable(str(text)))
 
 
 def _line(metrics: dict[str, float]) -> str:
@@ -419,9 +426,9 @@ def prepare_streams() -> None:
 
 
 def _fail(message: str, code: int = 2) -> int:
-    # A name in a file that somebody sent could otherwise move the cursor or clear the screen.
-    shown = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in " ".join(message.split()))
-    print(f"flora: error: {shown}", file=sys.stderr)
+    from flora.errors import printable
+
+    print(f"flora: error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return code
 
 
@@ -455,12 +462,30 @@ def _users_code(error: Exception) -> int | None:
 
 def _report_bug() -> int:
     traceback.print_exc()
+    own = _own_code()
+
+    if own is not None:
+        print(f"flora: the lines above lead through {own}; look there first", file=sys.stderr)
+        return 1
+
     print(
         "flora: this is a bug in flora, not in what you gave it. Please report it with the lines above, the command "
         "that you ran, and the output of `flora --version`.",
         file=sys.stderr,
     )
     return 1
+
+
+def _own_code() -> str | None:
+    """The file of the user's, a recipe or a network, that the exception at hand has come through last."""
+    from flora.recipes import OWN_CODE
+
+    found = None
+    for frame, _ in traceback.walk_tb(sys.exc_info()[2]):
+        if str(frame.f_globals.get("__name__")).startswith(OWN_CODE):
+            found = frame.f_code.co_filename
+
+    return found
 
 
 if __name__ == "__main__":

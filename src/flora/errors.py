@@ -57,6 +57,18 @@ def user_errors(*kinds: type[Exception], about: str = "") -> Iterator[None]:
         raise UserError(f"{about}: {reason}" if about else reason) from error
 
 
+def printable(text: str) -> str:
+    r"""The text with control characters as escapes: a name in a file of somebody else could otherwise move the cursor.
+
+    The ends of lines and tabs stay.
+
+    Examples:
+        >>> printable("a\x1b[2J")
+        'a\\x1b[2J'
+    """
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else repr(letter)[1:-1] for letter in text)
+
+
 def nearest(word: str, known: Sequence[str]) -> str:
     """``"; did you mean 'x'?"`` for the nearest of the known words, or nothing when none is near.
 

@@ -250,9 +250,12 @@ def test_a_screen_that_is_full(
     assert capsys.readouterr().err == "flora: error: No space left on device\n"
 
 
-def test_no_message_steers_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_message_steers_the_terminal(sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert flora_cli.main(["inspect", "a\x1b[2J\rb"]) == 2
-    assert "\x1b" not in capsys.readouterr().err
+    assert flora_cli.main(["convert", str(sound), "--to", "lora", "--out", str(tmp_path / "a\x1b[2Jb")]) == 0
+    printed = capsys.readouterr()
+    assert "\x1b" not in printed.out + printed.err
+    assert r"a\x1b[2Jb: lora" in printed.out
 
 
 STUMBLES = ["x: " + "y" * 2_000_000, "x: !!timestamp y", "seed: !!int ''", "seed: 2024-99-99", "a: &a [*a]"]
@@ -297,3 +300,28 @@ def test_predictions_replace_nothing_of_the_users(there: str, message: str | Non
 
     with nullcontext() if message is None else pytest.raises(UserError, match=message):
         check_place(out, [str(tmp_path / "out" / "photo.png")] if there == "photo.png" else [])
+
+
+OWN = """
+from tiny_recipe import *
+def load_data(task, seed):
+    if task.examples < 0: raise RuntimeError("on purpose")
+    return Data(Drawn(task.examples, 0), Drawn(3, 1), Drawn(3, 2))
+"""
+
+
+def test_what_a_recipe_of_the_users_does_is_not_called_a_bug_of_flora(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(OWN)
+    Path("own.yaml").write_text("recipe: own.py\nadapter: {target_modules: [conv], r: 2}")
+
+    assert flora_cli.main(["train", "own.yaml", "output=out", "task.examples=-1"]) == 1
+    printed = capsys.readouterr().err
+    assert "on purpose" in printed
+    assert "lead through own.py; look there first" in printed
+
+    assert flora_cli.main(["train", "own.yaml", "output=out", "task.examples=0"]) == 2
+    assert "error: the recipe gives no examples to train on" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["own.py", "own.yaml"]

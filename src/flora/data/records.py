@@ -15,7 +15,7 @@ from typing import IO, Any, Generic, Literal, TypeVar, cast
 
 from tqdm import tqdm
 
-from flora.errors import UserError, user_errors
+from flora.errors import UserError, printable, user_errors
 from flora.storage.progress import hidden_bars
 
 Value = TypeVar("Value")
@@ -70,7 +70,7 @@ def sift(items: Iterable[Item[Value]], check: Callable[[Value], object], *, bad:
         if bad == "error":
             raise UserError(f"{told}. Repair or remove them, or set task.bad_data=skip")
 
-        print(f"left out: {told}", flush=True)
+        print(f"left out: {printable(told)}", flush=True)
 
     if not good:
         raise UserError(f"there are no {what} to use; check task.data")

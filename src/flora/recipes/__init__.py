@@ -25,6 +25,7 @@ from flora.errors import UserError, nearest
 
 CONFIGS = Path(__file__).parent / "configs"
 SPLITS = ("train", "validation", "test")
+OWN_CODE = "flora_own_"  # how the names of modules begin that are files of the user's
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,10 @@ class Data:
     collate: Callable[[list[Any]], dict[str, Any]] | None = None
     processor: Any = None
     labels: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if hasattr(self.train, "__len__") and len(self.train) == 0:
+            raise UserError("the recipe gives no examples to train on; check its settings under `task`")
 
     def split(self, name: str) -> Dataset[Any]:
         """The dataset of that name.
@@ -176,7 +181,7 @@ def _load_file(path: Path) -> Recipe:
     if not path.is_file():
         raise FileNotFoundError(f"the recipe {path} does not exist")
 
-    module = run_file(path, f"flora_recipe_{path.stem}", f"the recipe {path}")
+    module = run_file(path, f"recipe_{path.stem}", f"the recipe {path}")
 
     if missing := [item for item in REQUIRED if not hasattr(module, item)]:
         raise UserError(f"the recipe {path} has no {', '.join(missing)}; see flora.recipes.Recipe for the contract")
@@ -189,16 +194,16 @@ def run_file(path: Path, name: str, what: str) -> ModuleType:
 
     Args:
         path: of the file.
-        name: of the module; one that no other module has, since random.py must not take the place of Python's own.
+        name: of the module, after ``OWN_CODE``: random.py must not take the place of Python's own.
         what: the file is, for messages.
 
     Raises:
         UserError: running it fails.
     """
-    spec = cast("Any", importlib.util.spec_from_file_location(name, path))
+    spec = cast("Any", importlib.util.spec_from_file_location(f"{OWN_CODE}{name}", path))
     module = importlib.util.module_from_spec(spec)
     # Dataclasses look their own module up there.
-    sys.modules[name] = module
+    sys.modules[spec.name] = module
 
     try:
         spec.loader.exec_module(module)

@@ -76,7 +76,7 @@ def own_module(reference: str, *, run_code: bool, same: bool = False) -> nn.Modu
 
 
 def _function(path: Path, name: str) -> Any:
-    module = run_file(path, f"flora_own_{path.stem}", str(path))
+    module = run_file(path, path.stem, str(path))
     function = getattr(module, name, None)
     if not callable(function):
         names = [each for each, value in vars(module).items() if callable(value) and not each.startswith("_")]
