@@ -320,7 +320,7 @@ def test_what_a_recipe_of_the_users_does_is_not_called_a_bug_of_flora(
     assert flora_cli.main(["train", "own.yaml", "output=out", "task.examples=-1"]) == 1
     printed = capsys.readouterr().err
     assert "on purpose" in printed
-    assert "lead through own.py; look there first" in printed
+    assert "own.py; look there first" in printed
 
     assert flora_cli.main(["train", "own.yaml", "output=out", "task.examples=0"]) == 2
     assert "error: the recipe gives no examples to train on" in capsys.readouterr().err
