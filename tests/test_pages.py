@@ -79,11 +79,12 @@ def test_the_worst_errors_come_first_and_every_input_is_counted() -> None:
     # Input 2 gives its class 1 the least, then inputs 1 and 3.
     assert [example.pictures[0][0] for example in findings.examples] == ["image 2", "image 1", "image 3"]
     assert findings.examples[0].title == "<b>pear</b>, taken for apple (99%)"
-    assert findings.heading == "The worst of 3 errors in 5 inputs"
+    assert findings.heading == "The 3 errors in 5 inputs, the worst first"
     page = training_page(METRICS, "fruit", training_curves(HISTORY, "accuracy", METRICS["validation"], 6), findings)
     assert "&lt;b&gt;pear&lt;/b&gt;" in page
     assert "<b>pear" not in page
-    matrix = re.findall(r'data-order="(\d+)" class="heat"', page)
+    matrix = re.findall(r'data-order="(\d+)" class="heat(?: right)?"', page)
+    assert page.count('class="heat right"') == 3
     assert [int(count) for count in matrix] == [1, 0, 0, 1, 0, 1, 0, 1, 1]
     assert page.count("data:image/png;base64,") == 3
     assert not NETWORK.search(page)
@@ -93,6 +94,8 @@ def test_a_model_without_an_error_and_one_with_many() -> None:
     assert classified(LOGITS[:1], LABELS[:1], CLASSES, shown).heading == "No error in 1 inputs"
     wrong = classified(np.eye(2)[[1] * 50], np.zeros(50, int), ["a", "b"], shown)
     assert len(wrong.examples) == WORST
+    assert wrong.heading == f"The worst {WORST} of 50 errors in 50 inputs"
+    assert classified(LOGITS[:2], LABELS[:2], CLASSES, shown).heading == "The one error in 2 inputs"
 
 
 def test_with_many_classes_the_pairs_are_listed() -> None:

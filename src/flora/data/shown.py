@@ -88,8 +88,12 @@ def classified(
         title = f"{classes[true]}, taken for {classes[taken]} ({scores[index, taken]:.0%})"
         examples.append(Shown(title, example.pictures, example.texts, example.sound))
 
-    if wrong:
-        heading = f"The worst of {len(wrong):,} errors in {len(labels):,} inputs"
+    if len(wrong) > WORST:
+        heading = f"The worst {WORST} of {len(wrong):,} errors in {len(labels):,} inputs"
+    elif len(wrong) > 1:
+        heading = f"The {len(wrong)} errors in {len(labels):,} inputs, the worst first"
+    elif len(wrong) == 1:
+        heading = f"The one error in {len(labels):,} inputs"
     else:
         heading = f"No error in {len(labels):,} inputs"
 

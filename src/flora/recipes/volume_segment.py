@@ -397,8 +397,7 @@ def findings(tested: Tested) -> Findings:
         ]
         examples.append(Shown(f"{volumes.pairs[index].image.name}, slice {at}: Dice {means[index]:.3f}", pictures))
 
-    heading = f"Slices of the {len(worst)} of {len(volumes):,} test volumes with the lowest Dice"
-
+    heading = f"Slices of the {len(worst)} test volumes with the lowest Dice, of {len(volumes):,}"
     named = {f"class {number}": colour for number, colour in enumerate(hex_colours(classes))}
 
     return Findings(heading, examples, scores=mean, score="Dice", colours=named, wide=True)

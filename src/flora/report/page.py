@@ -31,7 +31,7 @@ class Cell(NamedTuple):
         text: What is shown.
         order: What it is sorted by: a number, or a text; empty cells come last.
         share: From 0 to 1, how much of the cell is coloured; None for none.
-        look: "share" is a bar, "heat" a background.
+        look: "share" is a bar, "heat" a background, "heat right" one of the colour of what is right.
         colour: A bar of this colour stands before the heading of a row.
     """
 

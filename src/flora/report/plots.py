@@ -97,6 +97,12 @@ def draw_curves(axes: Axes, panel: str, curves: Sequence[Curve]) -> None:
         axes.plot(curve.steps, curve.values, marker=marker, markersize=3.5, color=curve.colour, label=curve.label)
 
     axes.set(xlabel="step", ylabel=panel)
+
+    # Around a single point the axis would show values that no share can have.
+    values = [value for curve in curves for value in curve.values]
+    if len(values) == 1 and 0 <= values[0] <= 1:
+        axes.set_ylim(0, 1.04)
+
     axes.set_xlim(0, 1.04 * max(step for curve in curves for step in curve.steps))
 
 

@@ -126,17 +126,17 @@ def _confused(findings: Findings) -> Table:
 
     counts = confusion_matrix(findings.truth, findings.found, labels=range(len(names)))
     rows = []
-    for name, line in zip(names, counts.tolist(), strict=True):
+    for true, (name, line) in enumerate(zip(names, counts.tolist(), strict=True)):
         total = max(1, sum(line))
-        rows.append(
-            [words(name), *(Cell(f"{count:,}" if count else "", count, count / total, "heat") for count in line)]
-        )
+        cells = [Cell(f"{count:,}" if count else "", count, count / total, "heat") for count in line]
+        cells[true] = cells[true]._replace(look="heat right")
+        rows.append([words(name), *cells])
 
     return Table(
         "What is taken for what",
         ("true class", *names),
         rows,
-        ["A row for each true class, a column for each predicted class; the colour shows the share of the row."],
+        ["A row for each true class, a column for each predicted class. Colour: the share of the row; blue is right."],
         sortable=False,
     )
 
