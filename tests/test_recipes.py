@@ -23,7 +23,7 @@ from flora.runs.settings import read
 
 def test_every_config_is_checked_against_its_recipe() -> None:
     names = config_names()
-    assert len(names) == 22
+    assert len(names) == 25
     ids = 0
     for name in names:
         settings = read(name)

@@ -211,7 +211,8 @@ def bundle(folder: Path, definition: Any) -> Path:
 def test_a_bundle(tmp_path: Path) -> None:
     plain = {"_target_": "UNet", "spatial_dims": 3, "in_channels": 1, "out_channels": 3, "channels": [3, 5]}
     folder = bundle(tmp_path / "one", {**plain, "strides": [2]})
-    base = load_base(Task(network=str(folder), patch=[8, 8, 8]))
+    changes = [f"task.network={folder}", "task.patch=[8, 8, 8]", "task.classes=3"]
+    base = load_base(read("volume_segment-monai", changes).task)
     assert all(torch.equal(base.network.state_dict()[key], value) for key, value in plain_unet().state_dict().items())
 
     for number, (change, message) in enumerate(

@@ -77,7 +77,10 @@ def family_of(where: str) -> Family:
         name = str(_index(where).get("_class_name"))
 
     if name not in FAMILIES:
-        raise UserError(f"task.model {where!r} is a {name}, expected one of {', '.join(FAMILIES)}")
+        raise UserError(
+            f"task.model {where!r} is a {name}, expected one of {', '.join(FAMILIES)}; adapt the network of another "
+            "pipeline in a script of your own, as examples/diffusion_unet.py does"
+        )
 
     return FAMILIES[name]
 
