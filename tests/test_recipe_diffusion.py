@@ -260,7 +260,8 @@ def test_newer_pipelines_train_measure_paint_and_merge(config: str, write: Any, 
     changes = {
         "output": tmp_path / "run", "task.model": tmp_path / "model", "task.data": rings, "task.resolution": 16,
         "adapter.r": 2, "training.max_steps": 2, "training.disable_tqdm": "true", "training.bf16": "false",
-        "task.draws": 4, "training.learning_rate": 0.01,
+        "task.draws": 4, "training.learning_rate": 0.01, "training.per_device_eval_batch_size": 64,
+        "training.eval_steps": 0.5, "training.save_steps": 0.5,
     }  # fmt: skip
     settings = read(config, [f"{key}={value}" for key, value in changes.items()])
     metrics = train(settings)
