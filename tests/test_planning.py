@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Callable
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,15 +15,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import get_peft_model
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
 from flora import FloraConfig, Plan, plan
 from flora.layers import device
+from flora.layers.experts.stack import ExpertStack
 from flora.layers.planning import BESIDE, CALLED, SUMMED, SUMMED_NARROW, Choice, Work, choose, costs
 from flora.layers.table import find_layer
 from flora.tucker.delta import TuckerDelta
 from flora.tucker.form import count_params
 from flora.tuner.forward import choice_for, expected_choice
+from launches import FREE
 
 # layer, input for one sample, ranks, what plan() is told besides
 COUNTED = [
@@ -176,6 +183,175 @@ def test_no_choice_has_more_operations_and_bytes_than_every_alternative(  # type
     others = [cost for choice, cost in priced.items() if choice.way != chosen.way] + [called]
     mine = priced[chosen]
     assert not all(mine.flops > other.flops and mine.moved > other.moved for other in others)
+
+
+# ---- the decision on a GPU, counted --------------------------------------------------------------------------------
+
+# How the layer is made, and its input for a batch, from sizes that are drawn anew for each of SHAPES layers.
+GPU_KINDS: dict[str, tuple[Callable[[int, int, int], nn.Module], Callable[[int, int, int], tuple[int, ...]]]] = {
+    "linear": (lambda a, b, k: nn.Linear(a, b), lambda batch, a, side: (batch, side, a)),
+    "1-D": (lambda a, b, k: nn.Conv1d(a, b, k), lambda batch, a, side: (batch, a, side)),
+    "2-D": (lambda a, b, k: nn.Conv2d(a, b, (k, 3)), lambda batch, a, side: (batch, a, side, 7)),
+    "2-D, strided": (lambda a, b, k: nn.Conv2d(a, b, k, stride=k), lambda batch, a, side: (batch, a, side, 9)),
+    "3-D": (lambda a, b, k: nn.Conv3d(a, b, (k, 1, 2)), lambda batch, a, side: (batch, a, side, 3, 5)),
+    "one pixel": (lambda a, b, k: nn.Conv2d(a, b, 1), lambda batch, a, side: (batch, a, side, 5)),
+    "transposed, 1-D": (
+        lambda a, b, k: nn.ConvTranspose1d(a, b, k, stride=2), lambda batch, a, side: (batch, a, side),
+    ),
+    "transposed, 2-D": (
+        lambda a, b, k: nn.ConvTranspose2d(a, b, k, stride=k), lambda batch, a, side: (batch, a, side, 5),
+    ),
+    "transposed, 3-D": (
+        lambda a, b, k: nn.ConvTranspose3d(a, b, (k, 2, 3)), lambda batch, a, side: (batch, a, side, 3, 2),
+    ),
+    "depthwise": (lambda a, b, k: nn.Conv2d(a, a, k, groups=a), lambda batch, a, side: (batch, a, side, 9)),
+    "grouped": (lambda a, b, k: nn.Conv2d(4 * a, 4 * b, k, groups=4), lambda batch, a, side: (batch, 4 * a, side, 9)),
+    "embedding": (lambda a, b, k: nn.Embedding(a, b), lambda batch, a, side: (batch, side)),
+}  # fmt: skip
+SHAPES = 15  # of each kind
+
+
+class Counted(NamedTuple):
+    """Operations of products and convolutions, bytes that all operations read and write, and launches."""
+
+    flops: int
+    moved: int
+    launches: int
+
+    def is_above(self, other: Counted) -> bool:
+        """Whether everything is more."""
+        return all(mine > its for mine, its in zip(self, other, strict=True))
+
+
+class Moved(TorchDispatchMode):
+    """Adds up the bytes of what goes into and comes out of every operation that would be a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = self.launches = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ not in FREE and not func.is_view:
+            values = tree_flatten((args, kwargs, out))[0]
+            self.total += sum(value.nbytes for value in values if isinstance(value, Tensor))
+            self.launches += 1
+        return out
+
+
+def add_flops(weight: list[int], factor: list[int], rows: list[int], *_: object, **__: object) -> int:
+    """Of the product that ``flora::add_rounded`` adds to a weight."""
+    return 2 * math.prod(factor) * rows[0]
+
+
+def counted(run: Callable[[Tensor], Tensor], x: Tensor) -> Counted:
+    """Of forward and backward."""
+    leaf = x.detach().requires_grad_(x.is_floating_point())
+    formulas = {**IN_PLACE, torch.ops.flora.add_rounded: add_flops}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as flops, Moved() as moved:
+        run(leaf).sum().backward()
+    return Counted(int(flops.get_total_flops()), moved.total, moved.launches)
+
+
+def ways(layer: Any, delta: TuckerDelta) -> dict[Choice, Callable[[Tensor], Tensor]]:
+    """Every way that the layer can be run in on a GPU."""
+    found = find_layer(layer)
+    assert found is not None
+    row = found[1]
+    assert row.factored is not None
+    bias = getattr(layer, "bias", None)
+
+    def called(x: Tensor) -> Tensor:
+        out: Tensor = functional_call(layer, {"weight": delta(layer.weight)}, (x,))
+        return out
+
+    def beside(x: Tensor) -> Tensor:
+        fused = row.fused and row.fused(BESIDE, layer, layer.weight, bias, delta, x)
+        return layer(x) + row.factored(layer, delta.stored_form, delta.scale, x) if fused is None else fused  # type: ignore[misc]
+
+    runs: dict[Choice, Callable[[Tensor], Tensor]] = {CALLED: called, BESIDE: beside, SUMMED: called}
+    if row.fused is not None:
+        runs[SUMMED] = partial(row.fused, SUMMED, layer, layer.weight, bias, delta)  # type: ignore[assignment]
+    if isinstance(layer, nn.Linear):
+        runs[SUMMED_NARROW] = partial(row.fused, SUMMED_NARROW, layer, layer.weight, bias, delta)  # type: ignore[arg-type]
+    return runs
+
+
+@pytest.mark.filterwarnings("ignore:the adapter has more parameters")  # small shapes, whole modes
+@pytest.mark.parametrize("name", GPU_KINDS)
+def test_on_a_gpu_no_choice_counts_more_than_every_alternative(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From shapes alone; every way is run on the meta device and counted.
+
+    The launches count too: a convolution of few pixels and rank 1 beside the layer has fewer operations and bytes than
+    any other way, and takes longer, since it launches twice as many kernels.
+    """
+    monkeypatch.setattr(device, "on_cpu", lambda x: False)
+    build, size = GPU_KINDS[name]
+    drawn = random.Random(name)
+    chosen: set[Choice] = set()
+
+    for _ in range(SHAPES):
+        inner, out = (round(2 ** drawn.uniform(1, 10)) for _ in range(2))
+        rank, pixels, side = round(2 ** drawn.uniform(0, 6)), drawn.randint(1, 3), round(2 ** drawn.uniform(2, 9))
+        dtype = drawn.choice([torch.float32, torch.bfloat16])
+
+        with torch.device("meta"):
+            layer: Any = build(inner, out, pixels).to(dtype).requires_grad_(False)
+            caps = (rank, rank, *[2] * (layer.weight.ndim - 2))
+            ranks = [min(most, length) for most, length in zip(caps, layer.weight.shape, strict=True)]
+            delta = TuckerDelta(layer.weight.shape, ranks, init_weights=False)
+            shape = size(drawn.randint(1, 17), inner, side)
+            x = torch.zeros(shape, dtype=torch.long) if name == "embedding" else torch.empty(shape, dtype=dtype)
+
+        kind = name if name in ("linear", "embedding") else "conv"
+        groups, transposed = getattr(layer, "groups", 1), bool(getattr(layer, "transposed", False))
+        channels = {"linear": inner, "embedding": 1}.get(kind, getattr(layer, "in_channels", 1))
+        positions = layer(x).numel() // {"linear": out, "embedding": out}.get(kind, getattr(layer, "out_channels", 1))
+        work = Work(
+            kind, tuple(layer.weight.shape), tuple(ranks), x.numel() // channels, positions, groups, transposed,
+            cpu=False, element_size=layer.weight.element_size(),
+        )  # fmt: skip
+        choice = choose(work)
+        chosen.add(choice)
+
+        found = {way: counted(run, x) for way, run in ways(layer, delta).items()}
+        mine, others = found.pop(choice), list(found.values())
+        assert not all(mine.is_above(other) for other in others), (work, mine, found)
+
+    assert len(chosen) >= (2 if name == "linear" else 1)
+
+
+@pytest.mark.parametrize(
+    "shape", [(3, 17, 29, 11, 4), (8, 64, 40, 500, 7), (5, 301, 47, 1000, 16), (2, 13, 997, 64, 1)]
+)
+def test_on_a_gpu_experts_count_less_beside(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stack stays apart from its update: the other way would form the dense update of every expert."""
+    monkeypatch.setattr(device, "on_cpu", lambda x: False)
+    experts, inner, out, rows, rank = shape
+    assert choose(Work("parameter", (), (), 0, 0, cpu=False), can_sum=False, can_add=True) == BESIDE
+
+    with torch.device("meta"):
+        weight = torch.empty(experts, inner, out)
+        delta = TuckerDelta(weight.shape, (min(rank, experts), min(rank, inner), min(rank, out)), init_weights=False)
+        x, ends = torch.empty(rows, inner), torch.empty(experts, dtype=torch.int32)
+
+    def product(x: Tensor, matrices: Tensor, offs: Tensor) -> Tensor:
+        """A grouped product of as many rows for each expert, which is what it costs; torch has none in float32."""
+        share = torch.bmm(
+            x[:1].expand(len(matrices), -1).unsqueeze(1).expand(-1, -(-rows // len(matrices)), -1), matrices
+        )
+        return share.flatten(0, 1)[:rows]
+
+    def stack() -> ExpertStack:
+        return ExpertStack.of(weight, [(delta.form, delta.scale)])
+
+    beside = counted(lambda x: stack().grouped(x, ends, product), x)
+    called = counted(lambda x: product(x, stack().dense(), ends), x)
+    assert not beside.is_above(called)
+    assert beside.flops < called.flops or beside.moved < called.moved
+
+
+# ---- a plan as a whole ----------------------------------------------------------------------------------------------
 
 
 @given(st.integers(2, 99), st.integers(2, 99), st.integers(1, 32), st.integers(1, 5000))
