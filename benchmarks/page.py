@@ -125,6 +125,26 @@ def _attach(result: Row) -> list[str]:
     return ["## Attaching and saving", text, tables.attach(result)]
 
 
+def _compiled(result: Row) -> list[str]:
+    text = (
+        "Kernels that `torch.compile` generates for a training step of one block, + calls of torch's own products and "
+        "convolutions; counted in the code for a CPU, with the decisions that the library takes on a GPU, and with few "
+        f"channels, r = {result['rank']}. LoRA leaves depthwise and transposed convolutions out."
+    )
+    whole = all(_is_one_graph(method) for row in result["rows"] for method in row["methods"].values())
+    rest = (
+        "No graph breaks, a second step compiles nothing, other batch sizes share one more graph, and no graph writes "
+        "into its inputs or computes on the CPU, which would keep it from being captured as a CUDA graph."
+    )
+    return ["## Under a compiler", text, tables.compiled(result["rows"]), *([rest] if whole else [])]
+
+
+def _is_one_graph(method: Row) -> bool:
+    """Whether a step is one graph for a shape, one more for all other batches, and could be captured."""
+    unbroken = not (method["breaks"] or method["recompiled"] or method["uncapturable"])
+    return unbroken and sum(method.get("graphs_by_batch", ())) <= 2 and "cpu" not in method.get("devices", ())
+
+
 def _quality(title: str, text: str, result: Row) -> list[str]:
     metric, task = result["metric"], result["question"]
     file = f"{task.removeprefix('quality-')}.yaml"
@@ -175,6 +195,7 @@ SECTIONS: dict[str, Any] = {
     "counts": _counts,
     "models": _models,
     "attach": _attach,
+    "compiled": _compiled,
     "gpu": gpu_tables.section,
     **{question: partial(_quality, *texts) for question, texts in QUALITY.items()},
 }

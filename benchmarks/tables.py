@@ -219,3 +219,15 @@ def attach(result: Row) -> str:
         )
     heads = ["parameters", "attach, ms", "save, ms", "file, MiB", "memory growth of saving, MiB"]
     return markdown(lines, ["method", *heads, "saved with no base weights there"])
+
+
+def compiled(rows: Sequence[Row]) -> str:
+    """Kernels that a compiler generates, and calls of torch's own operations beside them."""
+    shown = ("flora", "flora-same", "flora-cpu", "lora")
+    lines = []
+    for row in rows:
+        found = [row["methods"].get(name) for name in shown]
+        cells = [DASH if method is None else f"{method['kernels']} + {method['operations']}" for method in found]
+        lines.append([row["case"], row["dtype"], *cells])
+    heads = [NAMES["flora"], MODEL_NAMES["flora-same"], "FLoRA, a CPU's decisions", "LoRA"]
+    return markdown(lines, ["block", "dtype", *heads])
