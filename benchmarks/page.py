@@ -134,7 +134,7 @@ def _compiled(result: Row) -> list[str]:
     whole = all(_is_one_graph(method) for row in result["rows"] for method in row["methods"].values())
     rest = (
         "No graph breaks, a second step compiles nothing, other batch sizes share one more graph, and no graph writes "
-        "into its inputs or computes on the CPU, which would keep it from being captured as a CUDA graph."
+        "into its inputs (statistics of norms aside) or computes on the CPU, which would keep it from being captured."
     )
     return ["## Under a compiler", text, tables.compiled(result["rows"]), *([rest] if whole else [])]
 
