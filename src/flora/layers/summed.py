@@ -368,7 +368,8 @@ def _rows(core: Tensor, factors: Factors, steps: Sequence[Step]) -> list[Tensor]
     # Each step sees what there is as a matrix whose columns are the last mode, still in its rank, and multiplies it by
     # that mode's factor from the left: (I, J) @ (J, rest) = (I, rest). The mode now has its full size and stands in
     # front, and the mode before it has become the last one. Nothing is copied between two steps.
-    current, rows = core, []
+    current = core
+    rows: list[Tensor] = []
 
     # shape: (rest, J), then (I, rest)
     for mode, rest, rank in steps:
