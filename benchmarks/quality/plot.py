@@ -18,6 +18,7 @@ from flora.report.plots import colour_of
 # A method has one colour and one mark in all panels; those that are not here are told in the tables only.
 MARKS = {"bitfit": "X", "lora": "^", "lycoris": "P", "flora": "D", OURS: "o", "full": "s"}
 LOOKS = {method: (colour_of(method), mark) for method, mark in MARKS.items()}
+COLUMNS = 3  # of panels
 BESIDE = 1.12  # between neighbours that have the same number of parameters
 
 
@@ -32,13 +33,20 @@ def quality_over_parameters(
         tasks: a panel each, in this order.
         titles: of the panels.
     """
-    figure = Figure(figsize=(3.1 * len(tasks), 3.8), layout="constrained")
-    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    rows = math.ceil(len(tasks) / COLUMNS)
+    figure = Figure(figsize=(3.6 * COLUMNS, 3.3 * rows + 0.6), layout="constrained")
+    panels = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
+    for panel in panels[len(tasks) :]:
+        panel.set_axis_off()
+
+    panels = panels[: len(tasks)]
     for panel, task in zip(panels, tasks, strict=True):
         _draw(panel, {method: chosen[task, method] for method in LOOKS if (task, method) in chosen})
         panel.set_title(titles[task].replace(": ", "\n"), fontsize="medium")
 
-    panels[0].set_ylabel("test score")
+    for panel in panels[::COLUMNS]:
+        panel.set_ylabel("test score")
+
     marks = {label: mark for panel in panels for mark, label in zip(*panel.get_legend_handles_labels(), strict=True)}
     figure.legend(marks.values(), marks.keys(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=110, metadata={"Software": None})
