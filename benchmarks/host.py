@@ -27,6 +27,7 @@ from torch import Tensor, nn  # noqa: E402
 
 METHODS = ("frozen", "flora", "lora")
 RANK = 2
+DEFAULT_RANK = 8  # of FloraConfig and LoraConfig
 COPIES = 8  # of a layer, as a network has them: all forward, then all backward
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -42,7 +43,8 @@ class Row:
         fill: makes the input from its shape.
         inside: where in it the layer is that is adapted.
         targets: raw parameters that are adapted.
-        lora_rank: LoRA needs one that the groups divide.
+        rank: of both methods.
+        lora_rank: instead, where LoRA needs one that the groups divide.
         lora: whether PEFT's LoRA adapts it.
         args: makes the other arguments of the forward.
     """
@@ -53,7 +55,8 @@ class Row:
     fill: Callable[..., Tensor] = torch.randn
     inside: str = ""
     targets: tuple[str, ...] = ()
-    lora_rank: int = RANK
+    rank: int = RANK
+    lora_rank: int | None = None
     lora: bool = True
     args: Callable[[Tensor], tuple[Any, ...]] = field(default=lambda x: ())
 
@@ -112,6 +115,10 @@ ROWS: dict[str, Row] = {
     "embedding": Row(lambda: nn.Embedding(16, 8), (1, 4), ("beside", "narrow"), fill=ids),
     "attention": Row(SelfAttention, (1, 4, 8), inside=".inner"),
     "experts": Row(experts, (4, 16), targets=("experts.gate_up_proj", "experts.down_proj"), args=routed),
+    "linear, default rank": Row(lambda: nn.Linear(16, 16), (4, 16), ("summed", "dense"), rank=DEFAULT_RANK),
+    "3x3, default rank": Row(lambda: nn.Conv2d(16, 16, 3, padding=1), (1, 16, 4, 4), rank=DEFAULT_RANK),
+    "3x3x3, default rank": Row(lambda: nn.Conv3d(16, 16, 3, padding=1), (1, 16, 3, 3, 3), rank=DEFAULT_RANK),
+    "1x1, default rank": Row(lambda: nn.Conv2d(16, 16, 1), (1, 16, 4, 4), rank=DEFAULT_RANK),
 }  # fmt: skip
 
 
@@ -149,9 +156,10 @@ def under(method: str, row: Row, dtype: torch.dtype) -> nn.Module:
     targets: dict[str, Any] = {"target_modules": names, "target_parameters": list(row.targets) or None}
     config: Any
     if method == "flora":
-        config = flora.FloraConfig(r=RANK, **targets)
+        config = flora.FloraConfig(r=row.rank, **targets)
     else:
-        config = LoraConfig(r=row.lora_rank, lora_alpha=2 * row.lora_rank, **targets)
+        rank = row.lora_rank or row.rank
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, **targets)
     return get_peft_model(base, config)
 
 
@@ -185,7 +193,7 @@ def measure(name: str, dtype: str, repeats: int, seed: int = 0) -> dict[str, Any
         times = clock.interleave(steps, clock.Budget(20, repeats, repeats, 600.0), seed)
 
     busy = {method: [processor for _, processor in values] for method, values in times.items()}
-    found: dict[str, Any] = {"case": name, "dtype": dtype, "repeats": repeats}
+    found: dict[str, Any] = {"case": name, "dtype": dtype, "rank": row.rank, "repeats": repeats}
     found["us"] = {method: round(1e6 * statistics.median(values) / COPIES, 1) for method, values in busy.items()}
     if "lora" in busy:
         pairs = zip(busy["flora"], busy["lora"], strict=True)
