@@ -139,6 +139,18 @@ def _compiled(result: Row) -> list[str]:
     return ["## Under a compiler", text, tables.compiled(result["rows"]), *([rest] if whole else [])]
 
 
+def _host(result: Row) -> list[str]:
+    repeats = min(row["repeats"] for row in result["rows"])
+    text = (
+        "Microseconds of processor time that a training step of one layer costs the host, on tensors of a few numbers "
+        "of a CPU, with the decisions that the library takes on a GPU; what a kernel of Triton would cost is stood for "
+        f"by small products. Medians over {repeats} repeats, in which the methods take turns; the last column is the "
+        "median of the ratios within each repeat. Above 1, eager steps that wait for the host are slower than LoRA's. "
+        "The machine was shared."
+    )
+    return ["## What the host pays", text, tables.host(result["rows"])]
+
+
 def _is_one_graph(method: Row) -> bool:
     """Whether a step is one graph for a shape, one more for all other batches, and could be captured."""
     unbroken = not (method["breaks"] or method["recompiled"] or method["uncapturable"])
@@ -196,6 +208,7 @@ SECTIONS: dict[str, Any] = {
     "models": _models,
     "attach": _attach,
     "compiled": _compiled,
+    "host": _host,
     "gpu": gpu_tables.section,
     **{question: partial(_quality, *texts) for question, texts in QUALITY.items()},
 }

@@ -221,6 +221,18 @@ def attach(result: Row) -> str:
     return markdown(lines, ["method", *heads, "saved with no base weights there"])
 
 
+def host(rows: Sequence[Row]) -> str:
+    """Microseconds of a layer's step, and FLoRA relative to LoRA where PEFT's LoRA adapts the layer."""
+    methods = ("frozen", "flora", "lora")
+    lines = []
+    for row in rows:
+        times = [f"{row['us'][method]:.0f}" if method in row["us"] else DASH for method in methods]
+        ratio = f"{row['flora_to_lora']:.2f}" if "flora_to_lora" in row else DASH
+        lines.append([row["case"], row["dtype"], str(row["rank"]), *times, ratio])
+
+    return markdown(lines, ["layer", "dtype", "rank", *(NAMES[method] for method in methods), "FLoRA / LoRA"])
+
+
 def compiled(rows: Sequence[Row]) -> str:
     """Kernels that a compiler generates, and calls of torch's own operations beside them."""
     shown = ("flora", "flora-same", "flora-cpu", "lora")
