@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -47,7 +47,7 @@ class Data:
     labels: list[str] | None = None
 
     def __post_init__(self) -> None:
-        if hasattr(self.train, "__len__") and len(self.train) == 0:
+        if isinstance(self.train, Sized) and len(self.train) == 0:
             raise UserError("the recipe gives no examples to train on; check its settings under `task`")
 
     def split(self, name: str) -> Dataset[Any]:
