@@ -64,8 +64,9 @@ samples and the order, the same for all methods.
 
 ![test score against trainable parameters](quality.png)
 
-The picture shows the setting without tuning; only full fine-tuning is at the best rate it was tried at, as a mark to
-reach. On text that was 0.003 and 0.01 only, too high for it, so that its mark there says nothing.
+Adapters of one budget are drawn side by side, so that none hides another. The picture shows the setting without tuning;
+only full fine-tuning is at the best rate it was tried at, as a mark to reach. On text that was 0.003 and 0.01 only, too
+high for it, so that its mark there says nothing.
 
 What the tables say, in short: without tuning, the gradient start has the best mean over the tasks. It is told apart
 from LoRA on CIFAR and on the hippocampus, from LoCon-Tucker on CIFAR. On the handwritten digits, the smallest training
