@@ -14,7 +14,7 @@ from flora.recipes import config_names
 
 CASES = {
     "flora co": {"compare", "convert"},
-    "flora train vol": {"volume_segment", "volume_segment-tiny"},
+    "flora train vol": {"volume_segment", "volume_segment-monai", "volume_segment-tiny"},
     "flora train m": {"multimodal_chat", "multimodal_chat-tiny", "mine.yaml"},
     "flora compare digits --over": {"--overwrite"},
     "flora eval ou": {"outputs"},

@@ -59,7 +59,9 @@ class Disk:
 
     def audit(self, event: str, args: tuple[Any, ...]) -> None:
         """Python's audit hook."""
-        if self.over or not is_change(event, args) or not any(is_inside(value, self.inside) for value in args):
+        # The other arguments of an opened file are its mode and its flags.
+        paths = args[:1] if event == "open" else args
+        if self.over or not is_change(event, args) or not any(is_inside(value, self.inside) for value in paths):
             return
 
         self.change()

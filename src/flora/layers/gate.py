@@ -64,9 +64,10 @@ def casts(kind: str) -> bool:
 
 
 def is_plain_eager() -> bool:
-    """Whether nothing watches or rewrites the operations: no compiler, functorch or forward-mode gradient."""
+    """Whether nothing watches or rewrites the operations: no compiler, trace, functorch or forward-mode gradient."""
     return not (
         torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     )
