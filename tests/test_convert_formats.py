@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import pickle
@@ -100,6 +101,32 @@ def test_a_live_adapter_of_every_kind_goes_out_and_comes_back(tmp_path: Path) ->
         save(adapter, tmp_path / f"{name}-again")
         again = PeftModel.from_pretrained(build(name), tmp_path / f"{name}-again").eval()
         assert torch.allclose(logits(again, name), logits(model, name), atol=1e-5), name
+
+
+class Twins(nn.Module):
+    """Two raw parameters whose names end like those of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left_weight, self.right_weight = nn.Parameter(torch.randn(11, 13)), nn.Parameter(torch.randn(13, 7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.left_weight @ self.right_weight
+
+
+def test_raw_parameters_called_like_weights_load_into_peft_again(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(Twins(), nn.Linear(7, 5))
+    config = flora.FloraConfig(
+        r=2, target_modules=["1"], target_parameters=["0.left_weight", "0.right_weight"], init_weights=False
+    )
+    model = get_peft_model(copy.deepcopy(base), config).eval()
+    model.save_pretrained(tmp_path / "a")
+    save(load(tmp_path / "a", base=base), tmp_path / "b")
+
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "b").eval()
+    x = torch.randn(3, 11)
+    assert torch.allclose(again(x), model(x), atol=1e-5)
 
 
 class Recurrent(nn.Module):
@@ -368,6 +395,32 @@ def test_what_cannot_be_read_says_why(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds objects other than tensors; nothing in it was run") as caught:
         convert_files.read_pickled(tmp_path / "evil.pt")
     assert "weights_only" not in str(caught.value)
+
+
+def _in_itself() -> dict[str, object]:
+    inner: dict[str, object] = {}
+    inner["model"] = inner
+    return inner
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (_in_itself(), r"has no tensors; its keys are 'model'"),
+        ({"state_dict": [torch.ones(2)]}, r"holds a list, expected a dict of tensors"),
+        ({"w": torch.eye(3).to_sparse()}, "w is not a plain tensor of numbers"),
+        ({"w": torch.empty(3, 5, device="meta")}, "w is not a plain tensor of numbers"),
+        (
+            {"w": torch.ones(1).expand(1 << 22, 1 << 22)},
+            "w has 17,592,186,044,416 entries, more than",
+        ),
+    ],
+    ids=["in itself", "list", "sparse", "meta", "repeated"],
+)
+def test_a_pickled_file_that_only_looks_like_weights_is_refused(tmp_path: Path, content: object, message: str) -> None:
+    torch.save(content, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match=message):
+        convert_files.read_pickled(tmp_path / "odd.pt")
 
 
 def test_a_weight_larger_than_memory_is_converted_in_its_factors(tmp_path: Path) -> None:

@@ -153,6 +153,7 @@ DAMAGED = [
     ({"rank_pattern": [3]}, {}, "rank_pattern is .3., expected names and numbers"),
     ({"rank_pattern": {"head": True}}, {}, "head must be a number, got True"),
     ({"init_lora_weights": []}, {}, "has init_lora_weights=..: when PEFT loads"),
+    ({"r": 4}, {}, r"head.weight: lora_A .2, 3. has the rank 2, and adapter_config.json says 4"),
     ({}, {"B": torch.ones(17)}, r"lora_A .2, 3. and lora_B .17,. do not fit"),
     ({}, {"A": torch.ones(0, 3)}, "head has the shape .0, 3."),
 ]
@@ -190,12 +191,16 @@ def test_a_module_of_the_models_own_called_base_layer(tmp_path: Path, kind: str)
     assert set(adapter.weights) | set(adapter.extras) == {name for name, _ in Backbone().named_parameters()}
 
 
+# PEFT says so of patterns for raw parameters, and uses them.
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
 def test_a_peft_lora_of_experts_needs_the_base_and_is_read_with_it(tmp_path: Path) -> None:
     config = LoraConfig(
         r=2,
         lora_alpha=3,
         target_modules=[],
         target_parameters=["experts.down_proj", "experts.gate_up_proj"],
+        rank_pattern={"experts.down_proj": 4},
+        alpha_pattern={"experts.gate_up_proj": 7},
         init_lora_weights=False,
     )
     model = get_peft_model(build("mixtral"), config).eval()

@@ -86,6 +86,8 @@ def test_zeros_half_precision_and_bad_input() -> None:
     assert isinstance(decompose(torch.randn(5), (5,)), Approximation)
     with pytest.raises(ValueError, match="NaN"):
         decompose(torch.full((5, 3), torch.nan), (2, 2))
+    with pytest.raises(TypeError, match=r"decompose needs real numbers, got torch.complex64"):
+        decompose(torch.randn(5, 3, dtype=torch.complex64), (2, 2))
     with pytest.raises(ValueError, match=r"rank 4 of mode 'd1' is above its size 3"):
         decompose(torch.randn(5, 3), (2, 4))
     with pytest.raises(ValueError, match="have 1 entry"):

@@ -66,6 +66,14 @@ def test_a_rank_of_zero_is_refused() -> None:
         TuckerDelta((11, 7), (0, 3))
 
 
+@pytest.mark.parametrize(
+    ("scale", "message"), [(float("nan"), "a finite number, got nan"), (float("inf"), "got inf"), (True, "got True")]
+)
+def test_a_scale_that_is_no_number_is_refused(scale: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TuckerDelta((11, 7), (2, 3), scale=scale)
+
+
 def test_dtype_and_device_of_the_parameters() -> None:
     delta = TuckerDelta((11, 7), (4, 3), device="cpu", dtype=torch.float64)
     assert {parameter.dtype for parameter in delta.parameters()} == {torch.float64}

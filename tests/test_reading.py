@@ -295,12 +295,22 @@ def test_a_function_of_autograd_gets_it_with_its_gradient() -> None:
     assert torch.allclose(*grads, rtol=1e-5)
 
 
-def test_half_precision_and_autocast_read_the_merged_weight() -> None:
-    model = mixer().to(torch.bfloat16)
-    layer = model.base_model.model.qkv
-    expected = (layer.get_base_layer().weight + layer.delta("default").dense()).to(torch.bfloat16)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(layer.weight.detach().clone(), expected)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_and_autocast_read_the_weight_that_a_call_uses(dtype: torch.dtype) -> None:
+    layer = mixer().to(dtype).base_model.model.qkv
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(layer.weight.detach().clone(), layer.summed(["default"], "weight"))
+
+
+def test_a_small_update_is_read_in_half_precision() -> None:
+    """Rounded to the nearest number, an update below half a step of the weight's grid would mostly be lost."""
+    torch.manual_seed(0)
+    config = flora.FloraConfig(r=3, scale=1e-3, target_modules=["0"], init_weights=False)
+    layer: Any = get_peft_model(nn.Sequential(nn.Linear(97, 61)).bfloat16(), config).base_model.model[0]
+    update = layer.get_delta_weight("default").detach().double()
+    read = layer.weight.detach().double() - layer.get_base_layer().weight.detach().double()
+    share = float((read * update).sum() / update.square().sum())
+    assert share == pytest.approx(1, abs=0.1), share
 
 
 def test_methods_and_properties_that_read_a_weight() -> None:

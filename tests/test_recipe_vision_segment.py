@@ -154,6 +154,15 @@ def test_other_classes_get_a_new_last_layer(task: Any) -> None:
     assert recipe.load_base(task()).config.id2label == {0: "circle", 1: "square", 2: "triangle"}
 
 
+@pytest.mark.parametrize(("count", "reduce"), [(256, False), (255, True)])
+def test_more_classes_than_a_byte_holds_are_refused(count: int, reduce: bool, task: Any) -> None:
+    """Their numbers would wrap in the label maps that are written, and 255 means that a pixel does not count."""
+    labels = [f"class {number}" for number in range(count)]
+    with pytest.raises(ValueError, match=f"there are {count} classes, expected at most {count - 1}"):
+        recipe.class_names(task(labels=labels, reduce_labels=reduce))
+    assert len(recipe.class_names(task(labels=labels[1:], reduce_labels=reduce))) == count - 1
+
+
 def test_metrics_by_hand() -> None:
     """Two images of 2 x 3 pixels; class 3 occurs nowhere, class 2 is only found where there is none."""
     found = torch.tensor([[[0, 0, 1], [1, 1, 2]], [[0, 1, 0], [0, 0, 0]]])

@@ -514,6 +514,22 @@ def test_scales_of_layers_as_diffusers_sets_them() -> None:
     assert torch.equal(layer.get_delta_weight("default"), whole)
 
 
+def test_what_is_merged_is_taken_out_again_whatever_the_scale_is_by_then() -> None:
+    model = adapted(scale=2.0)
+    state = get_peft_model_state_dict(model)
+    before = {name: layer.get_base_layer().weight.clone() for name, layer in layers(model).items()}
+    model.merge_adapter()
+    for layer in layers(model).values():
+        layer.scale_layer(3.0)
+
+    with pytest.raises(ValueError, match=r"'default' is merged into the base weights; call unmerge_adapter\(\) before"):
+        model.base_model.swap_adapter("default", state)
+
+    model.unmerge_adapter()
+    for name, layer in layers(model).items():
+        assert torch.allclose(layer.get_base_layer().weight, before[name], atol=1e-6), name
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("upcast", [True, False])
 def test_half_precision_bases(dtype: torch.dtype, upcast: bool) -> None:

@@ -74,10 +74,24 @@ class Example:
 
 
 def class_names(task: Task) -> list[str]:
-    """The names of the classes, in the order of the model's outputs."""
+    """The names of the classes, in the order of the model's outputs.
+
+    Raises:
+        UserError: there are more than a label map with one byte for each pixel can tell apart.
+    """
     if task.labels is not None:
-        return task.labels
-    return list(load_pretrained(AutoConfig, locate(task.model)).id2label.values())
+        names = task.labels
+    else:
+        names = list(load_pretrained(AutoConfig, locate(task.model)).id2label.values())
+
+    most = IGNORED - task.reduce_labels
+    if len(names) > most:
+        raise UserError(
+            f"there are {len(names)} classes, expected at most {most}: a label map has one byte for each pixel, and "
+            f"{IGNORED} is the label of pixels that do not count"
+        )
+
+    return names
 
 
 def read_parts(task: Task) -> dict[str, list[Item[Example]]]:

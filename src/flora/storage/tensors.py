@@ -152,21 +152,44 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
             "or ask its author for the weights as safetensors"
         ) from None
 
-    while isinstance(loaded, Mapping) and not any(isinstance(value, Tensor) for value in loaded.values()):
-        inner = next((loaded[key] for key in NESTED if key in loaded), None)
-        if inner is None:
-            raise UserError(f"{path} has no tensors; its keys are {', '.join(map(repr, list(loaded)[:5]))}")
-
-        loaded = inner
-
-    if not isinstance(loaded, Mapping):
-        raise UserError(f"{path} holds a {type(loaded).__name__}, expected a dict of tensors; save the state_dict")
-
-    tensors = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
+    found = _state_dict_in(loaded, path)
+    tensors = {str(key): value for key, value in found.items() if isinstance(value, Tensor)}
     check_names(tensors, path)
+    _check_plain(tensors, path)
     check_finite(tensors, path)
 
     return tensors
+
+
+def _state_dict_in(loaded: Any, path: Path) -> Mapping[Any, Any]:
+    """The dict with the tensors, which a checkpoint may keep inside others."""
+    # A dict can hold itself, so the search ends after as many steps as there are names.
+    for _ in range(1 + len(NESTED)):
+        if not isinstance(loaded, Mapping):
+            raise UserError(f"{path} holds a {type(loaded).__name__}, expected a dict of tensors; save the state_dict")
+        if any(isinstance(value, Tensor) for value in loaded.values()):
+            return loaded
+
+        inner = [key for key in NESTED if key in loaded]
+        if not inner:
+            break
+
+        loaded = loaded[inner[0]]
+
+    raise UserError(f"{path} has no tensors; its keys are {', '.join(map(repr, list(loaded)[:5]))}")
+
+
+def _check_plain(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuses what only looks like a weight: sparse, quantised or nested tensors, and those without their numbers.
+
+    A tensor of torch can also repeat the numbers of its file, through strides of zero, beyond any memory.
+    """
+    size = path.stat().st_size
+    for key, value in tensors.items():
+        if value.layout is not torch.strided or value.is_quantized or value.is_nested or value.is_meta:
+            raise UserError(f"{path}: {key} is not a plain tensor of numbers; save the state_dict of the model itself")
+        if value.numel() > size:
+            raise UserError(f"{path}: {key} has {value.numel():,} entries, more than the file can hold; it was edited")
 
 
 def check_names(tensors: Mapping[str, Tensor], source: Path) -> None:

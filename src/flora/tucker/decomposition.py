@@ -62,6 +62,10 @@ def decompose(tensor: Tensor, ranks: Ranks, *, sweeps: int = 50, tolerance: floa
         raise WrongTypeError(
             f"decompose needs a tensor, got a {type(tensor).__name__}; give layer.weight or torch.as_tensor(x)"
         )
+    if tensor.is_complex():
+        raise WrongTypeError(
+            f"decompose needs real numbers, got {tensor.dtype}; give the real and imaginary part apart"
+        )
     if tensor.ndim == 0:
         raise UserError("decompose needs a tensor of one dimension or more, got a single number")
 

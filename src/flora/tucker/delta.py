@@ -62,8 +62,10 @@ class TuckerDelta(nn.Module):
         shape = check_shape(shape)
         check_request(ranks, "ranks")
 
-        if not isinstance(scale, (int, float)):
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
             raise WrongTypeError(f"scale must be a number, got {scale!r} of type {type(scale).__name__}")
+        if not math.isfinite(scale):
+            raise UserError(f"scale must be a finite number, got {scale}")
         if init not in INITIALIZERS:
             raise UserError(f"init is {init!r}, expected one of {', '.join(INITIALIZERS)}")
 

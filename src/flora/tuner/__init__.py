@@ -45,8 +45,8 @@ def register() -> None:
     if taken is not None:
         raise ImportError(
             f"PEFT already has a method {NAME!r} ({taken.__module__}.{taken.__qualname__}), so flora-peft cannot "
-            f"register "
-            "its own under that name; upgrade flora-peft, or install the PEFT version that its release notes name"
+            "register its own under that name; upgrade flora-peft, or install the PEFT version that its release notes "
+            "name"
         )
 
     register_peft_method(name=NAME.lower(), config_cls=FloraConfig, model_cls=FloraModel, prefix=PREFIX)

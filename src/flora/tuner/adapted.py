@@ -104,6 +104,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self.told_of_dropout = False
         # The weights as they were, when merged safely.
         self._backup: dict[str, Tensor] = {}
+        # The scale that each adapter had when it was merged, by adapter and weight.
+        self._merged_scales: dict[tuple[str, str], float] = {}
         # Parametrizations that could not hold a merged weight.
         self._taken_off: dict[str, Any] = {}
         self._disable_adapters = False

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import reduce
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -63,6 +64,7 @@ def merge(layer: AdaptedLayer, adapters: list[str], safe_merge: bool) -> None:
         _write(layer, weight, value)
 
     layer.merged_adapters.extend(adapters)
+    layer._merged_scales.update({(name, weight): delta.scale for name, weight, delta in layer._changes(adapters)})
 
 
 def unmerge(layer: AdaptedLayer) -> None:
@@ -72,7 +74,7 @@ def unmerge(layer: AdaptedLayer) -> None:
             old = layer._backup.get(weight)
             if old is None:
                 value = base_weight(layer, weight)
-                old = (value - layer.dense(layer.merged_adapters, weight)).to(value.dtype)
+                old = (value - _merged_update(layer, weight).reshape(value.shape)).to(value.dtype)
 
             taken_off = layer._taken_off.pop(weight, None)
             if taken_off is None:
@@ -81,7 +83,18 @@ def unmerge(layer: AdaptedLayer) -> None:
                 _put_on(layer, weight, old, taken_off)
 
     layer._backup = {}
+    layer._merged_scales.clear()
     layer.merged_adapters.clear()
+
+
+def _merged_update(layer: AdaptedLayer, weight: str) -> Tensor:
+    """What merging has added to a weight, over the folded dimensions: at the scales of then, which may have changed."""
+    changes = []
+    for adapter in layer.merged_adapters:
+        form = layer.delta(adapter, weight).form
+        changes.append(form.scaled(layer._merged_scales[adapter, weight]).to_dense())
+
+    return reduce(torch.add, changes)
 
 
 def base_weight(layer: AdaptedLayer, weight: str) -> Tensor:

@@ -391,8 +391,11 @@ class FloraModel(BaseTuner):
             state_dict: the tensors of ``adapter_model.safetensors``, of the same ranks.
 
         Raises:
-            ValueError: names or shapes differ; nothing is changed then.
+            ValueError: names or shapes differ, or the adapter is merged; nothing is changed then.
         """
+        if any(adapter_name in layer.merged_adapters for layer in self._layers()):
+            raise UserError(f"{adapter_name!r} is merged into the base weights; call unmerge_adapter() before the swap")
+
         own = {
             f"base_model.model.{name}.{attribute}.{tensor}": value
             for name, layer in self._layers_with(adapter_name).items()
@@ -405,8 +408,7 @@ class FloraModel(BaseTuner):
             if shapes[0] != shapes[1]:
                 raise UserError(
                     f"cannot swap {adapter_name!r}: {key} has the shape {shapes[0]} here and {shapes[1]} in the new "
-                    f"adapter "
-                    "(None: absent); load it as a new adapter instead"
+                    "adapter (None: absent); load it as a new adapter instead"
                 )
 
         with torch.no_grad():

@@ -294,10 +294,10 @@ def _rescale(layer: AdaptedLayer, weight: str, factor: float) -> Callable[[], Te
 
 
 def _sum(stored: Tensor, updates: Sequence[Update]) -> Tensor:
-    """``W + s dW`` in the dtype of W; the update is formed in the adapters' dtype, also under autocast."""
+    """``W + s dW`` as a called layer has it; the update is formed in the adapters' dtype, also under autocast."""
     with torch.autocast(stored.device.type, enabled=False):
         changes = [update.form.scaled(update.scale).to_dense().reshape(stored.shape) for update in updates]
-        return (stored + reduce(torch.add, changes)).to(stored.dtype)
+        return with_update(stored, reduce(torch.add, changes))
 
 
 def _tensors(updates: Sequence[Update]) -> Iterator[Tensor]:

@@ -353,29 +353,45 @@ def _names_parameter(module: str, target: str) -> bool:
 
 
 class _Scales:
-    """The rank and the scale of each weight, as the config says."""
+    """The rank and the scale of each weight, as the config says.
+
+    PEFT asks for a layer by the name of its module, and for a raw parameter by the parameter's own.
+    """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.rank_of_all, self.ranks = _numbers_of(config, "rank_pattern", "r")
         self.alpha_of_all, self.alphas = _numbers_of(config, "alpha_pattern", "lora_alpha")
         self.by_root = bool(config.get("use_rslora"))
 
-    def rank(self, name: str) -> int:
+    def rank(self, name: str, layout: Layout) -> int:
         """Of the pair of a weight."""
-        found = self.ranks.find([name.rpartition(".")[0]])
-        return int(self.rank_of_all if found is None else found.value)
+        found = self.ranks.find([_spoken(name, layout)])
+        if found is None:
+            return int(self.rank_of_all)
+        return int(found.value)
 
-    def scale(self, name: str) -> float:
+    def scale(self, name: str, layout: Layout) -> float:
         """What PEFT multiplies the product of a pair with."""
-        found = self.alphas.find([name.rpartition(".")[0]])
-        alpha = float(self.alpha_of_all if found is None else found.value)
-        rank = self.rank(name)
-        return alpha / (math.sqrt(rank) if self.by_root else rank)
+        found = self.alphas.find([_spoken(name, layout)])
+        alpha = self.alpha_of_all
+        if found is not None:
+            alpha = found.value
+
+        rank = self.rank(name, layout)
+        if self.by_root:
+            return float(alpha) / math.sqrt(rank)
+        return float(alpha) / rank
+
+
+def _spoken(name: str, layout: Layout) -> str:
+    """What the patterns of a config call a weight."""
+    if is_raw(name, layout):
+        return name
+    return name.rpartition(".")[0]
 
 
 def _join(name: str, up: Tensor, down: Tensor, layout: Layout, scales: _Scales) -> Entry:
-    rank = scales.rank(name)
-    scale = scales.scale(name)
+    rank, scale = scales.rank(name, layout), scales.scale(name, layout)
 
     if layout.kind == "experts":
         count = down.shape[0] // rank
@@ -391,6 +407,13 @@ def _join(name: str, up: Tensor, down: Tensor, layout: Layout, scales: _Scales) 
     if up.ndim < 2 or down.ndim < 2 or up.shape[1] != down.shape[0]:
         raise UserError(
             f"{name}: lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)} do not fit; the file is mixed up"
+        )
+
+    # The scale is alpha over the rank of the config, so another rank than the tensors' would be another change.
+    if down.shape[0] != rank:
+        raise UserError(
+            f"{name}: lora_A {tuple(down.shape)} has the rank {down.shape[0]}, and {CONFIG} says {rank}; copy both "
+            "files again, from one save"
         )
 
     form = Tucker(down, (up.reshape(up.shape[:2]), *(None,) * (down.ndim - 1)))

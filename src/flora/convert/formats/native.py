@@ -183,7 +183,7 @@ def _raw_places(layouts: Mapping[str, Layout | None]) -> dict[str, int]:
     return {
         name: 0 if layout is None else layout.place
         for name, layout in layouts.items()
-        if not name.endswith("weight") and "." in name and (layout is None or layout.kind not in _ROWS)
+        if "." in name and is_raw(name, layout) and (layout is None or layout.kind not in _ROWS)
     }
 
 

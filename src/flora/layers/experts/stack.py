@@ -22,6 +22,7 @@ from flora.layers.experts.grouped import grouped, row_by_row
 from flora.layers.gate import prepare
 from flora.layers.linear import fused as fused_linear
 from flora.layers.planning import Work, choose_narrow
+from flora.layers.summed import with_update
 from flora.tucker.form import Tucker, mode_product
 
 
@@ -128,7 +129,8 @@ class ExpertStack:
         if self._sum is None:
             total = self.weight
             for term in self.terms:
-                total = total + term.dense().to(total.dtype)
+                total = with_update(total, term.dense())
+
             self._sum = total
         return self._sum
 

@@ -260,8 +260,7 @@ def _watch(place: Place, receive: Callable[[Tensor], None]) -> Any:
     def take(gradient: Tensor) -> None:
         if gradient.is_sparse:
             gradient = gradient.to_dense()
-        else:
-            gradient = gradient
+
         receive(gradient.detach().float().reshape(place.shape))
 
     stored = stored_weight(place)
