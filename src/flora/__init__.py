@@ -41,7 +41,8 @@ __all__ = [
     "start",
 ]
 __version__ = "0.1.0"
-__path__ = [*__path__, str(Path(__path__[0], "runs", "former"))]  # modules under the names that saved adapters know
+# Modules under the names that saved adapters know.
+__path__ = [*__path__, str(Path(__path__[0], "runs", "former"))]
 
 _LATER = {
     "Adapter": "flora.convert",

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 import flora
 from flora.errors import UserError
 
-HEAD = "seg_layers."  # in the names of nnU-Net's output layers, one for each resolution
+# Part of the names of nnU-Net's output layers, one for each resolution.
+HEAD = "seg_layers."
 # What nnU-Net's checkpoints hold beside tensors: numbers of numpy in the log, and the device.
 NUMBERS: list[Any] = [
     cast("Any", np)._core.multiarray.scalar, np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.float32)),
@@ -167,7 +168,8 @@ def load_trained(network: nn.Module, path: Path) -> list[str]:
     try:
         with torch.serialization.safe_globals(NUMBERS):
             found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises errors of many kinds
+    except Exception as error:
+        # torch raises errors of many kinds.
         reason = str(error).partition("\n")[0][:200]
         raise UserError(f"{path} cannot be read without running what is in it, so it is not read ({reason})") from None
 

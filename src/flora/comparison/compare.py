@@ -40,10 +40,14 @@ from flora.runs.training import measure
 from flora.storage.atomic import check_target, claim, clear_parts, read_json, staged, write_json, write_text
 from flora.storage.replacing import check_replaceable
 
-KEPT = "flora"  # the method whose first adapter is kept, ready to load
-SEARCH_SEEDS = 3  # that the learning rate is chosen on
-EXTENSIONS = 2  # how often the grid of learning rates goes on at most
-Place = tuple[str, int | None]  # a method and its budget
+# The method whose first adapter is kept, ready to load.
+KEPT = "flora"
+# How many seeds the learning rate is chosen on.
+SEARCH_SEEDS = 3
+# How often the grid of learning rates is extended at most.
+EXTENSIONS = 2
+# A method and its budget.
+Place = tuple[str, int | None]
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,8 @@ class Bench:
 
         try:
             _, difference, _ = verified_merge(model, inputs)
-        except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # as other libraries' adapters fail
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            # The adapters of other libraries fail in these ways.
             if run.method == KEPT:
                 raise
             return {**found, "merge_error": str(error).partition("\n")[0]}

@@ -12,7 +12,8 @@ from flora.runs.config_file import Config
 from flora.runs.run_folder import STATE, RunFolder
 from flora.storage.atomic import read_json
 
-ELSEWHERE = ("output", "compare.")  # settings that have no part in a run
+# Settings that have no part in a run.
+ELSEWHERE = ("output", "compare.")
 
 
 def finished_runs(folders: Sequence[Path]) -> dict[str, Any]:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 
 from flora.errors import UserError
 
-Costs = Callable[[int], Mapping[str, int]]  # one rank for all layers -> layer -> trainable parameters
+# One rank for all layers -> layer -> trainable parameters.
+Costs = Callable[[int], Mapping[str, int]]
 
 
 def match_ranks(costs: Costs, budget: int) -> dict[str, int]:
@@ -36,9 +37,9 @@ def match_ranks(costs: Costs, budget: int) -> dict[str, int]:
     while high - low > 1:
         middle = (low + high) // 2
         if sum(costs(middle).values()) <= budget:
-            low, high = (middle, high)
+            low = middle
         else:
-            low, high = (low, middle)
+            high = middle
 
     now, more = costs(low), costs(low + 1)
     left = budget - sum(now.values())

@@ -30,10 +30,13 @@ from flora.tucker.ranks import resolve
 from flora.tuner.config import FloraConfig
 from flora.tuner.gradient.start import Start
 
-LOKR_FACTORS = (-1, 16, 8, 4, 2)  # how LoKr splits a matrix, from its default, the cheapest, to the dearest
+# How LoKr splits a matrix, from its default, the cheapest, to the dearest.
+LOKR_FACTORS = (-1, 16, 8, 4, 2)
 PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-Targets = Mapping[str, list[str]]  # module -> its raw parameters that are adapted; none for a layer as such
-Configure = Callable[[dict[str, int], Targets], PeftConfig]  # the rank of each module -> a config of PEFT
+# Module -> its raw parameters that are adapted; none for a layer as such.
+Targets = Mapping[str, list[str]]
+# The rank of each module -> a config of PEFT.
+Configure = Callable[[dict[str, int], Targets], PeftConfig]
 
 
 class RefusedError(ValueError):

@@ -29,7 +29,8 @@ from flora.tucker.form import count_params
 from flora.tuner.config import FloraConfig
 from flora.tuner.gradient.start import adapt_and_tell, start
 
-BATCHES = 12  # as many as our own start takes
+# The batches that a start looks at, as many as our own takes.
+BATCHES = 12
 
 
 def flora(base: nn.Module, request: Request) -> nn.Module:

@@ -20,7 +20,8 @@ from flora.recipes import Data, Recipe
 from flora.runs.settings import Settings
 from flora.runs.training import first_batches, make_trainer, measure, trainable, training_arguments
 
-EPOCHS = 3  # of transformers' Trainer where a config says nothing
+# What transformers' Trainer takes where a config says nothing.
+EPOCHS = 3
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ def train_once(settings: Settings, recipe: Recipe, run: Run, scratch: Path, poin
 
     try:
         trained = {**_train(trainer, run.seed), "validation": measure(trainer, data.validation)}
-    except ValueError as error:  # losses of detectors refuse boxes that are NaN
+    except ValueError as error:
+        # Losses of detectors refuse boxes that are NaN.
         diverged = isinstance(error, DivergedError)
         if not diverged and all(torch.isfinite(value).all() for value in model.parameters()):
             raise

@@ -30,8 +30,8 @@ from flora.storage.tensors import CONFIG, DTYPES, as_path, check_exists, read_ob
 FORMATS: dict[str, ModuleType] = {"flora": native, "lora": lora, "kohya": kohya, "dense": dense, "official": official}
 Target = Literal["flora", "lora", "kohya", "dense"]
 FOLDERS = ("flora", "lora")
-READ = (".safetensors", ".pt", ".pth", ".bin")  # endings of the files that can be an adapter
-MOST_DIMENSIONS = 25  # that torch's products of many tensors take
+# Endings of the files that can be an adapter.
+READ = (".safetensors", ".pt", ".pth", ".bin")
 
 __all__ = ["FORMATS", "Adapter", "Base", "Entry", "Layout", "Report", "convert", "detect", "load", "open_base", "save"]
 
@@ -126,8 +126,6 @@ def _check_entries(adapter: Adapter, path: Path, base: Base | None) -> None:
         for part in parts:
             if part.dtype not in DTYPES:
                 raise UserError(f"{path}: {name} is stored as {part.dtype}, expected a floating-point type")
-            if part.numel() == 0 or not 0 < part.ndim <= MOST_DIMENSIONS:
-                raise UserError(f"{path}: {name} has a tensor of shape {tuple(part.shape)}, which is not an update")
 
         if not math.isfinite(entry.scale):
             raise UserError(f"{path}: {name} has the scale {entry.scale}, expected a finite number")

@@ -23,8 +23,10 @@ from flora.storage.atomic import read_json
 from flora.storage.parsing import read_yaml
 from flora.storage.tensors import check_exists, read_object
 
-ALWAYS_KNOWN = ("flora", "transformers")  # packages that every installation has
-AUTO_CLASSES = {  # task_type of an adapter config -> the class of transformers that PEFT pairs it with
+# Packages that every installation has.
+ALWAYS_KNOWN = ("flora", "transformers")
+# task_type of an adapter config -> the class of transformers that PEFT pairs it with.
+AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "FEATURE_EXTRACTION": "AutoModel",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
@@ -32,7 +34,8 @@ AUTO_CLASSES = {  # task_type of an adapter config -> the class of transformers 
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
 }
-DOWNLOADED = ("model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")  # of a model on the hub
+# The files of a model on the hub that are needed.
+DOWNLOADED = ("model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
 
 # ---- what is known without weights -----------------------------------------------------------------------------------
@@ -311,7 +314,8 @@ def local_folder(named: str) -> Path:
 
     try:
         return Path(snapshot_download(named, allow_patterns=list(DOWNLOADED)))
-    except (OSError, ValueError) as error:  # not there, no network, or no name that the hub could have
+    except (OSError, ValueError) as error:
+        # Not there, no network, or no name that the hub could have.
         reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(
             f"the base model {named!r} is not a local folder and could not be loaded from the hub ({reason}); give its "

@@ -26,12 +26,14 @@ class Rounding(NamedTuple):
 
 
 ROUNDING = {
-    torch.float64: Rounding(weight=1e-6, model=1e-6),  # adapters are in float32 there
+    # Adapters are in float32 there.
+    torch.float64: Rounding(weight=1e-6, model=1e-6),
     torch.float32: Rounding(weight=1e-5, model=1e-4),
     torch.float16: Rounding(weight=5e-3, model=1e-2),
     torch.bfloat16: Rounding(weight=4e-2, model=5e-2),
 }
-LARGE = 2**24  # entries of a weight from which on its change is compared in factored form, and not formed
+# From this many entries on, the change of a weight is compared in factored form.
+LARGE = 2**24
 
 
 @dataclass(frozen=True)

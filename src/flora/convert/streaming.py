@@ -127,8 +127,10 @@ def stream_merged(
 class _Rows(NamedTuple):
     """Rows of an embedding that replace those of the base: their numbers, and what they become."""
 
-    numbers: Tensor  # shape: (rows,)
-    values: Tensor  # shape: (rows, width)
+    # shape: (rows,)
+    numbers: Tensor
+    # shape: (rows, width)
+    values: Tensor
 
 
 class _Plan:
@@ -161,7 +163,8 @@ class _Plan:
             for name, value in adapter.extras.items():
                 tied = adapter.extras.get(files.tied_to(name) or "")
                 if name.endswith(TOKEN_ROWS) or (tied is not None and torch.equal(tied, value)):
-                    continue  # rows come below; of two tied tensors the files have one
+                    # Rows come below; of two tied tensors the files have one.
+                    continue
 
                 self._replace(name, value, weight)
 

@@ -21,7 +21,8 @@ from flora.errors import UserError
 
 COLUMNS = ("messages", "conversations", "prompt", "completion", "instruction", "input", "output", "text")
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-INTRODUCTION = {  # by whether there is an input: the frame of Alpaca, which commonsense-170k is written for
+# The frame of Alpaca, with and without an input; commonsense-170k is written for it.
+INTRODUCTION = {
     True: "Below is an instruction that describes a task, paired with an input that provides further context. ",
     False: "Below is an instruction that describes a task. ",
 }

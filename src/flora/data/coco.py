@@ -14,7 +14,8 @@ from flora.data.images import Source, hub_images, read_image
 from flora.data.records import SPLIT_NAMES, Bad, Item, hub_column, json_of, sift, split_paths
 from flora.errors import UserError
 
-SLACK = 2  # pixels that a box may stick out of its image
+# How many pixels a box may stick out of its image.
+SLACK = 2
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,16 @@ from flora.storage.progress import hidden_bars
 
 Value = TypeVar("Value")
 Bad = Literal["error", "skip"]
-SHOWN = 3  # bad items that a message names
-SPLIT_NAMES = {  # a split -> what folders, files and hub data sets call it
+# How many bad items a message names.
+SHOWN = 3
+# A split -> what folders, files and hub data sets call it.
+SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev", "validation_matched"),
     "test": ("test", "testing", "eval", "test_matched"),
 }
-HELD_OUT = 0.15  # of the training data, for a split that is not given
+# The share of the training data that stands in for a split that is not given.
+HELD_OUT = 0.15
 SPLIT_SEED = 0
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 
@@ -82,7 +85,8 @@ def _reason(value: Value, check: Callable[[Value], object]) -> str | None:
     """Why the check refuses a value."""
     try:
         check(value)
-    except Exception as error:  # a decoder raises whatever it likes about a broken, or a hostile, file
+    except Exception as error:
+        # A decoder raises whatever it likes about a broken, or a hostile, file.
         return " ".join(str(error).split()) or type(error).__name__
 
     return None
@@ -133,7 +137,8 @@ def json_of(path: Path) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets in brackets
+    except (ValueError, RecursionError) as error:
+        # A number of thousands of digits, or brackets in brackets.
         raise UserError(f"{path}: not valid JSON ({error})") from None
 
 
@@ -165,7 +170,8 @@ def table_rows(path: Path, columns: Sequence[str]) -> list[Item[Any]]:
 
         reader = csv.DictReader(io.StringIO(text, newline=""), names, **dialect)
 
-        return [  # fields beyond the header lie under None
+        # Fields beyond the header lie under None.
+        return [
             Item(f"{path}:{reader.line_num}", {key: field for key, field in row.items() if field is not None})
             for row in reader
         ]

@@ -12,7 +12,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers import EvalPrediction
 
-SHOWN = 5  # classes that a result lists
+# How many classes a result lists.
+SHOWN = 5
 
 
 def ranked(logits: Tensor, names: Sequence[str]) -> dict[str, Any]:

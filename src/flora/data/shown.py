@@ -9,8 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-WORST = 12  # errors that are shown
-FEW = 6  # examples that are shown where each takes much room, or another run of the model
+# How many errors are shown.
+WORST = 12
+# How many examples are shown where each takes much room, or another run of the model.
+FEW = 6
 
 
 class Sound(NamedTuple):

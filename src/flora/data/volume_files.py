@@ -27,7 +27,8 @@ from flora.errors import UserError
 
 NIFTI = (".nii", ".nii.gz")
 MOST_VOXELS = 2**30
-NEAR = 1e-3  # how far the grids of an image and its labels may lie apart, in the unit of the file
+# How far the grids of an image and its labels may lie apart, in the unit of the file.
+NEAR = 1e-3
 
 
 class Pair(NamedTuple):

@@ -28,8 +28,10 @@ from flora.storage.tensors import read_pickled, read_tensors
 NETS = "monai.networks.nets"
 BUNDLE_CONFIGS = ("inference.json", "inference.yaml", "train.json", "train.yaml")
 BUNDLE_WEIGHTS = Path("models") / "model.pt"
-WRAPPED = ("module.", "network.", "_orig_mod.")  # what trainers and compilers put before the names of weights
-SHOWN = 3  # names of weights in a message
+# What trainers and compilers put before the names of weights.
+WRAPPED = ("module.", "network.", "_orig_mod.")
+# How many names of weights a message has.
+SHOWN = 3
 
 
 class VolumeNetworkConfig(PretrainedConfig):

@@ -12,7 +12,8 @@ from flora.tucker.ranks import Ranks, check_request
 
 DEFAULT_RANK = 8
 DEFAULT_SCALE = 1.0
-LARGEST = 3.4e38  # of float32
+# The largest number of float32.
+LARGEST = 3.4e38
 
 
 class Entries:

@@ -46,12 +46,14 @@ class Layout:
     def to_json(self) -> dict[str, Any]:
         """What a file records of it."""
         entry: dict[str, Any] = {"kind": self.kind, "axes": list(self.axes)}
-        return {
-            **entry,
-            **({"groups": self.groups} if self.groups != 1 else {}),
-            **({"fold": self.fold} if self.fold else {}),
-            **({"place": self.place} if self.place else {}),
-        }
+        if self.groups != 1:
+            entry["groups"] = self.groups
+        if self.fold:
+            entry["fold"] = self.fold
+        if self.place:
+            entry["place"] = self.place
+
+        return entry
 
 
 def layout_from_json(name: str, entry: object) -> Layout:
@@ -109,7 +111,7 @@ def of_module(model: nn.Module) -> dict[str, Layout]:
             for leaf, axes in found[1].weights(module).items():
                 kind, groups = _kind(module, found[1].kind), int(getattr(module, "groups", 1))
 
-                # parents come first: the projection inside an attention belongs to the attention
+                # Parents come first: the projection inside an attention belongs to the attention.
                 layouts.setdefault(stem + leaf, Layout(kind, axes, groups, folds.get(leaf)))
 
         for place, (leaf, parameter) in enumerate(module.named_parameters(recurse=False)):

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-MARK = "flora_merged"  # in config.json, and on the config of a live model of transformers: a list of fingerprints
+# The key of a list of fingerprints, in config.json and on the config of a live model of transformers.
+MARK = "flora_merged"
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:

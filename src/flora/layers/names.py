@@ -13,7 +13,8 @@ PREFIX = "base_model.model."
 _ADAPTER_TENSOR = re.compile(
     r"(?P<module>.*?)\.?(?:tucker_[^.]+\.(?:core|factor_\d+)|lora_(?:[AB]\.weight|embedding_[AB]))"
 )
-TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"  # rows of an embedding that replace those of the base model
+# Rows of an embedding that replace those of the base model.
+TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 
 
 def wrapped_modules(keys: Iterable[str]) -> frozenset[str]:

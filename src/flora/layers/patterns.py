@@ -13,12 +13,17 @@ import regex
 from flora.errors import UserError
 
 Value = TypeVar("Value")
-LONGEST_PATTERN = 1_000_000  # characters
-MOST_REPEATS = 10_000  # copies that the counts of a pattern, {n} within {m}, may ask for
-SECONDS = 10.0  # for all the slow matches of one table of patterns together
-SLOW = 0.01  # seconds; what takes less does not count
+# Characters of a pattern.
+LONGEST_PATTERN = 1_000_000
+# Copies that the counts of a pattern, {n} within {m}, may ask for.
+MOST_REPEATS = 10_000
+# The time for all slow matches of one table of patterns together.
+SECONDS = 10.0
+# A match that takes fewer seconds does not count.
+SLOW = 0.01
 _COUNT = re.compile(r"\{(\d*),?(\d*)\}")
-_CHARACTER = re.compile(r"\\\.|[\w.]")  # of a key that is a name; a dot without a backslash is any character
+# A character of a key that is a name; a dot without a backslash is any character.
+_CHARACTER = re.compile(r"\\\.|[\w.]")
 
 
 class Found(NamedTuple, Generic[Value]):
@@ -26,7 +31,8 @@ class Found(NamedTuple, Generic[Value]):
 
     key: str
     value: Value
-    place: int  # of the key in its table
+    # The place of the key in its table.
+    place: int
 
 
 def names_of(module: str, weight: str = "weight") -> tuple[str, ...]:

@@ -18,11 +18,16 @@ from typing import NamedTuple
 
 from flora.layers import device
 
-KINDS = ("linear", "conv", "embedding")  # whose ways have a cost; other kinds run beside where they can
-SUM_PAYS_FROM = 1.5  # activations per weight from which a layer of one group runs summed on a CPU
-BUILD_PASSES = 20  # how often a CPU reads or writes dW while it is formed, added and differentiated
-GPU_CONV = 0.6  # the share of a product's rate that a convolution reaches on a GPU
-GPU_NARROW_CONV = 0.2  # of a narrow product's rate, a convolution of few channels
+# The kinds whose ways have a cost; others run beside where they can.
+KINDS = ("linear", "conv", "embedding")
+# Activations per weight from which a layer of one group runs summed on a CPU.
+SUM_PAYS_FROM = 1.5
+# How often a CPU reads or writes dW while it is formed, added and differentiated.
+BUILD_PASSES = 20
+# The share of a product's rate that a convolution reaches on a GPU.
+GPU_CONV = 0.6
+# The share of a narrow product's rate that a convolution of few channels reaches.
+GPU_NARROW_CONV = 0.2
 
 
 class Choice(NamedTuple):

@@ -25,7 +25,8 @@ from flora.errors import UserError, nearest
 
 CONFIGS = Path(__file__).parent / "configs"
 SPLITS = ("train", "validation", "test")
-OWN_CODE = "flora_own_"  # how the names of modules begin that are files of the user's
+# The names of modules that are files of the user's begin with it.
+OWN_CODE = "flora_own_"
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,8 @@ def run_file(path: Path, name: str, what: str) -> ModuleType:
         spec.loader.exec_module(module)
     except (ModuleNotFoundError, UserError):
         raise
-    except Exception as error:  # whatever somebody's own code may raise
+    except Exception as error:
+        # Whatever somebody's own code may raise.
         raise UserError(f"{what} cannot be run: {type(error).__name__}: {error}") from error
 
     return module

@@ -46,8 +46,10 @@ from flora.recipes import Data, Request, Tested
 
 METRIC = "accuracy"
 SOUNDS = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif")
-MOST_SAMPLES, MOST_RATE = 2**28, 2**20  # of a sound: hours; Hz
-HEAD_SEED = 0  # of a head that the base model does not have yet
+# The longest sound, which is hours, and the highest sampling rate in Hz.
+MOST_SAMPLES, MOST_RATE = 2**28, 2**20
+# The seed of a head that the base model does not have yet.
+HEAD_SEED = 0
 
 
 @dataclass

@@ -51,8 +51,10 @@ from flora.errors import UserError
 from flora.recipes import Data, Request, Tested
 
 METRIC = "explained"
-EVALUATED = 64  # draws of each picture in validation and test
-Source = Callable[[], "Path | io.BytesIO"]  # gives the file of a picture when it is needed
+# Noises that are drawn for each picture in validation and test.
+EVALUATED = 64
+# Gives the file of a picture when it is needed.
+Source = Callable[[], "Path | io.BytesIO"]
 
 
 class Picture(NamedTuple):
@@ -257,7 +259,8 @@ def load_base(task: Task) -> Any:
     return network
 
 
-STEPS = 30  # of the sampler
+# Steps of the sampler.
+STEPS = 30
 
 
 def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[str, Any]]:

@@ -33,7 +33,8 @@ __all__ = ["ARGUMENTS", "METRIC", "TRAINER", "Task", "compute_metrics", "load_ba
 METRIC = "token_accuracy"
 MARK = "<image>"
 PROJECTOR = "multi_modal_projector"
-ROLES = (("user", "human", "user"), ("assistant", "gpt", "assistant"))  # what TRL calls who speaks: what data do
+# The name that TRL has for a speaker, then those that data have.
+ROLES = (("user", "human", "user"), ("assistant", "gpt", "assistant"))
 # The conversation of LLaVA 1.5. What stands between the generation marks is learnt.
 TEMPLATE = (
     "{{ bos_token }}A chat between a curious human and an artificial intelligence assistant. "

@@ -33,7 +33,8 @@ from flora.recipes import Data, Request, Tested
 METRIC = "token_accuracy"
 ARGUMENTS = SFTConfig
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv")
-LONGEST_ANSWER = 256  # tokens that a prediction writes at most
+# Tokens that a prediction writes at most.
+LONGEST_ANSWER = 256
 
 
 @dataclass
@@ -142,8 +143,10 @@ def generated(model: Any, tokenizer: Any, inputs: dict[str, Any], longest: int =
     return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
 
-LONGEST_SHOWN = 64  # tokens of an answer on the page of a run
-BEGINNING = 32  # tokens of a text that the model is given to continue
+# Tokens of an answer on the page of a run.
+LONGEST_SHOWN = 64
+# Tokens of a text that the model is given to continue.
+BEGINNING = 32
 
 
 def findings(tested: Tested) -> Findings:

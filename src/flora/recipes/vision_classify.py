@@ -37,7 +37,8 @@ from flora.errors import UserError
 from flora.recipes import Data, Request, Tested
 
 METRIC = "accuracy"
-CROP = 0.7  # the least part of each side that a random crop keeps
+# The least part of each side that a random crop keeps.
+CROP = 0.7
 
 
 @dataclass

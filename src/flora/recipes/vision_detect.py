@@ -28,8 +28,10 @@ from flora.data.shown import FEW, Findings, Shown
 from flora.recipes import Data, Request, Tested
 
 METRIC = "map"
-PADDING = -100  # in the tensors of boxes of a batch, whose images have differently many
-DETECTIONS = 100  # that COCO counts in an image
+# Fills the tensors of boxes of a batch, whose images have different numbers of boxes.
+PADDING = -100
+# The boxes of an image that COCO counts.
+DETECTIONS = 100
 
 
 @dataclass
@@ -138,8 +140,10 @@ TRAINER = Detection
 
 
 INPUT_FILES = IMAGES
-DRAWN = 480  # pixels of the longer side of an image with boxes on the page of a run
-CONFIDENT = 0.3  # the least score of a box that a prediction lists
+# Pixels of the longer side of an image with boxes on the page of a run.
+DRAWN = 480
+# The least score of a box that a prediction lists.
+CONFIDENT = 0.3
 
 
 def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[str, Any]]:

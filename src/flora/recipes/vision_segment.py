@@ -42,8 +42,10 @@ from flora.errors import UserError
 from flora.recipes import Data, Request, Tested
 
 METRIC = "miou"
-IGNORED = 255  # the label of pixels that neither the loss nor a metric looks at
-CROP = 0.5  # the least part of each side that a random crop keeps
+# The label of pixels that neither the loss nor a metric looks at.
+IGNORED = 255
+# The least part of each side that a random crop keeps.
+CROP = 0.5
 
 
 @dataclass

@@ -55,9 +55,12 @@ from flora.storage.progress import hidden_bars
 
 METRIC = "dice"
 PARTS = {"train": "Tr", "validation": "Val", "test": "Ts"}
-AXES = ("LR", "PA", "IS")  # each letter is a direction of its axis
-MOST_CLASSES = 256  # a label is one byte, in masks too
-BASE_SEED = 0  # of a network that starts at random
+# Each letter is a direction of its axis.
+AXES = ("LR", "PA", "IS")
+# A label is one byte, in masks too.
+MOST_CLASSES = 256
+# The seed of a network that starts at random.
+BASE_SEED = 0
 INPUT_FILES = NIFTI
 Config = VolumeUNetConfig | VolumeNetworkConfig
 

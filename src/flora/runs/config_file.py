@@ -24,7 +24,8 @@ HIDDEN = {
     },
     "training": {"output_dir", "resume_from_checkpoint", "seed"},
 }  # fmt: skip
-SPOKEN = {  # what people call a setting -> its name
+# What people call a setting -> its name.
+SPOKEN = {
     "batch_size": "per_device_train_batch_size",
     "epochs": "num_train_epochs",
     "grad_accum": "gradient_accumulation_steps",
@@ -36,7 +37,8 @@ SPOKEN = {  # what people call a setting -> its name
     "warmup_ratio": "warmup_steps",
     "workers": "dataloader_num_workers",
 }
-MOST_VALUES = 100_000  # a YAML file of a few hundred characters can expand to billions of values
+# A YAML file of a few hundred characters can expand to billions of values.
+MOST_VALUES = 100_000
 
 
 class Item(NamedTuple):
@@ -122,7 +124,8 @@ class Config:
 
         try:
             return cast("Namespace", parser.parse_object(given))
-        except Exception as error:  # what jsonargparse raises about a value: ArgumentError, and errors of many kinds
+        except Exception as error:
+            # jsonargparse raises ArgumentError about a value, and errors of many other kinds.
             key = _key_in(str(error))
             if key is None:
                 raise UserError(f"{self.path}: {' '.join(str(error).split())}") from None
@@ -202,7 +205,8 @@ def _type_of(key: str, groups: Mapping[str, Any]) -> Any:
 
     try:
         return get_type_hints(groups[group]).get(name)
-    except (NameError, TypeError):  # hints that only their own file can read
+    except (NameError, TypeError):
+        # Hints that only their own file can read.
         return next((item.type for item in fields(groups[group]) if item.name == name), None)
 
 

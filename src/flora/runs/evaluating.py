@@ -17,8 +17,10 @@ from flora.runs.settings import Settings
 from flora.runs.training import make_trainer, measure, training_arguments
 from flora.storage.tensors import read_tensors
 
-SAME = 1e-6  # an evaluation of the same model on the same data may differ by this much
-NAMED = 3  # weights in a message
+# An evaluation of the same model on the same data may differ by this much.
+SAME = 1e-6
+# How many weights a message names.
+NAMED = 3
 
 
 class Evaluated(NamedTuple):

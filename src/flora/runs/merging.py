@@ -306,7 +306,8 @@ def _compare_models(
 
         try:
             before = _outputs(model, inputs)
-        except Exception as error:  # whatever a model may ask of its inputs beyond their shape
+        except Exception as error:
+            # Whatever a model may ask of its inputs beyond their shape.
             reason = str(error).partition("\n")[0]
             return {"reason": f"{model_class.__name__} does not run on random inputs ({reason})"}
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-EXTRAS: dict[str, set[str]] = {  # an extra of pyproject.toml -> the modules that it brings, the smallest extra first
+# An extra of pyproject.toml -> the modules that it brings, the smallest extra first.
+EXTRAS: dict[str, set[str]] = {
     "recipes": {"PIL", "matplotlib", "scipy", "sklearn"},
     "medical": {"monai", "nibabel"},
     "quantized": {"bitsandbytes"},
@@ -14,7 +15,8 @@ EXTRAS: dict[str, set[str]] = {  # an extra of pyproject.toml -> the modules tha
     "audio": {"datasets", "soundfile"},
     "diffusion": {"datasets", "diffusers"},
 }
-FIELDS = {  # the first word of a recipe's name -> the extra of its field
+# The first word of a recipe's name -> the extra of its field.
+FIELDS = {
     "vision": "vision",
     "text": "text",
     "multimodal": "text",

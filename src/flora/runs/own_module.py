@@ -88,7 +88,8 @@ def _function(path: Path, name: str) -> Any:
 def _call(function: Any, reference: str) -> nn.Module:
     try:
         module = function()
-    except Exception as error:  # whatever the user's own code raises
+    except Exception as error:
+        # Whatever the user's own code raises.
         raise UserError(
             f"{reference} cannot be called without arguments: {type(error).__name__}: {error}; give a function that "
             "takes nothing and returns the module"

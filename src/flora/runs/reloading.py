@@ -144,7 +144,8 @@ def attach(base: PreTrainedModel, folder: Path) -> PeftModel:
     try:
         with user_errors(ValueError):
             return PeftModel.from_pretrained(base, str(folder)).eval()
-    except RuntimeError as error:  # torch's own list of tensors that do not fit, one a line
+    except RuntimeError as error:
+        # torch's own list of tensors that do not fit, one a line.
         lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
         if not lines:
             raise

@@ -31,10 +31,12 @@ from flora.storage.system import sync
 from flora.storage.tensors import is_whole
 
 CONFIG = "config.yaml"
-LABELS = "labels.json"  # the names of the classes, where the base model's head was made new for them
+# The names of the classes, where the base model's head was made new for them.
+LABELS = "labels.json"
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-METRICS = "metrics.json"  # written last: a run that has it is finished
+# Written last: a run that has it is finished.
+METRICS = "metrics.json"
 STATE = "trainer_state.json"
 CARD = "README.md"
 CURVE = "loss.png"
@@ -45,7 +47,8 @@ CHECKPOINTS = "checkpoint-*"
 WEIGHTS = (ADAPTER, "model.safetensors", "model.safetensors.index.json")
 TENSOR_FILES = (".safetensors", ".pt", ".pth")
 CHECKPOINT_FILES = ("optimizer.pt", "scheduler.pt", STATE)
-REPLACED = "replaced"  # in the folder of a claim: which folder is the old run, while the new one takes its place
+# A file in the folder of a claim. It says which folder is the old run while the new one takes its place.
+REPLACED = "replaced"
 
 # The names under which a tokenizer or processor is saved.
 PROCESSOR = (

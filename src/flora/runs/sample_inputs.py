@@ -9,8 +9,10 @@ from transformers import PreTrainedModel
 
 from flora.errors import UserError
 
-FRAMES = 64  # of sound features, where the model leaves their number open
-FEATURES = ("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel")  # the size of one frame
+# Frames of sound, where the model leaves their number open.
+FRAMES = 64
+# Where a config says the size of one frame.
+FEATURES = ("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel")
 
 
 def random_inputs(model: PreTrainedModel) -> dict[str, Any]:
@@ -24,7 +26,8 @@ def random_inputs(model: PreTrainedModel) -> dict[str, Any]:
 
     try:
         inputs = _inputs(name, config, random)
-    except AttributeError as error:  # a config of another kind than those with this input usually have
+    except AttributeError as error:
+        # A config of another kind than those with this input usually have.
         raise UserError(f"the config of {type(model).__name__} does not say how large {name!r} is ({error})") from None
 
     if inputs is None:

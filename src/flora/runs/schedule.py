@@ -10,9 +10,12 @@ from transformers.integrations import get_available_reporting_integrations
 
 from flora.errors import UserError
 
-FEW_STEPS = 50  # a shorter run has hardly learnt anything, and its curve says nothing
-LARGEST_RATE = 1.0  # beyond this every optimiser of the Trainer diverges at once
-LEAST = {  # of arguments that the Trainer takes as they come, or refuses in the middle of a run
+# A shorter run has hardly learnt anything, and its curve says nothing.
+FEW_STEPS = 50
+# Beyond this every optimiser of the Trainer diverges at once.
+LARGEST_RATE = 1.0
+# The least values of arguments that the Trainer takes as they come, or refuses in the middle of a run.
+LEAST = {
     "dataloader_num_workers": 0,
     "gradient_accumulation_steps": 1,
     "max_grad_norm": 0,

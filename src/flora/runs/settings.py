@@ -21,8 +21,10 @@ from flora.storage.atomic import write_text
 from flora.tuner.config import FloraConfig
 
 FLAGS = ("resume", "overwrite")
-STARTS = ("init", "gradient")  # adapter.start: as adapter.init says, or one step along the task's gradient
-LARGEST_SEED = 2**32 - 1  # that NumPy takes
+# adapter.start: as adapter.init says, or one step along the task's gradient.
+STARTS = ("init", "gradient")
+# The largest seed that NumPy takes.
+LARGEST_SEED = 2**32 - 1
 
 
 @dataclass

@@ -393,7 +393,8 @@ def _show(
             findings = None if find is None else find(tested)
 
         write_text(staged / PAGE, training_page(metrics, title, panels, findings))
-    except Exception as error:  # whatever a picture, a model that writes, or somebody's own recipe may raise
+    except Exception as error:
+        # Whatever a picture, a model that writes, or somebody's own recipe may raise.
         print(f"note: the page {PAGE} could not be written ({type(error).__name__}: {error})", flush=True)
 
 

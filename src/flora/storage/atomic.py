@@ -24,7 +24,8 @@ from flora.storage.system import CANNOT, Lock, exchange, sync
 
 PART = ".flora-part"
 LOCK, NEW, OLD = "lock", "new", "old"
-LONGEST_NAME = 255  # bytes, on the usual file systems
+# Bytes, on the usual file systems.
+LONGEST_NAME = 255
 
 
 class Claim(NamedTuple):
@@ -39,7 +40,8 @@ class Claim(NamedTuple):
     folder: Path
 
 
-_turns: dict[Path, threading.RLock] = {}  # by target: held by the thread that claims it
+# A lock for each target, held by the thread that claims it.
+_turns: dict[Path, threading.RLock] = {}
 _claimed: dict[Path, Claim] = {}
 
 
@@ -75,10 +77,8 @@ def check_target(
         return
 
     if not overwrite:
-        with (
-            suppress(UserError, OSError),
-            claim(target),
-        ):  # a run that was killed at its very end may have left its part
+        # A run that was killed at its very end may have left its part, which a claim removes.
+        with suppress(UserError, OSError), claim(target):
             pass
 
         raise FileExistsError(f"{target} exists; choose another output or ask to overwrite it (--overwrite)")
@@ -316,7 +316,8 @@ def read_json(path: Path) -> Any:
         raise FileNotFoundError(f"{path} does not exist")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, and brackets, are refused too
+    except (ValueError, RecursionError) as error:
+        # Numbers of thousands of digits, and brackets, are refused too.
         raise UserError(f"{path} is not valid JSON ({error}); it was truncated or edited") from None
 
 
@@ -370,7 +371,8 @@ def _lock(folder: Path, target: Path, wait: bool) -> Lock:
 
         try:
             lock = Lock.take(folder / LOCK, wait=wait)
-        except FileNotFoundError:  # another process has removed the folder since
+        except FileNotFoundError:
+            # Another process has removed the folder since.
             continue
         except OSError as error:
             # Only if it is empty.

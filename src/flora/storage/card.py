@@ -9,7 +9,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 CARD = "README.md"
-BLANK = "[More Information Needed]"  # PEFT's template is made of it
+# PEFT's template consists of it.
+BLANK = "[More Information Needed]"
 HOME = "https://pypi.org/project/flora-peft"
 
 LOAD = """## Load
@@ -23,7 +24,8 @@ LOAD = """## Load
 model = PeftModel.from_pretrained(base, "{folder}")
 ```
 """
-OURS = "TUCKER"  # the peft_type of an adapter that needs `import flora`
+# The peft_type of an adapter that needs `import flora`.
+OURS = "TUCKER"
 FIRST = "`import flora` comes first: it tells PEFT what the adapter is (`pip install flora-peft`)."
 PLAIN = "Plain PEFT loads it; flora-peft is not needed."
 
@@ -167,7 +169,8 @@ def results_in(folder: Path) -> list[EvalResult]:
     # A card that is no text, or whose head is no YAML, has no results to take along.
     try:
         data = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
-    except Exception:  # whatever the parsers raise about a text that somebody sent
+    except Exception:
+        # Whatever the parsers raise about a text that somebody sent.
         return []
 
     return list(getattr(data, "eval_results", None) or [])

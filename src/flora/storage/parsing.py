@@ -9,7 +9,8 @@ import yaml
 
 from flora.errors import UserError
 
-LARGEST = 1_000_000  # characters; the parser takes seconds for as many
+# Characters; the parser takes seconds for this many.
+LARGEST = 1_000_000
 # What the parser raises about texts: a date that does not exist, a number of thousands of digits, brackets in brackets.
 MALFORMED = (
     yaml.YAMLError,

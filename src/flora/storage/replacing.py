@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 
 from flora.errors import UserError
 
-NOTES = ("flora", "flora_dense")  # one of these keys is in the metadata of every single file that flora writes
+# One of these keys is in the metadata of every single file that flora writes.
+NOTES = ("flora", "flora_dense")
 PAGE_MARK = "<!-- written by flora inspect -->\n"
 
 

@@ -12,11 +12,13 @@ from typing import Any
 
 try:
     import fcntl
-except ImportError:  # Windows: no lock is taken there
+except ImportError:
+    # Windows: no lock is taken there.
     fcntl = None  # type: ignore[assignment]
 
 AT_FDCWD = -100
-EXCHANGE = 2  # of renameat2 on Linux and of renamex_np on macOS
+# The flag of renameat2 on Linux and of renamex_np on macOS.
+EXCHANGE = 2
 # A file system that cannot do it says so by one of these.
 CANNOT = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
@@ -136,7 +138,8 @@ def sync(path: Path, *, mode: int | None = None, deep: bool = True) -> None:
 def _flush(path: Path) -> None:
     try:
         handle = os.open(path, os.O_RDONLY)
-    except PermissionError:  # a file without the right to read it, or Windows' folders
+    except PermissionError:
+        # A file without the right to read it, or Windows' folders.
         return
 
     try:

@@ -19,11 +19,14 @@ from flora.errors import UserError, WrongTypeError
 from flora.storage.atomic import read_json
 
 CONFIG = "adapter_config.json"
-MOST_DIMS = 16  # of a weight
+# The most dimensions of a weight.
+MOST_DIMS = 16
 # Under which a checkpoint keeps the weights; the last is nnU-Net's.
 NESTED = ("state_dict", "model", "module", "network_weights")
-LONGEST_KEY = 10_000  # characters
-NOTE = "flora"  # the key of a file's metadata under which the layouts are recorded; readers ignore it
+# Characters of a name.
+LONGEST_KEY = 10_000
+# The key of a file's metadata under which the layouts are recorded; readers ignore it.
+NOTE = "flora"
 WEIGHTS = "adapter_model.safetensors"
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _NAMES = {
@@ -146,7 +149,8 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise OSError(f"{path} cannot be read: {error.strerror or error}") from None
-    except Exception:  # torch raises errors of many kinds, and their texts advise to load without the restriction
+    except Exception:
+        # torch raises errors of many kinds, and their texts advise loading without the restriction.
         raise UserError(
             f"{path} is truncated, corrupt, or holds objects other than tensors; nothing in it was run. Copy it again, "
             "or ask its author for the weights as safetensors"

@@ -18,8 +18,10 @@ from torch import Tensor
 from flora.tucker.decomposition import leading, singular_values
 from flora.tucker.form import count_params, mode_product
 
-FIRST = 64  # ranks per mode that are tried at first where few of them will do
-GRID = 24  # ranks tried per mode of a tensor with more than two modes, all of them up to here
+# How many ranks per mode are tried first, where few will do.
+FIRST = 64
+# How many ranks are tried per mode of a tensor with more than two modes; up to here all of them.
+GRID = 24
 
 
 @dataclass(frozen=True)

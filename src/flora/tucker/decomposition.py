@@ -19,8 +19,10 @@ from flora.errors import UserError, WrongTypeError
 from flora.tucker.form import Tucker, mode_product
 from flora.tucker.ranks import Ranks, resolve
 
-BLOCK = 1 << 22  # entries turned to float64 at a time
-LARGE = 512  # from this size on, a few singular vectors are cheaper by iteration
+# Entries turned to float64 at a time.
+BLOCK = 1 << 22
+# From this size on, a few singular vectors are cheaper by iteration.
+LARGE = 512
 ITERATIONS = 6
 
 

@@ -72,10 +72,9 @@ def resolve(
     """The ranks ``(J1, ..., JN)`` of the Tucker form of one weight.
 
     A list gives every rank and is taken as it is. An int asks for rank ``r`` on the channel modes and ``kernel_r`` on
-    the kernel modes; it is lowered to the size of a mode, and to the product of the
-    other ranks, because a rank above that product adds parameters and no expressiveness; where the form can then be any
-    tensor of that shape, all modes are kept whole if that is cheaper. A rank equal to its size means that the mode is
-    kept whole (no factor).
+    the kernel modes. It is lowered to the size of a mode, and to the product of the other ranks, because a rank above
+    that product adds parameters and no expressiveness. Where the form can then be any tensor of that shape, all modes
+    are kept whole, which is cheaper. A rank equal to its size means that the mode is kept whole (no factor).
 
     Args:
         shape: ``(I1, ..., IN)`` of the weight.
@@ -132,12 +131,11 @@ def resolve(
         ranks.append(min(wanted, size))
 
     # The unfolding of mode n is (In, product of the other sizes), so no tensor of this shape has a higher rank there
-    # than the smaller of the two.
+    # than the smaller of the two. A form with all these ranks is any tensor of the shape, and so it cannot have fewer
+    # parameters than the weight itself.
     lowered = _lower_to_reach(ranks, kernel)
     reach = tuple(min(size, math.prod(shape) // size) for size in shape)
-    # The form is no restriction, so the weight itself is the cheaper parametrisation.
-    full = lowered == reach
-    if full and math.prod(shape) <= count_params(shape, lowered):
+    if lowered == reach:
         return tuple(shape)
 
     return lowered
@@ -204,9 +202,9 @@ def solve_budget(weights: Mapping[str, Weight], budget: int, kernel_r: int | Non
     while low < high:
         middle = (low + high + 1) // 2
         if total(middle) <= budget:
-            low, high = (middle, high)
+            low = middle
         else:
-            low, high = (low, middle - 1)
+            high = middle - 1
 
     # What is left buys one more step for single weights. ``min`` takes the lowest level first, and of those the dearest
     # step, so that no weight runs ahead while another could still be raised.

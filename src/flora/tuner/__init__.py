@@ -6,7 +6,8 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
 
 NAME = "TUCKER"
-PREFIX = "tucker_"  # transformers builds the prefix as peft_type.lower() + "_"
+# transformers builds the prefix as peft_type.lower() + "_".
+PREFIX = "tucker_"
 
 
 def _add_peft_type() -> None:

@@ -36,9 +36,11 @@ class Target:
 class Settings:
     """The settings of one adapter of one layer."""
 
-    way: str  # "auto", "summed" or "beside"
+    # "auto", "summed" or "beside".
+    way: str
     dropout: float
-    scale: dict[str, float]  # by weight, as configured; the delta holds the scale in force
+    # The configured scale of each weight; the delta holds the scale in force.
+    scale: dict[str, float]
 
 
 class Change(NamedTuple):

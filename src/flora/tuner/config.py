@@ -23,8 +23,10 @@ from flora.tucker.ranks import check_rank
 from flora.tuner.selection import Selection
 
 WAYS = ("auto", "summed", "beside")
-OLD_WAYS = {"rebuild": "summed", "factored": "beside"}  # the words of adapters saved before, in their field ``path``
-FOREIGN = {  # what configs of other methods call it
+# The words of adapters saved before, in their field ``path``.
+OLD_WAYS = {"rebuild": "summed", "factored": "beside"}
+# What configs of other methods call it.
+FOREIGN = {
     "lora_alpha": "alpha (or scale, the constant itself)",
     "lora_dropout": "dropout",
     "rank": "r",

@@ -10,7 +10,8 @@ from torch import nn
 
 from flora.errors import UserError
 
-PREFIX = "tucker_"  # of our parameters
+# The names of our parameters begin with it.
+PREFIX = "tucker_"
 
 
 def guard_optimizers() -> None:

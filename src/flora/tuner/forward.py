@@ -219,8 +219,10 @@ def readable(layer: AdaptedLayer) -> bool:
     )
 
 
-MOST_CHOICES = 64  # that a layer remembers
-SHARDED = "ds_shape"  # an attribute of weights that DeepSpeed ZeRO-3 has partitioned
+# How many choices a layer remembers.
+MOST_CHOICES = 64
+# An attribute of weights that DeepSpeed ZeRO-3 has partitioned.
+SHARDED = "ds_shape"
 
 
 # ---- the three ways ------------------------------------------------------------------------------------------------

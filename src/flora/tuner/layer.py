@@ -15,7 +15,8 @@ from flora.tuner import forward, merging, reading
 from flora.tuner.adapted import AdaptedLayer, Settings, Target
 from flora.tuner.config import FloraConfig
 
-BASE = "__base__"  # PEFT's word for "no adapter" in adapter_names
+# PEFT's word for "no adapter" in adapter_names.
+BASE = "__base__"
 
 
 class FloraLayer(AdaptedLayer):

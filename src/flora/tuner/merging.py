@@ -21,7 +21,8 @@ from flora.errors import UserError
 from flora.layers.table import parameter
 from flora.tuner.adapted import AdaptedLayer
 
-ROUNDINGS = 8  # by how many roundings a right inverse may miss the weight
+# How many roundings a right inverse may miss the weight by.
+ROUNDINGS = 8
 
 
 class Parametrization(NamedTuple):
@@ -175,7 +176,8 @@ def _write_through(owner: nn.Module, leaf: str, value: Tensor) -> bool:
 
         if miss <= ROUNDINGS * torch.finfo(value.dtype).eps * value.abs().max():
             return True
-    except (ValueError, RuntimeError, NotImplementedError):  # it takes no such weight, or has no right inverse
+    except (ValueError, RuntimeError, NotImplementedError):
+        # The parametrization takes no such weight, or has no right inverse.
         pass
 
     with torch.no_grad():

@@ -31,7 +31,8 @@ from flora.tuner.selection import Selection
 from flora.tuner.statistics import release_statistics, settle_statistics
 from flora.tuner.watching import stop_watching, watch
 
-BIAS_OF_LAYERS = "tucker_only"  # the word of the config for the biases of adapted layers
+# The word of the config for the biases of adapted layers.
+BIAS_OF_LAYERS = "tucker_only"
 
 
 class Injecting(NamedTuple):
@@ -45,7 +46,8 @@ class FloraModel(BaseTuner):
     """The tuner that PEFT builds from a ``FloraConfig``."""
 
     prefix = "tucker_"
-    _places: dict[int, list[Place]] = {}  # while modules are replaced
+    # While modules are replaced.
+    _places: dict[int, list[Place]] = {}
     tuner_layer_cls = FloraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 

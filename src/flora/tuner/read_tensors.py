@@ -29,8 +29,10 @@ class Reading(Tensor):
 
     _form: Callable[[], Tensor]
     _formed: Tensor | None
-    _rescale: Callable[[float], Callable[[], Tensor]] | None = None  # by a number; gives the new ``form``
-    _stored: Tensor | None = None  # the weight of the base layer
+    # Multiplies by a number and gives the new ``form``.
+    _rescale: Callable[[float], Callable[[], Tensor]] | None = None
+    # The weight of the base layer.
+    _stored: Tensor | None = None
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 

@@ -65,7 +65,8 @@ def _count(step: int) -> None:
 class Update(NamedTuple):
     """What one adapter adds to a weight."""
 
-    form: Tucker  # over the folded dimensions
+    # Over the folded dimensions.
+    form: Tucker
     scale: float
 
 

@@ -59,7 +59,8 @@ class Resolved:
 class Open(NamedTuple):
     """What a budget is left for, after the user's own entries."""
 
-    weights: dict[str, Weight]  # full name -> the weight
+    # Full name -> the weight.
+    weights: dict[str, Weight]
     budget: int
 
 

@@ -10,8 +10,10 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
 from flora.layers.patterns import Expression, exact_name, exact_pattern
 
-PARAMETRIZATIONS = "parametrizations"  # where a module of torch keeps those of its weights
-CONDENSED_FROM = 20  # names from which a list is shortened to ends of names
+# Where a module of torch keeps those of its weights.
+PARAMETRIZATIONS = "parametrizations"
+# Names from which a list is shortened to ends of names.
+CONDENSED_FROM = 20
 
 # The index of a layer is the first part of a name that is a number and has at least two parts before it.
 _INDEX = Expression(r".*?\.[^.]*\.(?P<index>\d+)\.", "layers_to_transform")

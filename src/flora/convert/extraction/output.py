@@ -13,7 +13,8 @@ from flora.errors import UserError
 from flora.storage.atomic import check_target, claim
 from flora.storage.replacing import ADAPTER
 
-LAYERS = "layers"  # in the hidden folder beside the output: the layers that are finished
+# The finished layers, in the hidden folder beside the output.
+LAYERS = "layers"
 
 
 class Written(NamedTuple):
@@ -46,7 +47,8 @@ def extract_to(base: str | Path, tuned: str | Path, out: Path, *, overwrite: boo
 
         try:
             found = extract(base, tuned, work=layers, **options)
-        except UserError:  # of the request or the models: there is nothing to continue
+        except UserError:
+            # The request or the models are at fault: there is nothing to continue.
             if not resumed:
                 shutil.rmtree(layers, ignore_errors=True)
 

@@ -14,8 +14,10 @@ from flora.layers.layout import Layout, layout_from_json
 from flora.storage.tensors import check_form_tensors, open_tensors, read_note, read_tensors, write_tensors
 from flora.tucker.form import Tucker
 
-MARK = "flora_dense"  # in the metadata: the layouts that are known
-_WHOLE = "whole."  # before the name of a tensor that replaces the base model's, instead of being added to it
+# The key of the metadata that holds the layouts that are known.
+MARK = "flora_dense"
+# Stands before the name of a tensor that replaces the base model's, instead of being added to it.
+_WHOLE = "whole."
 
 
 def write(adapter: Adapter, path: Path) -> list[str]:

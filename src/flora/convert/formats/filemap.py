@@ -26,7 +26,8 @@ from flora.storage.checkpoint import Checkpoint
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-EXACT = 1e-6  # how far, relative to its largest entry, a parametrised weight may be from what was assigned to it
+# How far, relative to its largest entry, a parametrised weight may be from what was assigned to it.
+EXACT = 1e-6
 
 
 class FileMap:

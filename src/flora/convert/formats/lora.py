@@ -46,7 +46,8 @@ from flora.storage.tensors import (
 )
 from flora.tucker.form import Tucker
 
-_REFUSED = (  # fields that make an adapter something else than a fixed change of the weights
+# Fields that make an adapter something other than a fixed change of the weights.
+_REFUSED = (
     "use_dora",
     "lora_bias",
     "alora_invocation_tokens",
@@ -58,7 +59,8 @@ _REFUSED = (  # fields that make an adapter something else than a fixed change o
     "use_bdlora",
     "use_qalora",
 )
-_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # these leave the base weight untouched
+# These leave the base weight untouched.
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass(frozen=True)

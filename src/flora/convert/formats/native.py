@@ -168,14 +168,16 @@ def write(adapter: Adapter, folder: Path) -> None:
     write_json(folder / CONFIG, _config(adapter, forms), sort_keys=True)
 
 
-_RESOLVED = (  # fields of a config that the names, ranks and scales of its weights stand for
+# Fields of a config that the names, ranks and scales of its weights stand for.
+_RESOLVED = (
     "alpha",
     "budget",
     "exclude_modules",
     "layers_to_transform",
     "layers_pattern",
 )
-_ROWS = ("attention", "recurrent")  # kinds of modules that hold several adapted parameters in one wrapper
+# Kinds of modules that hold several adapted parameters in one wrapper.
+_ROWS = ("attention", "recurrent")
 
 
 def _raw_places(layouts: Mapping[str, Layout | None]) -> dict[str, int]:

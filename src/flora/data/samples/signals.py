@@ -9,9 +9,11 @@ import numpy as np
 import torch
 
 SEED = 0
-PITCHES = {"high": (900, 1400), "low": (120, 200), "middle": (350, 550)}  # class -> Hz, lowest and highest
+# Class -> Hz, lowest and highest.
+PITCHES = {"high": (900, 1400), "low": (120, 200), "middle": (350, 550)}
 RATES = (8000, 16000, 22050)
-CLIPS = {"train": 8, "validation": 4, "test": 8}  # of each class
+# Clips of each class.
+CLIPS = {"train": 8, "validation": 4, "test": 8}
 
 
 def tones(folder: Path) -> None:

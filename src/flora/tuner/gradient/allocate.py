@@ -17,7 +17,8 @@ from flora.tuner.gradient.collect import Place
 from flora.tuner.gradient.sketch import Directions
 from flora.tuner.parameter import ParamWrapper
 
-MOST = 4  # times what equal ranks would give a weight, at most
+# A weight gets at most so many times what equal ranks would give it.
+MOST = 4
 
 
 class Allocation(NamedTuple):

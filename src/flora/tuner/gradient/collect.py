@@ -21,14 +21,17 @@ from flora.tuner.gradient.sketch import Sketch, add_up, is_distributed
 from flora.tuner.layer import FloraLayer
 
 Loss = Callable[[nn.Module, Any], Tensor]
-JUDGING = 4  # one batch in so many is kept for judging the step
-RANGES = 3  # batches at least that the ranges of wide modes come from
+# One batch in so many is kept for judging the step.
+JUDGING = 4
+# The least batches that the ranges of wide modes come from.
+RANGES = 3
 
 
 class Place(NamedTuple):
     """An adapted weight: where it is in the model."""
 
-    name: str  # of the weight, in the base model
+    # The name of the weight in the base model.
+    name: str
     layer: FloraLayer
     weight: str
     delta: TuckerDelta

@@ -21,7 +21,8 @@ from flora.tucker.delta import TuckerDelta
 from flora.tucker.form import Tucker, mode_product
 from flora.tuner.gradient.sketch import Directions, complete
 
-MOST_GAIN = 3.0  # times what random factors of the same size let through, at most
+# The factors let through at most so many times what random ones of the same size do.
+MOST_GAIN = 3.0
 
 
 class Ray(NamedTuple):

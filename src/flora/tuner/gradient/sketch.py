@@ -19,8 +19,10 @@ from torch import distributed as dist
 from flora.tucker.decomposition import spectrum
 from flora.tucker.form import mode_product
 
-NARROW = 192  # a mode up to this size is kept as it is
-SPARE = 8  # columns of a range beyond twice the rank that is wanted
+# A mode up to this size is kept as it is.
+NARROW = 192
+# How many columns a range has beyond twice the rank that is wanted.
+SPARE = 8
 
 
 class Directions(NamedTuple):

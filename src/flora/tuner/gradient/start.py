@@ -46,7 +46,8 @@ BATCHES = 12
 # The relative sizes of the step that are tried. Larger ones often lower the loss on the judging batches further, but
 # what is trained from there ends lower on validation: such a step has learnt its few batches by heart.
 STEPS = (0.0, 0.003, 0.01)
-ENOUGH = 0.8  # of the best gain; a smaller step that gets it is the safer one
+# The share of the best gain that is enough; a smaller step that gets it is the safer one.
+ENOUGH = 0.8
 
 
 @dataclass(frozen=True)
