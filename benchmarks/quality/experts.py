@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 import sysconfig
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import EvalPrediction, MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import EvalPrediction, MixtralConfig, MixtralForCausalLM
 
 from flora.recipes import Data
-from flora.storage.atomic import cache_folder, staged_folder
-from flora.storage.progress import hidden_bars, show_loss
+from flora.storage.atomic import cache_folder
+from flora.storage.cached_model import train_base
+from flora.storage.progress import hidden_bars
 
 METRIC = "next_character"
 SHORTEST, LONGEST = 24, 72  # characters of the sentences that are used
@@ -67,19 +67,26 @@ class Characters(Dataset[dict[str, Tensor]]):
 def load_base(task: Task) -> Any:
     """The model that knows program text; trained first if it is not cached."""
     folder = cache_folder() / f"experts-{STEPS}-python{sys.version_info.major}.{sys.version_info.minor}"
-    if not folder.is_dir():
-        pretrain(folder)
+    train_base(
+        folder,
+        lambda: MixtralForCausalLM(_shape()),
+        lambda: _program_text(STEPS * BATCH),
+        "program text",
+        max_steps=STEPS,
+        per_device_train_batch_size=BATCH,
+        learning_rate=3e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=50,
+        logging_steps=50,
+    )
+
     with hidden_bars():
         return MixtralForCausalLM.from_pretrained(folder, experts_implementation="eager")
 
 
-def pretrain(folder: Path) -> None:
-    """Trains the base model and writes it to ``folder``, whole or not at all."""
-    print(f"training the base model on program text, once; it is kept in {folder}", flush=True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    set_seed(0)
-    config = MixtralConfig(
+def _shape() -> MixtralConfig:
+    """Of the base model."""
+    return MixtralConfig(
         vocab_size=ASCII,
         hidden_size=64,
         intermediate_size=64,
@@ -95,31 +102,6 @@ def pretrain(folder: Path) -> None:
         eos_token_id=10,
         experts_implementation="eager",
     )
-    model = MixtralForCausalLM(config)
-
-    with tempfile.TemporaryDirectory() as scratch:
-        arguments = TrainingArguments(
-            scratch,
-            max_steps=STEPS,
-            per_device_train_batch_size=BATCH,
-            learning_rate=3e-3,
-            lr_scheduler_type="cosine",
-            warmup_steps=50,
-            save_strategy="no",
-            logging_steps=50,
-            report_to="none",
-            dataloader_pin_memory=False,
-        )
-        trainer = Trainer(model, arguments, train_dataset=_program_text(STEPS * BATCH))
-        show_loss(trainer)
-
-        try:
-            trainer.train()
-        finally:
-            torch.set_num_threads(threads)
-
-    with staged_folder(folder) as staged, hidden_bars():
-        model.cpu().save_pretrained(staged)
 
 
 def _program_text(pieces: int) -> Characters:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -23,20 +22,15 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
-from transformers import (
-    ConvNextV2Config,
-    ConvNextV2ForImageClassification,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import ConvNextV2Config, ConvNextV2ForImageClassification
 
 from flora.data.results import accuracy, ranked
 from flora.data.shown import Findings, Shown, classified, grey
 from flora.errors import UserError
 from flora.recipes import Data, Request, Tested
-from flora.storage.atomic import cache_folder, staged_folder
-from flora.storage.progress import hidden_bars, show_loss
+from flora.storage.atomic import cache_folder
+from flora.storage.cached_model import train_base
+from flora.storage.progress import hidden_bars
 
 METRIC = "accuracy"
 SPLIT_SEED = 0  # which image is in which set never changes
@@ -166,19 +160,26 @@ def base_folder(task: Task) -> Path:
 def load_base(task: Task) -> ConvNextV2ForImageClassification:
     """The base model from the cache; trained first, with a progress bar, if it is not there."""
     folder = base_folder(task)
-    if not (folder / "config.json").is_file():
-        pretrain(task, folder)
+    train_base(
+        folder,
+        lambda: _network(task),
+        lambda: Digits(splits()["base"]),
+        "upright digits",
+        num_train_epochs=task.base_epochs,
+        per_device_train_batch_size=32,
+        learning_rate=task.base_learning_rate,
+        weight_decay=0.05,
+        warmup_steps=50,
+        logging_strategy="no",
+        seed=SPLIT_SEED,
+    )
+
     with hidden_bars():
         return ConvNextV2ForImageClassification.from_pretrained(folder)
 
 
-def pretrain(task: Task, folder: Path) -> None:
-    """Trains the base model on the upright digits of the base set and writes it to ``folder``."""
-    print(f"training the base model on upright digits, once; it is kept in {folder}", flush=True)
-    threads = torch.get_num_threads()
-    # The tensors are too small to share, and one thread gives the same bits everywhere.
-    torch.set_num_threads(1)
-    set_seed(SPLIT_SEED)
+def _network(task: Task) -> ConvNextV2ForImageClassification:
+    """The network of the base model, with random weights."""
     config = ConvNextV2Config(
         num_channels=1,
         image_size=16,
@@ -188,28 +189,5 @@ def pretrain(task: Task, folder: Path) -> None:
         hidden_sizes=task.hidden_sizes,
     )
     config.num_labels = 10
-    model = ConvNextV2ForImageClassification(config)
 
-    with tempfile.TemporaryDirectory() as scratch:
-        arguments = TrainingArguments(
-            scratch,
-            num_train_epochs=task.base_epochs,
-            per_device_train_batch_size=32,
-            learning_rate=task.base_learning_rate,
-            weight_decay=0.05,
-            warmup_steps=50,
-            save_strategy="no",
-            logging_strategy="no",
-            dataloader_pin_memory=torch.cuda.is_available(),
-            seed=SPLIT_SEED,
-        )
-        trainer = Trainer(model, arguments, train_dataset=Digits(splits()["base"]))
-        show_loss(trainer)
-
-        try:
-            trainer.train()
-        finally:
-            torch.set_num_threads(threads)
-
-    with staged_folder(folder) as staged, hidden_bars():
-        model.cpu().save_pretrained(staged)
+    return ConvNextV2ForImageClassification(config)
