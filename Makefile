@@ -1,6 +1,6 @@
 # The first two targets work alone on a fresh machine with Python 3.11+, git and make.
 #
-#   make run        compare on spoken digits (ten seeds, nothing tuned), fine-tune, save, reload, merge, verify; offline
+#   make run        compare on MRI volumes (ten seeds, nothing tuned), fine-tune, save, reload, merge, verify; offline
 #   make test       the test-suite without the slow tests
 #   make test-slow  the slow tests, PEFT's own among them
 #   make lint       ruff and mypy
@@ -13,8 +13,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(VENV)/.installed-run
 DEV := $(VENV)/.installed-dev
-# Speech with a new head, Conv1d layers of a real detector: what people adapt. About three minutes on two cores.
-CONFIG ?= examples/spoken_digits/spoken_digits.yaml
+# A pretrained 3-D U-Net and few labelled volumes: what adapters of N-dimensional weights are for. About four minutes on
+# two cores.
+CONFIG ?= examples/hippocampus/hippocampus.yaml
 OUTPUT ?= outputs/$(basename $(notdir $(CONFIG)))
 COMPARE ?= --methods flora-gradient,lora,full --seeds 0,1,2,3,4,5,6,7,8,9
 
@@ -32,7 +33,7 @@ $(RUN): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[recipes]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[medical]'
 	@touch $@
 
 $(DEV): $(RUN)
@@ -42,8 +43,8 @@ $(DEV): $(RUN)
 run: $(RUN)
 	$(BIN)/flora compare $(CONFIG) $(COMPARE)
 	$(BIN)/flora train $(CONFIG) --overwrite
-	$(BIN)/flora eval $(OUTPUT) --run-recipe-file
-	$(BIN)/flora merge $(OUTPUT) --out $(OUTPUT)-merged --overwrite --run-recipe-file
+	$(BIN)/flora eval $(OUTPUT)
+	$(BIN)/flora merge $(OUTPUT) --out $(OUTPUT)-merged --overwrite
 
 test: $(DEV)
 	$(BIN)/python -m pytest -n 2

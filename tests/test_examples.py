@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import json
 import warnings
@@ -12,14 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from safetensors.torch import load_file
 
 from flora.data.samples import locate
-from flora.errors import UserError
-from flora.runs.merging import merge
+from flora.data.volume_files import batch_of
+from flora.recipes.volume_segment import dice_of
 from flora.runs.settings import read
-from flora.runs.training import train
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 ADAPTER = "adapter_model.safetensors"
@@ -55,41 +53,28 @@ def test_every_example_is_listed_and_tested() -> None:
         assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= 75
 
 
-def test_the_spoken_digits_of_make_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small, read as 16 bits would be, parts without a recording in common, and the start of the training."""
+def test_the_hippocampus_of_make_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small, parts without a volume in common, and a base that has to be adapted but is no random network."""
     monkeypatch.chdir(EXAMPLES.parent)
-    folder = EXAMPLES / "spoken_digits"
-    assert sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) < 3e6
-    settings = read(str(folder / "spoken_digits.yaml"))
+    folder = EXAMPLES / "hippocampus"
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 1.2e6
+
+    settings = read(str(folder / "hippocampus.yaml"))
     recipe = settings.load_recipe()
     data: Any = recipe.load_data(settings.task, 0)
-    sounds = [{row.numpy().tobytes() for row in part.sounds} for part in (data.train, data.validation, data.test)]
-    assert [len(part) for part in sounds] == [200, 300, 300]
-    assert not (sounds[0] & sounds[1] | sounds[0] & sounds[2] | sounds[1] & sounds[2])
-    assert data.train.sounds.abs().amax(1).numpy() == pytest.approx(0.5)
-    logits = recipe.load_base(settings.task)(data.test.sounds[:5]).logits
-    assert logits.shape == (5, 10)
-    assert torch.isfinite(logits).all()
+    parts = (data.train, data.validation, data.test)
+    assert [len(part) for part in parts] == [8, 12, 36]
+    images = [{gzip.decompress(pair.image.read_bytes()) for pair in part.pairs} for part in parts]
+    assert not (images[0] & images[1] | images[0] & images[2] | images[1] & images[2])
 
-
-@pytest.mark.slow
-def test_spoken_digits_are_merged_by_their_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The base has no name and no config: the recipe makes it again, and only where that is allowed."""
-    monkeypatch.chdir(EXAMPLES.parent)
-    run, out = tmp_path / "run", tmp_path / "merged"
-    quick = [f"output={run}", "training.max_steps=2", "training.disable_tqdm=true"]
-    settings = read("examples/spoken_digits/spoken_digits.yaml", quick)
-    train(settings)
-    with pytest.raises(UserError, match="--run-recipe-file"):
-        merge(run, out)
-    merge(run, out, run_recipe_file=True)
-    recipe = settings.load_recipe()
-    sounds = recipe.load_data(settings.task, 0).test.sounds[:5]  # type: ignore[attr-defined]
-    adapted = PeftModel.from_pretrained(recipe.load_base(settings.task), str(run)).eval()
-    merged = recipe.load_base(settings.task).eval()
-    merged.load_state_dict(load_file(out / "model.safetensors"))
-    assert torch.allclose(merged(sounds).logits, adapted(sounds).logits, atol=1e-5)
-    assert not torch.allclose(merged(sounds).logits, recipe.load_base(settings.task).eval()(sounds).logits, atol=1e-3)
+    model = recipe.load_base(settings.task).eval()
+    batch = batch_of([data.validation[index] for index in range(len(data.validation))])
+    with torch.no_grad():
+        logits = model(pixel_values=batch["pixel_values"]).logits
+        turned_back = model(pixel_values=1 - batch["pixel_values"].sqrt()).logits
+    assert logits.shape == (12, 3, 24, 48, 24)
+    scores = [float(dice_of(found, batch["labels"]).nanmean()) for found in (logits, turned_back)]
+    assert scores[0] < 0.5 < scores[1]
 
 
 @pytest.mark.slow

@@ -110,6 +110,20 @@ def test_axes_are_turned_and_channels_go_first(tmp_path: Path) -> None:
     assert torch.equal(first["labels"], second["labels"])
 
 
+def test_few_volumes_drawn_by_the_seed(root: Path) -> None:
+    drawn = {seed: load_data(task(root, train_size=3), seed) for seed in (0, 1, 2)}
+    pairs = {seed: [pair.image.name for pair in data.train.pairs] for seed, data in drawn.items()}  # type: ignore[attr-defined]
+    again = load_data(task(root, train_size=3), 1)
+    assert [pair.image.name for pair in again.train.pairs] == pairs[1]  # type: ignore[attr-defined]
+    assert len({tuple(sorted(names)) for names in pairs.values()}) > 1
+    assert {len(set(names)) for names in pairs.values()} == {3}
+    assert [len(drawn[2].split(name)) for name in ("validation", "test")] == [2, 3]  # type: ignore[arg-type]
+
+    for size in (0, 7):
+        with pytest.raises(ValueError, match=f"task.train_size is {size}, expected 1 to 6, the number of training vol"):
+            load_data(task(root, train_size=size), 0)
+
+
 def test_parts_of_the_sample(root: Path) -> None:
     data = load_data(task(root), 0)
     assert [len(data.split(name)) for name in ("train", "validation", "test")] == [6, 2, 3]  # type: ignore[arg-type]

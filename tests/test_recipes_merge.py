@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 
+from flora.errors import UserError
 from flora.recipes import config_names
 from flora.runs.merging import merge
 from flora.runs.reloading import load_adapter, load_base
@@ -42,6 +45,30 @@ def test_the_output_merges(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         outputs = [model(**inputs)[0] for model in (merged, load_adapter(base, run))]
     assert torch.allclose(outputs[0].float(), outputs[1].float(), atol=1e-3, rtol=1e-3)
+
+
+def test_a_base_without_a_name_is_made_by_its_recipe(tmp_path: Path) -> None:
+    """A Python file that the run names makes it again, where that is allowed."""
+    run, out, config = tmp_path / "run", tmp_path / "merged", tmp_path / "config.yaml"
+    config.write_text(f"recipe: {Path(__file__).parent / 'trust' / 'tiny_recipe.py'}\n")
+    quick = ["training.disable_tqdm=true", "training.learning_rate=0.1", "adapter.target_modules=all"]
+    settings = read(str(config), [f"output={run}", *quick])
+    train(settings)
+
+    with pytest.raises(UserError, match="--run-recipe-file"):
+        merge(run, out)
+    assert not out.exists()
+
+    merge(run, out, run_recipe_file=True)
+    recipe = settings.load_recipe()
+    images = recipe.load_data(settings.task, 1).test[2]["pixel_values"][None]
+    base, merged, adapted = (recipe.load_base(settings.task).eval() for _ in range(3))
+    merged.load_state_dict(load_file(out / "model.safetensors"))
+    adapted = PeftModel.from_pretrained(adapted, str(run)).eval()
+
+    found, expected, bare = (model(images).logits for model in (merged, adapted, base))
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(found, bare, atol=1e-3)
 
 
 def test_every_recipe_is_tried() -> None:

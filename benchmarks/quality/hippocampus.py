@@ -1,37 +1,32 @@
 """5-D weights: a 3-D U-Net that segments the hippocampus in MRI is adapted to another contrast from a few volumes.
 
-Data: ``hippocampus.npz`` (Medical Segmentation Decathlon, task 4). The base network is trained once on volumes 0 to 119
-as they are, and cached. The new domain is inverted, has another gamma and noise: the seed draws training volumes from
-160 to 199, 120 to 159 are for validation, 200 to 259 are the test set.
+Data: ``hippocampus.npz`` (Medical Segmentation Decathlon, task 4). The base network learned volumes 0 to 119 as
+they are, by ``example.py``. The new domain is inverted, has another gamma and noise: the seed draws training volumes
+from 160 to 199, 120 to 159 are for validation, 200 to 259 are the test set.
 """
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from monai.losses import DiceCELoss
 from monai.metrics import compute_dice
-from monai.networks.nets import UNet
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import one_hot
 from torch.utils.data import Dataset
-from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
-from transformers.modeling_outputs import SemanticSegmenterOutput
+from transformers import EvalPrediction
 
+from flora.data.volume_unet import VolumeUNet
 from flora.recipes import Data
-from flora.storage.atomic import cache_folder, staged_folder
-from flora.storage.progress import show_loss
+from flora.storage.progress import hidden_bars
 
 METRIC = "dice"
 CLASSES = 3  # background, anterior, posterior
-BASE, VALIDATION, POOL, TEST = range(120), range(120, 160), range(160, 200), range(200, 260)
-EPOCHS = 20  # of the base network
+KNOWN, VALIDATION, POOL, TEST = range(120), range(120, 160), range(160, 200), range(200, 260)
+BASE = Path(__file__).parents[2] / "examples" / "hippocampus" / "unet"
 
 
 @dataclass
@@ -55,20 +50,6 @@ class Task:
             raise ValueError(f"task.volumes is {self.volumes}, expected 1 to {len(POOL)}")
 
 
-class Segmenter(nn.Module):
-    """MONAI's U-Net with the loss of Dice and cross-entropy."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.unet = UNet(3, 1, CLASSES, channels=(8, 16, 32), strides=(2, 2), num_res_units=1)
-        self.loss = DiceCELoss(to_onehot_y=True, softmax=True)
-
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> SemanticSegmenterOutput:
-        logits = self.unet(pixel_values.contiguous(memory_format=torch.channels_last_3d))
-        loss = None if labels is None else self.loss(logits, labels[:, None])
-        return SemanticSegmenterOutput(loss=loss, logits=logits)
-
-
 class Volumes(Dataset[dict[str, Tensor]]):
     """Volumes (1, 32, 48, 32) and labels (32, 48, 32); the noise of a volume is always the same."""
 
@@ -88,38 +69,9 @@ class Volumes(Dataset[dict[str, Tensor]]):
 
 
 def load_base(task: Task) -> Any:
-    """The network that knows the volumes as they are; trained first if it is not cached."""
-    folder = cache_folder() / f"hippocampus-{EPOCHS}"
-    if not folder.is_dir():
-        pretrain(task, folder)
-    model = Segmenter()
-    model.load_state_dict(load_file(folder / "model.safetensors"))
-    return model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-
-
-def pretrain(task: Task, folder: Path) -> None:
-    """Trains the base network and writes it to ``folder``, whole or not at all."""
-    print(f"training the base network, once; it is kept in {folder}", flush=True)
-    set_seed(0)
-    model = Segmenter().to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    with tempfile.TemporaryDirectory() as scratch:
-        arguments = TrainingArguments(
-            scratch,
-            num_train_epochs=EPOCHS,
-            per_device_train_batch_size=4,
-            learning_rate=3e-3,
-            warmup_steps=50,
-            save_strategy="no",
-            logging_steps=50,
-            report_to="none",
-            dataloader_pin_memory=False,
-        )
-        trainer = Trainer(model, arguments, train_dataset=Volumes(task, BASE, shifted=False))
-        show_loss(trainer)
-        trainer.train()
-    with staged_folder(folder) as staged:
-        state = {name: value.contiguous() for name, value in model.cpu().state_dict().items()}
-        save_file(state, staged / "model.safetensors")
+    """The network that knows the volumes as they are."""
+    with hidden_bars():
+        return VolumeUNet.from_pretrained(BASE).to(memory_format=torch.channels_last_3d)
 
 
 def load_data(task: Task, seed: int) -> Data:

@@ -481,6 +481,26 @@ def _undecoded(part: Any) -> Any:
     return part
 
 
+def drawn(rows: Sequence[Value], size: int | None, seed: int, what: str) -> list[Value]:
+    """The rows to train on: ``size`` of them, drawn by the seed; None takes all.
+
+    Args:
+        rows: To draw from.
+        size: What ``task.train_size`` says.
+        seed: Of the draw.
+        what: The rows are, in the plural.
+
+    Raises:
+        UserError: There are fewer rows than that, or none is asked for.
+    """
+    if size is None:
+        return list(rows)
+    if not 1 <= size <= len(rows):
+        raise UserError(f"task.train_size is {size}, expected 1 to {len(rows)}, the number of training {what}")
+
+    return random.Random(seed).sample(rows, size)
+
+
 def with_held_out(parts: dict[str, list[Value]], share: float = HELD_OUT) -> dict[str, list[Value]]:
     """Train, validation and test; what is missing is a share of the training part, always the same items.
 

@@ -6,7 +6,6 @@ columns of the hub. Where the test set has no labels, as in GLUE, the validation
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from flora.data.records import Item, load_pretrained, parsed, records, sift, with_held_out
+from flora.data.records import Item, drawn, load_pretrained, parsed, records, sift, with_held_out
 from flora.data.results import ranked
 from flora.data.samples import locate
 from flora.data.shown import WORST, Findings, Shown, classified
@@ -172,11 +171,7 @@ def load_data(task: Task, seed: int) -> Data:
     good = {key: sift(part, check, bad=task.bad_data, what=f"{key} rows") for key, part in parts.items() if part}
     rows = with_held_out({key: [check(item.value) for item in part] for key, part in good.items()})
 
-    if task.train_size is not None:
-        if not 1 <= task.train_size <= (most := len(rows["train"])):
-            raise UserError(f"task.train_size is {task.train_size}, expected 1 to {most}, the number of training rows")
-
-        rows["train"] = random.Random(seed).sample(rows["train"], task.train_size)
+    rows["train"] = drawn(rows["train"], task.train_size, seed, "rows")
 
     tokenizer = load_pretrained(AutoTokenizer, locate(task.model))
     train, validation, test = (Examples(part, tokenizer, task.max_length) for part in rows.values())

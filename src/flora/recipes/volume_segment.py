@@ -21,7 +21,7 @@ from monai.metrics.meandice import compute_dice
 from torch import Tensor, nn
 from transformers import AutoConfig, EvalPrediction, PreTrainedModel, Trainer
 
-from flora.data.records import Bad, Item, is_local, load_pretrained, sift, with_held_out
+from flora.data.records import Bad, Item, drawn, is_local, load_pretrained, sift, with_held_out
 from flora.data.results import colours, hex_colours
 from flora.data.samples import locate
 from flora.data.shown import FEW, Findings, Shown, grey, overlaid
@@ -103,6 +103,7 @@ class Task:
         patch: size of the training samples, drawn from the volumes; null trains on whole volumes.
         patches: drawn from each volume in an epoch.
         foreground: share of the patches that are centred on a labelled voxel; 0 draws them anywhere.
+        train_size: training volumes, drawn by the seed; null takes all.
         bad_data: "error" stops at volumes that cannot be used, "skip" leaves them out.
     """
 
@@ -123,6 +124,7 @@ class Task:
     patch: list[int] | None = None
     patches: int = 1
     foreground: float = 0.0
+    train_size: int | None = None
     bad_data: Bad = "error"
 
     def __post_init__(self) -> None:
@@ -254,7 +256,7 @@ def network_config(where: str) -> Config:
 
 
 def load_data(task: Task, seed: int) -> Data:
-    """The data, every volume read once to see that it can be; the seed draws the patches.
+    """The data, every volume read once to see that it can be; the seed draws ``train_size`` volumes and the patches.
 
     Raises:
         FileNotFoundError, ValueError: volumes or the network cannot be used; names file and reason.
@@ -280,6 +282,8 @@ def load_data(task: Task, seed: int) -> Data:
     parts = find_pairs(data_folder(locate(task.data)))
     good = {part: sift(items, check, bad=task.bad_data, what=f"{part} volumes") for part, items in parts.items()}
     pairs = with_held_out({part: [item.value for item in items] for part, items in good.items()})
+    pairs["train"] = drawn(pairs["train"], task.train_size, seed, "volumes")
+
     if patch is not None:
         train = Volumes(pairs["train"], reading, patch, task.patches, seed, task.foreground)
     else:
