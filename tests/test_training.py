@@ -14,11 +14,12 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import ConvNextV2ForImageClassification, TrainerCallback
+from transformers import ConvNextV2ForImageClassification, Trainer, TrainerCallback, TrainingArguments
 
 import flora_cli
 from flora.errors import UserError
 from flora.runs import training
+from flora.runs.best_checkpoint import settling_ties
 from flora.runs.evaluating import evaluate
 from flora.runs.merging import merge
 from flora.runs.reloading import load_adapter, load_base
@@ -428,3 +429,28 @@ def test_the_best_checkpoint_is_what_a_real_config_keeps(tmp_path: Path, capsys:
     assert metrics["validation"]["accuracy"] == pytest.approx(max(measured))
     assert sum("loss" in entry for entry in state["log_history"]) == metrics["steps"]
     assert evaluate(output)[1] is True
+
+
+@pytest.mark.parametrize(
+    ("scores", "losses", "best"),
+    [
+        ([0.0, 0.0, 0.0], [3.0, 1.0, 2.0], 2),
+        ([0.0, 0.5, 0.5], [1.0, 2.0, 3.0], 2),
+        ([0.25, 0.5, 0.25], [3.0, 2.0, 1.0], 2),
+        ([0.5, 0.25, 0.5], [2.0, 1.0, 1.5], 3),
+    ],
+)
+def test_of_checkpoints_with_equal_scores_the_one_with_less_loss_is_the_best(
+    scores: list[float], losses: list[float], best: int, tmp_path: Path
+) -> None:
+    choice = {"save_strategy": "epoch", "eval_strategy": "epoch", "load_best_model_at_end": True}
+    arguments = TrainingArguments(str(tmp_path), metric_for_best_model="accuracy", report_to="none", **choice)
+    trainer = settling_ties(Trainer)(torch.nn.Linear(2, 2), arguments, eval_dataset=[0])
+
+    for step, (score, loss) in enumerate(zip(scores, losses, strict=True), 1):
+        trainer.state.global_step = step
+        found = {"eval_accuracy": score, "eval_loss": loss}
+        trainer.state.log_history.append({**found, "step": step})
+        assert trainer._determine_best_metric(found, None) == (trainer.state.best_global_step == step)
+
+    assert trainer.state.best_global_step == best

@@ -6,6 +6,9 @@ import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+# What to do where a check of what flora itself wrote has failed.
+REPORT = "run the command again; if this comes back, report it together with what `flora --version` prints"
+
 
 class UserError(ValueError):
     """Something that was given cannot be used: a setting, a file, a model, data.

@@ -12,7 +12,7 @@ import torch
 
 from flora.convert.adapter import Adapter, Entry
 from flora.convert.arithmetic import core_in_orthonormal_basis, in_dtype
-from flora.errors import UserError
+from flora.errors import REPORT, UserError
 from flora.storage.size import size
 from flora.storage.tensors import CONFIG, WEIGHTS
 from flora.tucker.form import concatenate
@@ -84,7 +84,7 @@ def compare(source: Adapter, written: Adapter) -> tuple[float, float, str]:
     """
     if source.weights.keys() != written.weights.keys() or source.extras.keys() != written.extras.keys():
         odd = sorted((source.weights.keys() ^ written.weights.keys()) | (source.extras.keys() ^ written.extras.keys()))
-        raise UserError(f"the written file does not hold {odd[0]} as the source does; nothing was kept")
+        raise UserError(f"the written file does not hold {odd[0]} as the source does; nothing was kept; {REPORT}")
 
     largest, relative, worst = 0.0, 0.0, next(iter(source.weights), "")
     for name, entry in source.weights.items():
@@ -92,7 +92,7 @@ def compare(source: Adapter, written: Adapter) -> tuple[float, float, str]:
         dtype = entry.form.core.dtype
         if not found.relative <= ROUNDING.get(dtype, ROUNDING[torch.float32]).weight:
             raise UserError(
-                f"{name}: the written file differs from the source by {found.relative:.1e}; nothing was kept"
+                f"{name}: the written file differs from the source by {found.relative:.1e}; nothing was kept; {REPORT}"
             )
 
         largest = max(largest, found.largest)

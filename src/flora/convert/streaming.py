@@ -22,7 +22,7 @@ from flora.convert.arithmetic import in_dtype
 from flora.convert.base_model import Base, try_base
 from flora.convert.formats.filemap import FileMap
 from flora.convert.report import ROUNDING
-from flora.errors import UserError
+from flora.errors import REPORT, UserError
 from flora.layers.names import TOKEN_ROWS
 from flora.storage.atomic import staged, write_json
 from flora.storage.checkpoint import Checkpoint
@@ -288,9 +288,22 @@ class _Plan:
         }
         for key, value in written.items():
             if not torch.isfinite(value).all():
-                raise UserError(f"{key} would have NaN or infinite entries after the merge; nothing was written")
+                raise UserError(
+                    f"{key} would have NaN or infinite entries after the merge; nothing was written; "
+                    f"{_remedy(weight, value.dtype)}"
+                )
 
         return written
+
+
+def _remedy(base: Tensor, stored: torch.dtype) -> str:
+    """What to do about a merged weight that is not finite; an adapter that is not finite is refused when it is read."""
+    if not torch.isfinite(base).all():
+        return "the base model has them already: take another copy of it"
+
+    if stored == torch.float16:
+        return "the sum is too large for float16: save the base in bfloat16 or float32, and merge into that"
+    return f"the sum is too large for {str(stored).removeprefix('torch.')}: lower --weights"
 
 
 def _add(weight: Tensor, changes: Sequence[tuple[Entry, float]]) -> Tensor:
@@ -375,18 +388,18 @@ def _verify(plan: _Plan, written: Checkpoint) -> tuple[float, str]:
         stored = TORCH_DTYPES[written.dtype(plan.places[name][0])]
         if not relative <= ROUNDING[stored].weight:
             raise UserError(
-                f"{name}: the merged layer differs from the unmerged by {relative:.1e}; nothing was written"
+                f"{name}: the merged layer differs from the unmerged by {relative:.1e}; nothing was written; {REPORT}"
             )
 
         largest, worst = max((largest, worst), (relative, name))
 
     for key, value in plan.replaced.items():
         if not torch.equal(written.get(key), value.to(written.get(key).dtype)):
-            raise UserError(f"{key} was not written as the adapter has it; nothing was written")
+            raise UserError(f"{key} was not written as the adapter has it; nothing was written; {REPORT}")
 
     for key, rows in plan.rows.items():
         if not torch.equal(written.get(key)[rows.numbers], rows.values.to(written.get(key).dtype)):
-            raise UserError(f"{key} was not written with the rows of the adapter; nothing was written")
+            raise UserError(f"{key} was not written with the rows of the adapter; nothing was written; {REPORT}")
 
     return largest, worst
 

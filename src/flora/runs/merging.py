@@ -22,7 +22,7 @@ from flora.convert.arithmetic import add
 from flora.convert.base_model import adapted_class, is_stored_as, local_folder, open_base, try_base
 from flora.convert.report import ROUNDING
 from flora.convert.streaming import Streamed, files_inside, stream_merged
-from flora.errors import UserError, user_errors
+from flora.errors import REPORT, UserError, user_errors
 from flora.layers.merged import MARK, fingerprint
 from flora.runs.reloading import attach, load_base, read_run
 from flora.runs.run_folder import ADAPTER, ADAPTER_CONFIG, CONFIG
@@ -350,7 +350,7 @@ def verified_merge(model: PeftModel, inputs: dict[str, Tensor]) -> tuple[PreTrai
 def _compare_outputs(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[float, float]:
     """The largest absolute difference, and the largest absolute output."""
     if [output.shape for output in before] != [output.shape for output in after]:
-        raise UserError("merged and unmerged model have outputs of different shapes; nothing was written")
+        raise UserError(f"merged and unmerged model have outputs of different shapes; nothing was written; {REPORT}")
 
     difference, magnitude = 0.0, 0.0
     for first, second in zip(before, after, strict=True):
@@ -360,7 +360,8 @@ def _compare_outputs(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple
         if not apart <= allowed:
             raise UserError(
                 f"the merged model differs from the unmerged one by {apart:.3g} (outputs up to {largest:.3g}, "
-                f"allowed {allowed:.3g}); nothing was written"
+                f"allowed {allowed:.3g}); nothing was written. A base in float32 is merged with less rounding; if it is in "
+                f"float32 already: {REPORT}"
             )
 
         difference, magnitude = max(difference, apart), max(magnitude, largest)

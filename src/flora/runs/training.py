@@ -23,6 +23,7 @@ from flora.report.card import model_card
 from flora.report.plots import training_curves, training_plot
 from flora.report.provenance import provenance, subject
 from flora.report.training_page import training_page
+from flora.runs.best_checkpoint import settling_ties
 from flora.runs.divergence import check_weights, stopping_where_it_diverges
 from flora.runs.resuming import check_same, is_done
 from flora.runs.run_folder import (
@@ -55,7 +56,7 @@ def make_trainer(model: nn.Module, recipe: Recipe, data: Data, arguments: Traini
         hold_untrained_statistics(model)
 
     trainer = _trainer_of(
-        stopping_where_it_diverges(optional(recipe, "TRAINER")),
+        stopping_where_it_diverges(settling_ties(optional(recipe, "TRAINER"))),
         model,
         data,
         arguments,
