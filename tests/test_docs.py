@@ -14,11 +14,13 @@ from types import ModuleType
 
 import pytest
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from torch import nn
 
 import flora
 import flora_arguments
 import flora_cli
+import test_trl
 from flora.recipes import config_names
 from flora.runs.settings import read, split_flags
 
@@ -26,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PYTHON_BLOCKS = {  # by page; a page that is not named has none
-    "README.md": 1, "choosing.md": 4, "index.md": 6, "llms.md": 1, "own_network.md": 4, "volumes.md": 2,
+    "README.md": 1, "choosing.md": 4, "index.md": 6, "llms.md": 2, "own_network.md": 5, "volumes.md": 2,
 }  # fmt: skip
 LANGUAGES = {"python", "console", "bibtex"}  # of the console blocks, the commands of flora are parsed
 
@@ -46,11 +48,30 @@ def generator() -> ModuleType:
     return module
 
 
+def photos(folder: Path) -> None:
+    """Images of different sizes in folders, as people have them."""
+    for index in range(15):
+        path = folder / "photos" / ("apples", "limes", "plums")[index % 3] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (30 + index, 21), (17 * index, 80, 90)).save(path)
+
+
+def language_model(folder: Path) -> None:
+    """A tiny model in the place where the page names a large one."""
+    for part in (test_trl.base(), test_trl.tokenizer()):
+        part.save_pretrained(folder / "Qwen" / "Qwen3-0.6B")
+
+
+READERS_HAVE = {"own_network.md": photos, "llms.md": language_model}
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning", "ignore:.*will be removed in v6.*:FutureWarning")
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name in PYTHON_BLOCKS], ids=lambda page: page.name)
 def test_the_blocks_of_a_page_run_one_after_the_other(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    READERS_HAVE.get(page.name, lambda folder: None)(tmp_path)
     namespace: dict[str, object] = {"__name__": page.stem}
     ran = 0
     for line, source in blocks(page, "python"):

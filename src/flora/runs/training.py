@@ -148,12 +148,14 @@ def training_arguments(settings: Settings, output: Path, **changes: Any) -> Trai
     try:
         arguments = cast("TrainingArguments", optional(settings.load_recipe(), "ARGUMENTS")(str(output), **given))
     except ValueError as error:
-        if "bf16" in str(error):
-            remedy = "; this machine cannot train in bfloat16: set training.bf16=false"
-        elif "load_best_model_at_end" in str(error):
+        if "support bf16" in str(error):
+            raise UserError(
+                "training.bf16 is true, and this machine cannot train in bfloat16: set training.bf16=false"
+            ) from None
+
+        remedy = ""
+        if "load_best_model_at_end" in str(error):
             remedy = "; set training.eval_strategy=epoch and training.save_strategy=epoch"
-        else:
-            remedy = ""
 
         raise UserError(f"the settings under 'training' do not work together: {error}{remedy}") from None
 
