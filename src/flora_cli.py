@@ -338,6 +338,13 @@ def say(text: object) -> None:
     print(printable(str(text)))
 
 
+def _warning_line(message: Warning | str, *_: object, **__: object) -> str:
+    """A warning without the place in the code that raised it, which says nothing to users of the command."""
+    from flora.errors import printable
+
+    return f"warning: {printable(' '.join(str(message).split()))}\n"
+
+
 def _line(metrics: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
@@ -371,6 +378,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # PEFT reads an attribute that transformers has renamed; users of the command cannot change that.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    warnings.formatwarning = _warning_line
 
     try:
         code = COMMANDS[args.verb](args)

@@ -7,6 +7,7 @@ import errno
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -344,3 +345,24 @@ def test_the_task_keys_of_a_recipe_are_explained(capsys: pytest.CaptureFixture[s
     assert "task.image_column = 'image'" in out
     assert "labels: The names of the classes" in out
     assert run(capsys, "recipes", "keys")[2].startswith("flora: error: missing NAME")
+
+
+def test_a_warning_is_one_line_without_the_code_behind_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warns(_: argparse.Namespace) -> int:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            # pytest has a `showwarning` of its own; this is Python's.
+            monkeypatch.setattr(warnings, "showwarning", print_warning)
+            warnings.warn("two\nlines \x1b[31m", stacklevel=1)
+        return 0
+
+    def print_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
+
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setitem(flora_cli.COMMANDS, "recipes", warns)
+    code, out, err = run(capsys, "recipes")
+    assert (code, out) == (0, "")
+    assert err == "warning: two lines \\x1b[31m\n"

@@ -137,9 +137,14 @@ def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[
 
 
 def generated(model: Any, tokenizer: Any, inputs: dict[str, Any], longest: int = LONGEST_ANSWER) -> str:
-    """What the model writes after a prompt, without the prompt; so many tokens at most."""
+    """What the model writes after a prompt, without the prompt; so many tokens at most, and no more than it can read."""
+    asked = inputs["input_ids"].shape[1]
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if window is not None:
+        longest = max(1, min(longest, window - asked))
+
     options = {"max_new_tokens": longest, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
-    tokens = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+    tokens = model.generate(**inputs, **options)[0, asked:]
     return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -325,9 +324,7 @@ def _adapted(
     """The model with the adapters on it, by PEFT; what PEFT cannot read, or has weights, goes as one exact sum."""
     if len(sources) == 1 and sources[0].weight == 1 and sources[0].path.is_dir():
         return attach(model, sources[0].path)
-    with TemporaryDirectory(dir=merged.parent) as scratch, warnings.catch_warnings():
-        # A sum may: it is thrown away.
-        warnings.filterwarnings("ignore", message="the adapter has more parameters")
+    with TemporaryDirectory(dir=merged.parent) as scratch:
         save(add(pairs), Path(scratch) / "sum")
         return attach(model, Path(scratch) / "sum")
 

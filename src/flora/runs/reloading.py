@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -142,7 +143,9 @@ def attach(base: PreTrainedModel, folder: Path) -> PeftModel:
         UserError: the adapter does not fit; names the first layer that differs.
     """
     try:
-        with user_errors(ValueError):
+        with user_errors(ValueError), warnings.catch_warnings():
+            # That is said before training; here it can no longer be changed.
+            warnings.filterwarnings("ignore", message="the adapter has more parameters")
             return PeftModel.from_pretrained(base, str(folder)).eval()
     except RuntimeError as error:
         # torch's own list of tensors that do not fit, one a line.
