@@ -133,7 +133,7 @@ CASES: list[tuple[str, Callable[[str], None], str, str]] = [
     ("extract", nan, "tuned", f"{WEIGHT} has NaN or infinite entries"),
     ("extract", nan, "base", f"{WEIGHT} has NaN or infinite entries"),
     ("merge", nan, "adapter", f"{CORE} has NaN or infinite entries"),
-    ("merge", nan, "base", f"{WEIGHT} would have NaN or infinite entries after the merge; nothing was written; the base"),
+    ("merge", nan, "base", f"{WEIGHT} would have NaN or infinite entries after the merge; nothing was"),
     ("convert", taken, "out", "out exists; choose another output or ask to overwrite it (--overwrite)"),
     ("extract", taken, "out", "out exists; choose another output or ask to overwrite it (--overwrite)"),
     ("merge", taken, "out", "out exists; choose another output or ask to overwrite it (--overwrite)"),

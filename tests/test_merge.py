@@ -134,7 +134,12 @@ def test_bad_input_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
             ValueError,
             "has no weight.*it has 'transformer.h.0.mlp.c_fc",
         ),
-        (base, with_form((12, 48), factor=1e39), ValueError, f"{name} would have NaN .* too large for float32: lower --weights"),
+        (
+            base,
+            with_form((12, 48), factor=1e39),
+            ValueError,
+            f"{name} would have NaN .* too large for float32: lower",
+        ),
         (tmp_path / "none", good, FileNotFoundError, "model not found"),
     ]
     for source, adapter, error, message in cases:
@@ -164,7 +169,7 @@ def test_bad_input_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
         stream_merged(base, good, out, check=refuse)
     add_up = module._add
     monkeypatch.setattr(module, "_add", lambda weight, changes: 1.001 * add_up(weight, changes) - 0.001 * weight)
-    with pytest.raises(ValueError, match="the merged layer differs from the unmerged.* nothing was written; run the command again"):
+    with pytest.raises(ValueError, match="the merged layer differs .* nothing was written; run the command again"):
         stream_merged(base, good, out)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 

@@ -252,7 +252,7 @@ def test_a_whole_model_that_computes_something_else_is_not_written(
 ) -> None:
     adapted(base, tmp_path / "adapter", flora.FloraConfig(**FLORA))
     monkeypatch.setattr(merging, "attach", lambda model, folder: model)
-    with pytest.raises(ValueError, match="the merged model differs from the unmerged one by .* base in float32 is merged"):
+    with pytest.raises(ValueError, match="the merged model differs from the unmerged one by .* base in float32"):
         merge(tmp_path / "adapter", tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
 

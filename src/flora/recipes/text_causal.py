@@ -137,7 +137,7 @@ def predictor(task: Task, model: Any, folder: Path) -> Callable[[Request], dict[
 
 
 def generated(model: Any, tokenizer: Any, inputs: dict[str, Any], longest: int = LONGEST_ANSWER) -> str:
-    """What the model writes after a prompt, without the prompt; so many tokens at most, and no more than it can read."""
+    """What the model writes after a prompt, without it; so many tokens at most, and no more than its context holds."""
     asked = inputs["input_ids"].shape[1]
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if window is not None:

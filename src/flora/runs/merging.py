@@ -357,8 +357,8 @@ def _compare_outputs(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple
         if not apart <= allowed:
             raise UserError(
                 f"the merged model differs from the unmerged one by {apart:.3g} (outputs up to {largest:.3g}, "
-                f"allowed {allowed:.3g}); nothing was written. A base in float32 is merged with less rounding; if it is in "
-                f"float32 already: {REPORT}"
+                f"allowed {allowed:.3g}); nothing was written. A base in float32 is merged with less rounding; if "
+                f"it is in float32 already: {REPORT}"
             )
 
         difference, magnitude = max(difference, apart), max(magnitude, largest)
