@@ -231,7 +231,8 @@ def test_the_bounds_of_the_project_allow_what_make_installs() -> None:
         for line in (Path(__file__).parents[1] / "constraints.txt").read_text(encoding="utf-8").splitlines()
         if "==" in line and not line.startswith("#")
     )
-    required = {Requirement(text).name: Requirement(text) for text in PROJECT["dependencies"]}
+    lists = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    required = {Requirement(text).name: Requirement(text) for texts in lists for text in texts}
     assert {"torch", "transformers"} <= set(pinned)
     for name, version in pinned.items():
         assert required[name].specifier.contains(version), name
