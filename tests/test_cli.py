@@ -96,7 +96,7 @@ ERRORS = {
     "no config": (["train", "digit"], "no config 'digit'"),
     "settings that clash": (
         ["train", "digits-tiny", "output=x", "training.load_best_model_at_end=true"],
-        "the settings under 'training' do not work together: ",
+        "training.load_best_model_at_end needs a checkpoint at every evaluation; set training.eval_strategy=epoch",
     ),
     "no folder": (["eval", "nowhere"], "nowhere/config.yaml does not exist"),
     "no adapter": (["merge", "nowhere", "--out", "x"], "nowhere does not exist"),

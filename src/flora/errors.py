@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 # What to do where a check of what flora itself wrote has failed.
 REPORT = "run the command again; if this comes back, report it together with what `flora --version` prints"
@@ -81,3 +82,15 @@ def nearest(word: str, known: Sequence[str]) -> str:
     """
     found = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def nearest_path(path: Path) -> str:
+    """``"; did you mean 'photos'?"`` where something of nearly this name is beside it."""
+    if not path.parent.is_dir():
+        return ""
+
+    near = difflib.get_close_matches(path.name, [other.name for other in path.parent.iterdir()], n=1, cutoff=0.75)
+    if near:
+        return f"; did you mean {str(path.parent / near[0])!r}?"
+
+    return ""

@@ -73,7 +73,10 @@ def _check_kind(path: Path) -> None:
                 f"{path} is only the weights of an adapter; give its folder, {path.parent}, which has {CONFIG}"
             )
     elif not (path / CONFIG).is_file() and (path / "config.json").is_file():
-        raise UserError(f"{path} is the folder of a whole model, expected that of an adapter, with {CONFIG}")
+        raise UserError(
+            f"{path} is the folder of a whole model, expected that of an adapter, with {CONFIG}; `flora extract` "
+            "makes an adapter of a model that was fine-tuned in full"
+        )
 
 
 def load(path: str | Path, *, base: Base | nn.Module | str | Path | None = None, scale: float | None = None) -> Adapter:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import json
 import random
@@ -15,7 +14,7 @@ from typing import IO, Any, Generic, Literal, TypeVar, cast
 
 from tqdm import tqdm
 
-from flora.errors import UserError, printable, user_errors
+from flora.errors import UserError, nearest_path, printable, user_errors
 from flora.storage.progress import hidden_bars
 
 Value = TypeVar("Value")
@@ -244,8 +243,7 @@ def split_paths(root: Path, ending: str = "") -> dict[str, Path]:
     """
     if not root.exists():
         raise FileNotFoundError(
-            f"task.data is {str(root)!r}: no such file or folder here{_near_path(str(root))}; "
-            "a hub id is NAME or ORG/NAME"
+            f"task.data is {str(root)!r}: no such file or folder here{nearest_path(root)}; a hub id is NAME or ORG/NAME"
         )
 
     found = {}
@@ -353,8 +351,8 @@ def hub(where: str, name: str | None = None, revision: str | None = None) -> dic
         from datasets import load_dataset
     except ModuleNotFoundError:
         raise FileNotFoundError(
-            f"task.data is {where!r}: no such file or folder here{_near_path(where)}. To load a data set of the hub by "
-            'its id, install datasets: pip install "flora-peft[vision]"'
+            f"task.data is {where!r}: no such file or folder here{nearest_path(Path(where))}. To load a data "
+            'set of the hub by its id, install datasets: pip install "flora-peft[vision]"'
         ) from None
 
     try:
@@ -362,8 +360,8 @@ def hub(where: str, name: str | None = None, revision: str | None = None) -> dic
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(
-            f"task.data is {where!r}: no such file or folder here{_near_path(where)}, "
-            f"and the hub has no such data set that you may read ({reason})"
+            f"task.data is {where!r}: no such file or folder here, and the hub has no such data set that you may "
+            f"read ({reason}){nearest_path(Path(where))}"
         ) from None
 
     found = {split: loaded[own] for split, names in SPLIT_NAMES.items() for own in names if own in loaded}
@@ -371,19 +369,6 @@ def hub(where: str, name: str | None = None, revision: str | None = None) -> dic
         raise UserError(f"the data set {where!r} has the splits {', '.join(loaded)}, but no train split")
 
     return found
-
-
-def _near_path(where: str) -> str:
-    """``"; did you mean 'photos'?"`` where something of nearly this name is beside it."""
-    path = Path(where)
-    if not path.parent.is_dir():
-        return ""
-
-    near = difflib.get_close_matches(path.name, [other.name for other in path.parent.iterdir()], n=1)
-    if near:
-        return f"; did you mean {str(path.parent / near[0])!r}?"
-
-    return ""
 
 
 @dataclass(frozen=True)

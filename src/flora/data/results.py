@@ -15,6 +15,9 @@ from transformers import EvalPrediction
 # How many classes a result lists.
 SHOWN = 5
 
+READABLE = 320  # pixels of the longer side of a picture on which a label can be read
+INK = {"lime": "black"}  # of a label on that colour; white on any other
+
 
 def ranked(logits: Tensor, names: Sequence[str]) -> dict[str, Any]:
     """The most probable class with its probability, and those that follow.
@@ -77,12 +80,29 @@ def label_map(classes: np.ndarray) -> Image.Image:
 
 
 def with_boxes(image: Image.Image, boxes: Sequence[Mapping[str, Any]], colour: str = "red") -> Image.Image:
-    """The image with boxes drawn: each has ``box`` (left, top, right, bottom) and ``label``."""
-    drawn = image.convert("RGB")
+    """The image with boxes drawn: each has ``box`` (left, top, right, bottom) and ``label``.
+
+    A small image is enlarged, so that its labels can be read.
+    """
+    factor = max(1, READABLE // max(image.size))
+    drawn = image.convert("RGB").resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(drawn)
+    width = max(2, max(drawn.size) // 250)
+
     for found in boxes:
-        left, top, *_ = found["box"]
-        pen.rectangle(found["box"], outline=colour, width=2)
-        pen.text((left + 3, top + 2), found["label"], fill=colour)
+        box = [factor * edge for edge in found["box"]]
+        pen.rectangle(box, outline=colour, width=width)
+        _write_label(pen, drawn, box, found["label"], colour)
 
     return drawn
+
+
+def _write_label(pen: ImageDraw.ImageDraw, drawn: Image.Image, box: Sequence[float], label: str, colour: str) -> None:
+    """A label on a plate above its box, moved to where it fits into the picture."""
+    size = max(10, max(drawn.size) // 40)
+    *_, right, bottom = pen.textbbox((2, 1), label, font_size=size)
+    left = max(0, min(box[0], drawn.width - right - 2))
+    top = max(0, box[1] - bottom - 2)
+
+    pen.rectangle((left, top, left + right + 2, top + bottom + 2), fill=colour)
+    pen.text((left + 2, top + 1), label, fill=INK.get(colour, "white"), font_size=size)

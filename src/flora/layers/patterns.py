@@ -81,6 +81,15 @@ class Clock:
             self.left -= seconds
 
 
+def _fault(pattern: str) -> str:
+    """What is wrong with a pattern as it was written; what is compiled may have more around it."""
+    try:
+        regex.compile(pattern)
+    except (regex.error, RecursionError) as error:
+        return str(error)
+    return ""
+
+
 class Expression:
     """A regular expression of a config. A stranger may have written it, so matching has a limit of time.
 
@@ -112,7 +121,8 @@ class Expression:
         try:
             self.compiled = regex.compile(pattern)
         except (regex.error, RecursionError) as error:
-            raise UserError(f"{field} has {self.shown!r}, which is not a regular expression: {error}") from None
+            reason = _fault(self.shown) or error
+            raise UserError(f"{field} has {self.shown!r}, which is not a regular expression: {reason}") from None
 
     def match(self, name: str) -> regex.Match[str] | None:
         """The match at the beginning of a name.

@@ -94,7 +94,9 @@ def draw_curves(axes: Axes, panel: str, curves: Sequence[Curve]) -> None:
     """Puts the curves of a panel on axes; a single point is drawn as a mark."""
     for curve in curves:
         marker = "o" if len(curve.steps) < 40 else None
-        axes.plot(curve.steps, curve.values, marker=marker, markersize=3.5, color=curve.colour, label=curve.label)
+        # A mark on the edge, such as a score of 0, is drawn whole.
+        options = {"marker": marker, "markersize": 3.5, "clip_on": False, "zorder": 3}
+        axes.plot(curve.steps, curve.values, color=curve.colour, label=curve.label, **options)
 
     axes.set(xlabel="step", ylabel=panel)
 

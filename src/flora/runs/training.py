@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -148,20 +148,34 @@ def training_arguments(settings: Settings, output: Path, **changes: Any) -> Trai
     try:
         arguments = cast("TrainingArguments", optional(settings.load_recipe(), "ARGUMENTS")(str(output), **given))
     except ValueError as error:
-        if "support bf16" in str(error):
-            raise UserError(
-                "training.bf16 is true, and this machine cannot train in bfloat16: set training.bf16=false"
-            ) from None
-
-        remedy = ""
-        if "load_best_model_at_end" in str(error):
-            remedy = "; set training.eval_strategy=epoch and training.save_strategy=epoch"
-
-        raise UserError(f"the settings under 'training' do not work together: {error}{remedy}") from None
+        raise UserError(_what_is_wrong(str(error), given)) from None
 
     check_schedule(arguments)
 
     return arguments
+
+
+NO_SUCH_VALUE = re.compile(r"(.*) is not a valid \w+, please select one of \[(.*)\]")
+
+
+def _what_is_wrong(said: str, given: Mapping[str, Any]) -> str:
+    """What the Trainer's arguments refuse, by the keys of the config."""
+    if "support bf16" in said:
+        return "training.bf16 is true, and this machine cannot train in bfloat16: set training.bf16=false"
+
+    if "load_best_model_at_end" in said:
+        return (
+            "training.load_best_model_at_end needs a checkpoint at every evaluation; "
+            "set training.eval_strategy=epoch and training.save_strategy=epoch"
+        )
+
+    found = NO_SUCH_VALUE.fullmatch(said)
+    keys = [key for key, value in given.items() if found and str(value) == found[1]]
+    if found is None or len(keys) != 1:
+        return f"the settings under 'training' do not work together: {said}"
+
+    known = found[2].replace("'", "").split(", ")
+    return f"training.{keys[0]} is {found[1]!r}, expected one of {', '.join(known)}{nearest(found[1], known)}"
 
 
 def measure(trainer: Trainer, dataset: Dataset[Any]) -> dict[str, float]:

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from flora.errors import UserError, WrongTypeError
+from flora.errors import UserError, WrongTypeError, nearest_path
 from flora.storage.atomic import read_json
 
 CONFIG = "adapter_config.json"
@@ -52,7 +52,7 @@ _BITS = {
 def check_exists(path: Path, what: str) -> Path:
     """The path, or a FileNotFoundError that says what should be there."""
     if not path.exists():
-        raise FileNotFoundError(f"{what} not found: {path} does not exist")
+        raise FileNotFoundError(f"{what} not found: {path} does not exist{nearest_path(path) or '; check the path'}")
     return path
 
 

@@ -204,9 +204,10 @@ def explain_no_match(config: FloraConfig, model: nn.Module) -> None:
             "adapted"
         )
 
+    near = _near_shorthand(wanted) or near_names(listed, model)
+    end = "" if near.endswith("?") else "."
     raise NoMatchingPeftModuleError(
-        f"Target modules {said} not found in the base model {type(model).__name__}"
-        f"{_near_shorthand(wanted) or near_names(listed, model)}. {remedy}"
+        f"Target modules {said} not found in the base model {type(model).__name__}{near}{end} {remedy}"
     )
 
 
@@ -215,9 +216,12 @@ def _near_shorthand(wanted: str | set[str] | list[str] | None) -> str:
     words = [wanted] if isinstance(wanted, str) else list(wanted or ())
 
     found = difflib.get_close_matches(words[0].lower(), SHORTHANDS, n=1, cutoff=0.8) if len(words) == 1 else []
-    if found:
-        return f"; did you mean target_modules={found[0]!r}, without brackets?"
-    return ""
+    if not found:
+        return ""
+
+    if isinstance(wanted, str):
+        return f"; did you mean target_modules={found[0]!r}?"
+    return f"; did you mean target_modules={found[0]!r}, without brackets?"
 
 
 def _near_parameters(wanted: Iterable[str], model: nn.Module) -> str:
