@@ -29,7 +29,7 @@ from flora.data.volume_files import (
     write_classes,
 )
 from flora.data.volume_network import VolumeNetwork, VolumeNetworkConfig, check_network, levels, load_weights
-from flora.recipes.volume_segment import Task, load_base, load_data
+from flora.recipes.volume_segment import Task, load_base, load_data, notes
 from flora.runs.evaluating import evaluate
 from flora.runs.merging import merge
 from flora.runs.predicting import predict
@@ -212,7 +212,14 @@ def test_a_bundle(tmp_path: Path) -> None:
     plain = {"_target_": "UNet", "spatial_dims": 3, "in_channels": 1, "out_channels": 3, "channels": [3, 5]}
     folder = bundle(tmp_path / "one", {**plain, "strides": [2]})
     changes = [f"task.network={folder}", "task.patch=[8, 8, 8]", "task.classes=3"]
-    base = load_base(read("volume_segment-monai", changes).task)
+    task = read("volume_segment-monai", changes).task
+    base = load_base(task)
+    assert not notes(task)
+    (folder / "models" / "model.pt").unlink()
+    for untrained in (task, Task(), Task(network="SegResNet", patch=PATCH)):
+        assert "starts at random" in notes(untrained)[0]
+    assert not notes(Task(network="SegResNet", patch=PATCH, weights="net.pt"))
+
     assert all(torch.equal(base.network.state_dict()[key], value) for key, value in plain_unet().state_dict().items())
 
     for number, (change, message) in enumerate(

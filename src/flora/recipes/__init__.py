@@ -112,6 +112,7 @@ class Recipe(Protocol):
         preprocess_logits: optional, ``(logits, labels) -> what is kept of them`` for ``compute_metrics``.
         predictor: optional, ``(task, model, folder) -> (Request -> result)`` for ``flora predict``.
         findings: optional, ``(Tested) -> Findings``, what the page of a run shows of its test set.
+        notes: optional, ``(task) -> sentences`` that are printed before training.
         INPUT_FILES: optional, the endings of the files that it predicts on; none where it takes text.
         TAKES_PROMPT: optional, whether a question belongs to each input.
     """
@@ -139,6 +140,7 @@ OPTIONAL: dict[str, Any] = {
     "preprocess_logits": None,
     "predictor": None,
     "findings": None,
+    "notes": lambda task: (),
     "INPUT_FILES": (),
     "TAKES_PROMPT": False,
 }

@@ -202,17 +202,36 @@ def network_folder(task: Task) -> str:
     return _cached("volume_unet", config.to_json_string().encode(), lambda: VolumeUNet(config))
 
 
+def _is_bundle(network: str) -> bool:
+    """Whether it is the folder of a bundle; a bare name is a class even where a folder is called like it."""
+    return "/" in network or (Path(network) / "configs").is_dir()
+
+
+def _trained_weights(task: Task) -> str | None:
+    """The file with the weights of ``task.network``, or None where it starts at random."""
+    if task.weights is not None or task.network is None or not _is_bundle(task.network):
+        return task.weights
+
+    of_bundle = Path(task.network).expanduser() / BUNDLE_WEIGHTS
+    if of_bundle.is_file():
+        return str(of_bundle)
+    return None
+
+
+def notes(task: Task) -> list[str]:
+    """What is said before training."""
+    if task.model is not None or _trained_weights(task) is not None:
+        return []
+    return ["the base network starts at random, so an adapter has little to build on; give task.weights or task.model"]
+
+
 def _monai_network(task: Task, network: str) -> str:
     """The folder of a network of MONAI with its weights; the same settings and weights give the same folder."""
-    name, arguments, weights = network, task.network_args, task.weights
+    name, arguments, weights = network, task.network_args, _trained_weights(task)
 
-    # A bare name is a class even where a folder is called like it.
-    if "/" in network or (Path(network) / "configs").is_dir():
-        bundle = Path(network).expanduser()
-        name, defined = read_bundle(bundle)
+    if _is_bundle(network):
+        name, defined = read_bundle(Path(network).expanduser())
         arguments = {**defined, **arguments}
-        if weights is None and (bundle / BUNDLE_WEIGHTS).is_file():
-            weights = str(bundle / BUNDLE_WEIGHTS)
 
     network_class(name)
     config = VolumeNetworkConfig(name, arguments, task.num_channels, task.classes, cast("list[int]", task.patch))

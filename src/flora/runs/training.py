@@ -258,7 +258,7 @@ def _train(
 
     set_seed(settings.seed)
     model, begun = _adapt(base, settings, recipe, data, arguments, checkpoint)
-    notes = fit_to_data(arguments, len(cast("Any", data.train)))
+    notes = [*optional(recipe, "notes")(settings.task), *fit_to_data(arguments, len(cast("Any", data.train)))]
 
     if arguments.process_index == 0:
         run.begin(settings.text(), data.labels, fresh=fresh)
