@@ -34,6 +34,7 @@ def taken(with_stand_ins: bool = False) -> Iterator[None]:
             "add_update": _add_update(device.add_update),
             "kronecker": _kronecker,
             "kronecker_gradients": _kronecker_gradients,
+            "product": _product(device.product),
         }
 
     before = {name: getattr(device, name) for name in changed}
@@ -56,11 +57,23 @@ def _add_update(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def add_update(weight: Tensor, factor: Tensor | None, rows: Tensor, scale: float) -> Tensor:
         if weight.dtype not in device.HALF or factor is None:
             return own(weight, factor, rows, scale)
-        factor.float(), rows.float()
+        device.cast(factor, torch.float32), device.cast(rows, torch.float32)
         _launch()
         return torch.empty_like(weight)
 
     return add_update
+
+
+def _product(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A product in half precision returns float32 there; here one of torch's own does, with a tensor of that dtype."""
+
+    def product(left: Tensor, right: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+        found = own(left, right, dtype, scale)
+        if left.dtype not in device.HALF or dtype != torch.float32:
+            return found
+        return found.new_empty(found.shape, dtype=dtype)
+
+    return product
 
 
 def _kronecker(factors: Sequence[Tensor]) -> Tensor:

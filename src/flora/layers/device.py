@@ -64,6 +64,16 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
+def widened(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of a small weight in the dtype of the adapter: one launch, where narrowing what meets it takes two.
+
+    That of a large weight stays as it is, because the copy would take memory and time.
+    """
+    if grad.dtype == dtype or grad.numel() > SMALL_WEIGHT:
+        return grad
+    return grad.to(dtype)
+
+
 # ---- products with a small matrix ----------------------------------------------------------------------------------
 
 
@@ -214,9 +224,11 @@ def add_update(weight: Tensor, factor: Tensor | None, rows: Tensor, scale: float
     rows = cast(rows, weight.dtype)
 
     if factor is None:
-        return torch.add(weight, rows.t(), alpha=scale)
+        return torch.add(weight, rows.mT, alpha=scale)
+    if scale == 1:
+        return torch.addmm(weight, cast(factor, weight.dtype), rows.mT)
 
-    return torch.addmm(weight, cast(factor, weight.dtype), rows.t(), alpha=scale)
+    return torch.addmm(weight, cast(factor, weight.dtype), rows.mT, alpha=scale)
 
 
 def dither(total: Tensor, dtype: torch.dtype) -> Tensor:

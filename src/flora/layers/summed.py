@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from flora.layers import device
-from flora.layers.gate import Ready, again, call_of, without_autocast
+from flora.layers.gate import again, as_it_is, call_of, prepare, without_autocast
 from flora.tucker.delta import TuckerDelta
 
 LARGEST_KERNEL = 1024  # pixels of a kernel whose factors are seen as one
 LEAST_MODES = 3  # of such a kernel, where W + dW is kept; for two, the launches take the host longer than they save
+FEW_STEPS = 3  # of a chain that autograd differentiates
 Factors = Sequence[Tensor | None]  # a matrix (I, J) for each mode, None for the identity
 
 
@@ -68,26 +69,23 @@ class Chain(NamedTuple):
     steps: tuple[Step, ...]
 
 
-def run(operation: Operation, ready: Ready, weight: Tensor, delta: TuckerDelta) -> Tensor:
-    """The layer with the change, for an input as ``gate.prepare`` gave it."""
-    core, factors = delta.tensors()
-    if not ready.fused:
-        with ready.autocast:
-            return run_plain(operation, ready.x, weight, ready.bias, core, factors, delta.scale)
+def run(operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None, delta: TuckerDelta) -> Tensor | None:
+    """The layer with the change, or None where its dtypes do not fit each other as they are."""
+    if as_it_is(x, weight):
+        return _run_fused(operation, x, weight, bias, delta)
+
+    ready = prepare(x, weight, bias)
+    if ready is None:
+        return None
 
     with ready.autocast:
-        return _run(operation, ready.x, weight, ready.bias, delta, core, factors)
+        if ready.fused:
+            return _run_fused(operation, ready.x, weight, ready.bias, delta)
+        return run_plain(operation, ready.x, weight, ready.bias, *delta.tensors(), delta.scale)
 
 
-def _run(
-    operation: Operation,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    delta: TuckerDelta,
-    core: Tensor,
-    factors: Factors,
-) -> Tensor:
+def _run_fused(operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None, delta: TuckerDelta) -> Tensor:
+    core, factors = delta.tensors()
     keeps = device.keeps_sum(weight, x, core.shape[0])
 
     # Worked out once for each adapter, whose shapes stay.
@@ -102,10 +100,10 @@ def _run(
         y: Tensor = _sum_and_run(x, weight, bias, operation, chain, scale, core, *factors)
         return y
 
-    # Two products in float32 are differentiated by autograd in less time than one step through Python takes. With more
-    # steps, or in half precision, where the rounding needs such a step in any case, everything is done in it.
-    if len(chain.steps) == 2 and not chain.kernel and weight.dtype not in device.HALF:
-        changed = _sum(weight, factors, _rows(core, factors, chain.steps), scale)
+    # A few products in float32 are differentiated by autograd in less time than one step through Python takes. With
+    # more, or in half precision, where the rounding needs such a step in any case, everything is done in it.
+    if len(chain.steps) <= FEW_STEPS and not chain.kernel and weight.dtype not in device.HALF:
+        changed = _sum(weight, factors[0], _rows(core, factors, chain.steps)[-1], scale)
     else:
         changed = _form_in_one_step(weight, (chain, scale), core, *factors)
 
@@ -118,12 +116,12 @@ class _Formed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, how: tuple[Chain, float], core: Tensor, *factors: Tensor | None) -> Tensor:
         chain, scale = how
-        used, rows = _form(core, factors, chain)
+        kernel, rows = _form(core, factors, chain)
         # The weight is frozen, and only a gradient with a graph asks for it.
         ctx.given = weight, chain, scale
-        ctx.save_for_backward(core, *factors, *_to_save(used, rows, chain))
+        ctx.save_for_backward(core, *factors, kernel, *rows)
 
-        return _sum(weight, used, rows, scale)
+        return _sum(weight, factors[0], rows[-1], scale)
 
     @staticmethod
     @without_autocast
@@ -155,7 +153,7 @@ def _formed_plain(weight: Tensor, scale: float, core: Tensor, *factors: Tensor |
     if weight.dtype in device.HALF:
         return with_update(weight, _update(factors[0], rows[-1], scale).reshape(weight.shape))
 
-    return _sum(weight, factors, rows, scale)
+    return _sum(weight, factors[0], rows[-1], scale)
 
 
 def _channels_last(weight: Tensor, core: Tensor, factors: Factors, scale: float) -> Tensor:
@@ -227,14 +225,14 @@ class _Summed(torch.autograd.Function):
         core: Tensor,
         *factors: Tensor | None,
     ) -> Tensor:
-        used, rows = _form(core, factors, chain)
-        y = operation.run(x, device.cast(_sum(weight, used, rows, scale), x.dtype), bias)
+        kernel, rows = _form(core, factors, chain)
+        y = operation.run(x, device.cast(_sum(weight, factors[0], rows[-1], scale), x.dtype), bias)
         # A caller may change the output in place, which autograd refuses of a view made in here.
         if y._is_view():
             y = torch.ops.aten._unsafe_view(y, y.shape)
 
         ctx.given = operation, chain, scale
-        ctx.save_for_backward(x, weight, bias, core, *factors, *_to_save(used, rows, chain))
+        ctx.save_for_backward(x, weight, bias, core, *factors, kernel, *rows)
 
         return y
 
@@ -252,8 +250,7 @@ class _Summed(torch.autograd.Function):
         used = weight
 
         if wants_x:
-            factors, rows = _saved(saved, core.ndim, chain)
-            used = device.cast(_sum(weight, factors, rows, scale), x.dtype)
+            used = device.cast(_sum(weight, saved[0], saved[-1], scale), x.dtype)
 
         # The layer's own backward gives the gradient of the whole weight, as full fine-tuning has it. It lives only
         # until it is projected onto core and factors.
@@ -310,11 +307,6 @@ def _of_modes(factors: Factors, modes: Sequence[int]) -> list[Tensor]:
     return [factor for mode, factor in enumerate(factors) if mode in modes and factor is not None]
 
 
-def _merged(core: Tensor, factors: Factors, kernel: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """The form with the factors of the kernel's modes as one, which saves two launches for each of them."""
-    return core.reshape(core.shape[0], core.shape[1], -1), (factors[0], factors[1], kernel)
-
-
 def _chains(core: Tensor, factors: Factors) -> tuple[Chain, Chain]:
     """Where W + dW is formed once more in backward, and where it is kept."""
     merging, keeping = _kernel_modes(core, factors), _kernel_modes(core, factors, LEAST_MODES)
@@ -356,11 +348,12 @@ def _chain(core: Tensor, factors: Factors, kernel: Sequence[int] = ()) -> Chain:
     return Chain(tuple(kernel), tuple(steps))
 
 
-def _form(core: Tensor, factors: Factors, chain: Chain) -> tuple[Factors, list[Tensor]]:
-    """The factors as the chain sees them, those of the kernel as one if it says so, and ``_rows``."""
-    if chain.kernel:
-        core, factors = _merged(core, factors, device.kronecker(_of_modes(factors, chain.kernel)))
-    return factors, _rows(core, factors, chain.steps)
+def _form(core: Tensor, factors: Factors, chain: Chain) -> tuple[Tensor | None, list[Tensor]]:
+    """The factors of the kernel's modes as one, None where the chain leaves them apart, and ``_rows``."""
+    if not chain.kernel:
+        return None, _rows(core, factors, chain.steps)
+    kernel = device.kronecker(_of_modes(factors, chain.kernel))
+    return kernel, _rows(core, (*factors[:2], kernel), chain.steps)
 
 
 def _rows(core: Tensor, factors: Factors, steps: Sequence[Step]) -> list[Tensor]:
@@ -377,33 +370,18 @@ def _rows(core: Tensor, factors: Factors, steps: Sequence[Step]) -> list[Tensor]
         rows.append(current)
         if mode:
             factor = factors[mode]
-            current = current.t() if factor is None else torch.mm(factor, current.t())
+            current = current.mT if factor is None else torch.mm(factor, current.mT)
 
     return rows
 
 
-def _to_save(factors: Factors, rows: list[Tensor], chain: Chain) -> Sequence[Any]:
-    """What a backward needs besides core and factors."""
-    if chain.kernel:
-        return factors[2], *rows
-    return rows
-
-
-def _saved(saved: Sequence[Any], count: int, chain: Chain) -> tuple[Sequence[Any], Sequence[Any]]:
-    """The factors as the chain sees them, and the rows, from those of the form and what ``_to_save`` gave."""
-    if chain.kernel:
-        return (*saved[:2], saved[count]), saved[count + 1 :]
-    return saved, saved[count:]
-
-
-def _sum(weight: Tensor, factors: Factors, rows: Sequence[Tensor], scale: float) -> Tensor:
-    """``W + s dW``: the last product, into a copy of W."""
+def _sum(weight: Tensor, factor: Tensor | None, rows: Tensor, scale: float) -> Tensor:
+    """``W + s dW``: the last product, with the factor of the first mode, into a copy of W."""
     # shape: (I1, rest)
-    wide, shape = rows[-1], weight.shape
-    rest = wide.shape[0]
+    rest, shape = rows.shape[0], weight.shape
     if len(shape) == 2 and shape[1] == rest:
-        return device.add_update(weight, factors[0], wide, scale)
-    return device.add_update(weight.reshape(-1, rest), factors[0], wide, scale).view(shape)
+        return device.add_update(weight, factor, rows, scale)
+    return device.add_update(weight.reshape(-1, rest), factor, rows, scale).view(shape)
 
 
 def _gradients(grad: Tensor, core: Tensor, saved: Sequence[Any], chain: Chain, scale: float) -> list[Any]:
@@ -412,21 +390,23 @@ def _gradients(grad: Tensor, core: Tensor, saved: Sequence[Any], chain: Chain, s
     Args:
         grad: of the weight.
         core: of the form.
-        saved: its factors, and what ``_to_save`` gave.
+        saved: its factors, and what ``_form`` gave.
         chain: that formed dW.
         scale: of the update.
     """
     count = core.ndim
-    factors, rows = _saved(saved, count, chain)
-    found = _project(grad, factors, rows, chain.steps, scale, core)
+    kernel, *rows = saved[count:]
+
+    if kernel is None:
+        return _project(grad, saved, rows, chain.steps, scale, core)
 
     # What came back for the one factor of the kernel is split into the gradients of the factors it was made of.
-    if chain.kernel:
-        of_kernel = device.kronecker_gradients(found[3], _of_modes(saved[:count], chain.kernel))
-        found[3:] = [None] * (count - 2)
+    found = _project(grad, (*saved[:2], kernel), rows, chain.steps, scale, core)
+    of_kernel = device.kronecker_gradients(found[3], _of_modes(saved[:count], chain.kernel))
+    found[3:] = [None] * (count - 2)
 
-        for mode, gradient in zip(chain.kernel, of_kernel, strict=True):
-            found[1 + mode] = gradient
+    for mode, gradient in zip(chain.kernel, of_kernel, strict=True):
+        found[1 + mode] = gradient
 
     return found
 
@@ -436,35 +416,54 @@ def _project(
 ) -> list[Any]:
     """The gradients of the core and of each factor that the chain sees, from that of the weight.
 
-    The weight's own gradient is multiplied in its own precision, everything after that in the adapter's.
+    A large weight's own gradient is multiplied in its own precision, everything else in the adapter's.
     """
     # The chain of ``_rows`` backwards. A step was out = factor @ rows.T, so the gradient of its factor is
     # grad_out @ rows and that of its rows is grad_out.T @ factor. The rows of a step are the output of the one before.
-    dtype, shape = core.dtype, core.shape
-    found: list[Any] = [None] * (1 + len(shape))
-    current, exact = grad, scale == 1 and grad.dtype == dtype
+    found: list[Any] = [None] * (1 + core.ndim)
+    current = device.widened(grad, core.dtype)
 
-    # shape: (I1, rest), then (I, rest) from (rest of the mode before, its J)
+    # The first of them has the scale in it, and from then on the numbers have the adapter's dtype.
+    if scale != 1 or current.dtype != core.dtype:
+        found[1], current = _first(current.reshape(-1, steps[-1].rest), factors[0], rows[-1], scale, core.dtype)
+        steps = steps[:-1]
+
+    # shape: (I, rest), then (rest of the mode before, its J)
     for index in range(len(steps) - 1, -1, -1):
         mode, rest, _ = steps[index]
         factor, current = factors[mode], current.reshape(-1, rest)
 
         if factor is None:
-            current = current.t() if exact else _scaled(device.cast(current.t(), dtype), scale)
-        elif exact:
-            found[1 + mode] = torch.mm(current, rows[index])
-            current = torch.mm(current.t(), factor)
+            current = current.mT
         else:
-            narrow_rows, narrow_factor = device.cast(rows[index], current.dtype), device.cast(factor, current.dtype)
-            found[1 + mode] = device.cast(device.product(current, narrow_rows, dtype, scale), dtype)
-            current = device.cast(device.product(current.t(), narrow_factor, dtype, scale), dtype)
+            found[1 + mode] = torch.mm(current, rows[index])
+            current = torch.mm(current.mT, factor)
 
-        # What follows has the adapter's dtype, and the scale in it.
-        exact = True
-
-    found[0] = current.reshape(shape)
+    found[0] = current.reshape(core.shape)
 
     return found
+
+
+def _first(
+    grad: Tensor, factor: Tensor | None, rows: Tensor, scale: float, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor]:
+    """The gradients of the factor (I, J) and of the rows (rest, J) of a product ``scale * factor @ rows.T``.
+
+    Args:
+        grad: of the product, shape (I, rest), in a dtype of its own.
+        factor: None for the identity.
+        rows: of the adapter's dtype, as the factor.
+        scale: of the product.
+        dtype: of the result.
+    """
+    if factor is None:
+        return None, _scaled(device.cast(grad.mT, dtype), scale)
+
+    narrow_rows, narrow_factor = device.cast(rows, grad.dtype), device.cast(factor, grad.dtype)
+    of_factor = device.product(grad, narrow_rows, dtype, scale)
+    of_rows = device.product(grad.mT, narrow_factor, dtype, scale)
+
+    return device.cast(of_factor, dtype), device.cast(of_rows, dtype)
 
 
 def _scaled(x: Tensor, scale: float) -> Tensor:

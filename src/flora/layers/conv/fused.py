@@ -46,16 +46,13 @@ def conv_transpose(
 
 
 def _run(choice: Choice, weight: Tensor, bias: Tensor | None, delta: TuckerDelta, placed: Placed) -> Tensor | None:
-    x, geometry = placed
-    ready = prepare(x, weight, bias)
-    if ready is None:
-        return None
-
     # Through the whole weight: any number of groups, any kernel, in the order of the weight.
+    x, geometry = placed
     if choice.gradient == "dense":
-        return summed.run(geometry, ready, weight, delta)
+        return summed.run(geometry, x, weight, bias, delta)
 
-    if not ready.fused:
+    ready = prepare(x, weight, bias)
+    if ready is None or not ready.fused:
         return None
 
     with ready.autocast:

@@ -62,7 +62,7 @@ def linear(
 ) -> Tensor | None:
     """A linear layer with the change, or None for inputs that it does not take. input: (..., in) -> (..., out)."""
     if choice.gradient == "dense":
-        return _dense(STRAIGHT, weight, bias, delta, input)
+        return summed.run(STRAIGHT, input, weight, bias, delta)
     return small(choice, weight, bias, delta.stored_form, delta.scale, input)
 
 
@@ -71,17 +71,10 @@ def linear_transposed(
 ) -> Tensor | None:
     """The same for a weight stored as (in, out), as in GPT-2's Conv1D."""
     if choice.gradient == "dense":
-        return _dense(TRANSPOSED, weight, bias, delta, x)
+        return summed.run(TRANSPOSED, x, weight, bias, delta)
     form = delta.stored_form
     turned = Tucker(form.core.T, (form.factors[1], form.factors[0]))
     return small(choice, weight.T, bias, turned, delta.scale, x)
-
-
-def _dense(operation: Product, weight: Tensor, bias: Tensor | None, delta: TuckerDelta, x: Tensor) -> Tensor | None:
-    ready = prepare(x, weight, bias)
-    if ready is None:
-        return None
-    return summed.run(operation, ready, weight, delta)
 
 
 STRAIGHT, TRANSPOSED = Product(False), Product(True)
