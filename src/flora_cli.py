@@ -393,10 +393,19 @@ def main(argv: list[str] | None = None) -> int:
     except MemoryError:
         return _fail("out of memory")
     except Exception as error:
-        users_code = _users_code(error)
-        if users_code is None:
-            return _report_bug()
+        return _not_by_type(error)
+
+
+def _not_by_type(error: Exception) -> int:
+    """Reports an error of the user's, of the system that compiled code tells of, or of ours."""
+    from flora.errors import system_refusal
+
+    users_code, refusal = _users_code(error), system_refusal(error)
+    if users_code is not None:
         return _fail(str(error), users_code)
+    if refusal is not None:
+        return _fail(refusal)
+    return _report_bug()
 
 
 def _refused(error: OSError) -> int:
@@ -454,9 +463,15 @@ def _system_message(error: OSError) -> str:
     """What the system refuses, and about which file."""
     if error.errno is None or error.strerror is None:
         return str(error)
-    if error.filename is None:
-        return error.strerror
-    return f"{error.filename}: {error.strerror}"
+    if error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return "the working folder is gone; change to another one"
+
+    return error.strerror
 
 
 def _users_code(error: Exception) -> int | None:

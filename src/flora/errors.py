@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 # What to do where a check of what flora itself wrote has failed.
 REPORT = "run the command again; if this comes back, report it together with what `flora --version` prints"
+
+# What Python and torch say in a RuntimeError of a thread or a process that the system does not give, or has ended.
+USED_UP = ("can't start new thread", "is killed by signal", "exited unexpectedly")
 
 
 class UserError(ValueError):
@@ -59,6 +64,30 @@ def user_errors(*kinds: type[Exception], about: str = "") -> Iterator[None]:
             reason = f"{reason} is missing"
 
         raise UserError(f"{about}: {reason}" if about else reason) from error
+
+
+def system_refusal(error: Exception) -> str | None:
+    """What the system has refused to compiled code, which has no ``OSError`` to tell it by; None for other errors.
+
+    Examples:
+        >>> system_refusal(RuntimeError("unable to open file <a> in read-only mode: Too many open files (24)"))
+        'unable to open file <a> in read-only mode: Too many open files (24)'
+        >>> system_refusal(RuntimeError("shapes differ (24)"))
+    """
+    if not isinstance(error, RuntimeError):
+        return None
+
+    text = " ".join(str(error).split())
+
+    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        return f"{text}; a smaller batch or a smaller model needs less"
+    if any(part in text for part in USED_UP):
+        return text
+
+    number = re.search(r"\((\d+)\)$", text)
+    if number is not None and text.endswith(f"{os.strerror(int(number[1]))} {number[0]}"):
+        return text
+    return None
 
 
 def printable(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import hashlib
 import io
@@ -11,6 +12,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,12 +31,24 @@ CHANGES = {
 }  # fmt: skip
 
 
+HANGS = 300  # seconds after which a command counts as one that waits for ever
+PIPE = 1 << 20  # bytes that are printed and not read yet
+
+
 class Ended(NamedTuple):
-    """How a command ended: its exit code (None if it was killed), and how often it changed the file system."""
+    """How a command ended.
+
+    Attributes:
+        code: its exit code; None if it was killed.
+        changes: how often it changed the file system.
+        printed: on the standard output.
+        errors: on the standard error.
+    """
 
     code: int | None
     changes: int
     printed: str
+    errors: str
 
 
 class Disk:
@@ -45,14 +59,15 @@ class Disk:
         kill_at: the number of the change before which the process is killed; 0 for none.
         power_cut: with the process goes what it has not flushed: such files are left with half of their bytes. A disk
             writes in an order of its own, so at every other change the file that was written last is whole.
+        by: the signal.
 
     Attributes:
         changes: made so far.
         dirty: files that were written and not flushed since, the latest last.
     """
 
-    def __init__(self, place: Path, kill_at: int, power_cut: bool) -> None:
-        self.inside, self.kill_at, self.power_cut = os.path.realpath(place), kill_at, power_cut
+    def __init__(self, place: Path, kill_at: int, power_cut: bool, by: signal.Signals) -> None:
+        self.inside, self.kill_at, self.power_cut, self.by = os.path.realpath(place), kill_at, power_cut, by
         self.changes = 0
         self.dirty: list[str] = []
         self.over = False
@@ -83,7 +98,7 @@ class Disk:
         for path in lost:
             if Path(path).is_file():
                 os.truncate(path, Path(path).stat().st_size // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), self.by)
 
     def move(self, old: str, new: str, *, both: bool) -> None:
         """What was written under one name has another now."""
@@ -120,7 +135,15 @@ class Disk:
         return writes
 
 
-def run_command(argv: list[str], place: Path, *, kill_at: int = 0, power_cut: bool = False) -> Ended:
+def run_command(
+    argv: list[str],
+    place: Path,
+    *,
+    kill_at: int = 0,
+    power_cut: bool = False,
+    by: signal.Signals = signal.SIGKILL,
+    under: Callable[[], object] = lambda: None,
+) -> Ended:
     """Runs ``flora ARGV`` in a fork whose working directory is ``place``.
 
     Args:
@@ -128,47 +151,73 @@ def run_command(argv: list[str], place: Path, *, kill_at: int = 0, power_cut: bo
         place: everything that it reads and writes; only changes in there count.
         kill_at: the number of the change before which it is killed; 0 for none.
         power_cut: what was not flushed is lost too.
+        by: the signal that kills it.
+        under: called in the fork before the command: what it must cope with.
     """
-    printed = place.parent / f"{place.name}.printed"
-    reader, writer = os.pipe()
+    # Pipes and not files, which may not grow under every limit.
+    told, printed, errors = (Pipe.open() for _ in range(3))
+
     pid = os.fork()
     if pid == 0:
-        _be_the_command(argv, Disk(place, kill_at, power_cut), place, writer, printed)
+        disk = Disk(place, kill_at, power_cut, by)
+        _be_the_command(argv, disk, under, [told.writer, printed.writer, errors.writer])
 
-    os.close(writer)
-    with os.fdopen(reader) as pipe:
-        told = pipe.read()
+    texts = [pipe.text() for pipe in (told, printed, errors)]
     os.waitpid(pid, 0)
-    code, changes = json.loads(told) if told else (None, kill_at)
-    return Ended(code, changes, printed.read_text(errors="replace"))
+    code, changes = json.loads(texts[0]) if texts[0] else (None, kill_at)
+    return Ended(code, changes, texts[1], texts[2])
 
 
-def _be_the_command(argv: list[str], disk: Disk, place: Path, writer: int, printed: Path) -> None:
+class Pipe(NamedTuple):
+    """The two ends of a pipe that takes all that a command prints."""
+
+    reader: int
+    writer: int
+
+    @classmethod
+    def open(cls) -> Pipe:
+        """A new one."""
+        pipe = cls(*os.pipe())
+        fcntl.fcntl(pipe.writer, fcntl.F_SETPIPE_SZ, PIPE)
+        return pipe
+
+    def text(self) -> str:
+        """What the other process has written, when it has ended."""
+        os.close(self.writer)
+        with os.fdopen(self.reader, errors="replace") as stream:
+            return stream.read()
+
+
+def _be_the_command(argv: list[str], disk: Disk, under: Callable[[], object], writers: list[int]) -> None:
     """Never returns: a fork must not come back into the tests."""
     code = 1
+    told, printed, errors = writers
 
     # The next full collection would walk through all that the tests have imported.
     gc.freeze()
 
     try:
-        handle = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(handle, 1)
-        os.dup2(handle, 2)
+        os.dup2(printed, 1)
+        os.dup2(errors, 2)
         sys.stdout = os.fdopen(os.dup(1), "w")  # pytest's own would not write there
         sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
-        os.chdir(place)
+        os.chdir(disk.inside)
         os.fsync = disk.flush  # type: ignore[assignment]
         Figure.savefig = draw_nothing  # type: ignore[method-assign, assignment]
         torch.save = disk.telling(torch.save, 1)
         safetensors.torch.serialize_file = disk.telling(safetensors.torch.serialize_file, 1)
         sys.addaudithook(disk.audit)
+        signal.alarm(HANGS)
+        under()
         code = flora_cli.main(argv)
     except SystemExit as end:
         code = int(end.code or 0)
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.write(writer, json.dumps([code, disk.changes]).encode())
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+
+        os.write(told, json.dumps([code, disk.changes]).encode())
         os._exit(0)
 
 

@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 from killing import contents, copy_of
 
 import flora.recipes.digits
@@ -35,6 +36,26 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("sound")
     save(random_adapter(build("gpt2"), picked, 0.02), root / "adapter")
     return root / "adapter"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def one_line(capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
+    """What was said about an error: one line, and nothing else."""
+
+    def said() -> str:
+        error = capsys.readouterr().err
+        assert error.startswith("flora: error: "), error
+        assert error.count("\n") == 1, error
+        return error
+
+    return said
 
 
 def refuse(number: int) -> Callable[..., None]:
@@ -65,25 +86,47 @@ REFUSALS = {
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("refusal", REFUSALS)
 def test_what_the_system_refuses_is_one_line(
-    command: str,
-    refusal: str,
-    sound: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    command: str, refusal: str, sound: Path, here: Path, one_line: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     name, number, text = REFUSALS[refusal]
     argv = [part.format(adapter=sound) for part in COMMANDS[command]]
     with monkeypatch.context() as patch:
         patch.setattr(Path if name == "mkdir" else os, name, refuse(number))
         code = flora_cli.main(argv)
-    error = capsys.readouterr().err
     assert code == 2
-    assert error.startswith("flora: error: ")
-    assert text in error
-    assert error.count("\n") == 1
-    assert contents(tmp_path) == {".": ""}
+    assert text in one_line()
+    assert contents(here) == {".": ""}
+
+
+SAID_BY_TORCH = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to"),
+    RuntimeError("unable to open file <a> in read-only mode: Too many open files (24)"),
+    RuntimeError("unable to write to file </torch_7>: No space left on device (28)"),
+    RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+    RuntimeError("can't start new thread"),
+]
+
+
+@pytest.mark.parametrize("error", SAID_BY_TORCH, ids=str)
+def test_what_the_system_refuses_to_compiled_code(
+    error: Exception, one_line: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(args: object) -> int:
+        raise error
+
+    monkeypatch.setitem(flora_cli.COMMANDS, "recipes", refused)
+    assert flora_cli.main(["recipes"]) == 2
+    assert str(error) in one_line()
+
+
+def test_another_error_of_torch_is_a_bug(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fails(args: object) -> int:
+        raise RuntimeError("shapes differ (24)")
+
+    monkeypatch.setitem(flora_cli.COMMANDS, "recipes", fails)
+    assert flora_cli.main(["recipes"]) == 1
+    assert "this is a bug in flora" in capsys.readouterr().err
 
 
 NAMES = ["with spaces", "ünïcödé 模型", "[glob]*?", "-dash", "#hash", "~", "quote'\"", "new\nline", "n" * 200]
@@ -97,7 +140,7 @@ def test_odd_names_are_only_names(name: str, sound: Path, tmp_path: Path, capsys
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_a_file_that_may_not_grow(sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_may_not_grow(sound: Path, tmp_path: Path, one_line: Callable[[], str]) -> None:
     """As on a full disk, but in the middle of a file."""
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -107,8 +150,8 @@ def test_a_file_that_may_not_grow(sound: Path, tmp_path: Path, capsys: pytest.Ca
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)
-    error = capsys.readouterr().err
-    assert (code, error.count("\n")) == (2, 1), error
+    assert code == 2
+    one_line()
     assert contents(tmp_path) == {".": ""}
 
 
@@ -171,7 +214,7 @@ def test_planted_leftovers(
 @pytest.mark.parametrize("kind", ["pipe", "device", "socket"])
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter.safetensors", "a.pt"])
 def test_sources_that_are_no_files(
-    name: str, kind: str, sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, kind: str, sound: Path, tmp_path: Path, one_line: Callable[[], str]
 ) -> None:
     place = copy_of(sound, tmp_path / "adapter")
     path = place / name
@@ -191,7 +234,7 @@ def test_sources_that_are_no_files(
     signal.alarm(30)
     assert flora_cli.main(["inspect", str(given)]) == 2
     signal.alarm(0)
-    assert capsys.readouterr().err.count("\n") == 1
+    one_line()
 
 
 NO_PLACES = [".", "..", "/", "/proc/flora", "/dev/null", "file/out", "loop", "x" * 300, "a/" * 2500]
@@ -200,14 +243,8 @@ NO_PLACES = [".", "..", "/", "/proc/flora", "/dev/null", "file/out", "loop", "x"
 @pytest.mark.parametrize("verb", ["convert", "train", "compare"])
 @pytest.mark.parametrize("name", NO_PLACES)
 def test_places_where_nothing_can_be_written(
-    name: str,
-    verb: str,
-    sound: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    name: str, verb: str, sound: Path, here: Path, one_line: Callable[[], str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     Path("file").touch()
     Path("loop").symlink_to("loop")
     argv = {
@@ -219,10 +256,8 @@ def test_places_where_nothing_can_be_written(
         pytest.skip("a name beside it can be written")
 
     assert flora_cli.main(argv[verb]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1, error
-    assert error.startswith("flora: error: ")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]
+    one_line()
+    assert sorted(path.name for path in here.iterdir()) == ["file", "loop"]
 
 
 def test_a_screen_that_knows_ascii_only(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,10 +297,10 @@ STUMBLES = ["x: " + "y" * 2_000_000, "x: !!timestamp y", "seed: !!int ''", "seed
 
 
 @pytest.mark.parametrize("number", range(len(STUMBLES)))
-def test_configs_that_a_parser_stumbles_over(number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_configs_that_a_parser_stumbles_over(number: int, tmp_path: Path, one_line: Callable[[], str]) -> None:
     (tmp_path / "c.yaml").write_text(STUMBLES[number])
     assert flora_cli.main(["train", str(tmp_path / "c.yaml")]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    one_line()
 
 
 TYPED = ["run #2", "null", "~", "2024-01-01", "1e3", "[x]", "{a: b}", "'x'", "yes", "a: b", " x"]
@@ -311,9 +346,8 @@ def load_data(task, seed):
 
 
 def test_what_a_recipe_of_the_users_does_is_not_called_a_bug_of_flora(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     Path("own.py").write_text(OWN)
     Path("own.yaml").write_text("recipe: own.py\nadapter: {target_modules: [conv], r: 2}")
 
@@ -324,4 +358,4 @@ def test_what_a_recipe_of_the_users_does_is_not_called_a_bug_of_flora(
 
     assert flora_cli.main(["train", "own.yaml", "output=out", "task.examples=0"]) == 2
     assert "error: the recipe gives no examples to train on" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["own.py", "own.yaml"]
+    assert sorted(path.name for path in here.iterdir()) == ["own.py", "own.yaml"]

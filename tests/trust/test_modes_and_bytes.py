@@ -23,7 +23,7 @@ def left_by(case: Case, start: Path, place: Path, mask: int) -> Found:
     try:
         for command in (*case.before, case.argv):
             ended = run_command(command.split(), place)
-            assert ended.code == 0, ended.printed
+            assert ended.code == 0, ended
     finally:
         os.umask(before)
 

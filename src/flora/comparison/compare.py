@@ -218,7 +218,10 @@ def compare(
 
 def _check_ours(folder: Path) -> None:
     """Raises a UserError if there is something else in the place of a comparison."""
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "runs").is_dir():
+    if not folder.exists() or (folder / "runs").is_dir():
+        return
+
+    if not folder.is_dir() or any(folder.iterdir()):
         raise UserError(f"{folder} is not a comparison of flora; set output=FOLDER to another place, or move it away")
 
 

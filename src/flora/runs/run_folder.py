@@ -223,8 +223,8 @@ def choose_folder(output: Path, *, resume: bool, overwrite: bool) -> RunFolder:
 
 
 def _check_ours(folder: Path) -> None:
-    if folder.is_file():
-        raise UserError(f"{folder} is a file; set output=FOLDER to another place")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; set output=FOLDER to another place")
     if not folder.is_dir() or (folder / CONFIG).is_file():
         return
 

@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 
 from flora.errors import UserError
 from flora.storage.replacing import Kind, check_replaceable
-from flora.storage.system import CANNOT, Lock, exchange, sync
+from flora.storage.system import CANNOT, Lock, exchange, flushed, sync
 
 PART = ".flora-part"
 LOCK, NEW, OLD = "lock", "new", "old"
 # Bytes, on the usual file systems.
 LONGEST_NAME = 255
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Claim(NamedTuple):
@@ -71,7 +72,7 @@ def check_target(
         FileExistsError: it exists and ``overwrite`` is not set.
         UserError: it is one of the sources or holds one, or it holds something that flora did not write.
     """
-    place = _real(target)
+    place = _place_of(target)
 
     if not os.path.lexists(place):
         return
@@ -108,11 +109,21 @@ def claim(target: Path, *, wait: bool = False, keep: Collection[str] = ()) -> It
 
     Raises:
         UserError: another process, or another thread, is writing it.
-        OSError: the folder beside it cannot be made.
+        OSError: the folder beside it cannot be made; a disk that is full is told with the output's name.
     """
-    place = _real(target)
-    if not place.name:
-        raise UserError(f"{target} cannot be an output; give the path of a file or folder in it")
+    try:
+        with _claim(target, wait, keep) as place:
+            yield place
+    except OSError as error:
+        if not _is_about_a_part(error):
+            raise
+
+        raise OSError(f"cannot write {target}: {error.strerror}") from None
+
+
+@contextmanager
+def _claim(target: Path, wait: bool, keep: Collection[str] = ()) -> Iterator[Claim]:
+    place = _place_of(target)
 
     # A record lock holds off other processes, but not threads.
     turn = _turns.setdefault(place, threading.RLock())
@@ -191,7 +202,7 @@ def staged(
     check_target(target, kind, overwrite=overwrite, sources=sources, also=also)
 
     try:
-        with claim(target, wait=wait) as place:
+        with _claim(target, wait) as place:
             # Nobody can change it now.
             check_target(target, kind, overwrite=overwrite, sources=sources, also=also)
             new = place.folder / NEW
@@ -272,6 +283,11 @@ def put(source: Path, place: Claim) -> None:
     What was there is then where ``source`` was, or gone. Without an exchange a kill may leave the target absent for the
     moment between two renames; the next claim puts the old state back.
     """
+    with flushed(place.target.parent):
+        _move(source, place)
+
+
+def _move(source: Path, place: Claim) -> None:
     target = place.target
 
     if not os.path.lexists(target):
@@ -290,8 +306,6 @@ def put(source: Path, place: Claim) -> None:
         except BaseException:
             (place.folder / OLD).rename(target)
             raise
-
-    sync(target.parent, deep=False)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -330,6 +344,29 @@ def clear_parts(folder: Path) -> None:
 def _real(path: Path) -> Path:
     """The path without links, whether or not it exists."""
     return Path(os.path.realpath(path))
+
+
+def _place_of(target: Path) -> Path:
+    """Where an output goes, which must have a name that every library here can open."""
+    place = _real(target)
+
+    if not place.name:
+        raise UserError(f"{target} cannot be an output; give the path of a file or folder in it")
+    if not is_text(place):
+        raise UserError(
+            f"{target} has a name that is not UTF-8 text, which safetensors cannot open; give another output"
+        )
+
+    return place
+
+
+def is_text(path: Path) -> bool:
+    """Whether a path is UTF-8 text; a name on a disk may be any bytes."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _part_name(name: str) -> str:
@@ -425,8 +462,19 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def _is_about_a_part(error: OSError) -> bool:
+    """Whether the name in an error says nothing to the user: a file in the making, or none, as where a disk is full."""
+    if error.filename is None:
+        return error.errno in FULL
+    return PART in str(error.filename)
+
+
 def _named(error: OSError, target: Path) -> OSError:
     """The system's error about a file that is being written, with the name of the output; any other as it is."""
+    # The claim that the part belongs to has the output's own name.
+    if PART in str(target):
+        return error
+
     about = [name for name in (error.filename, error.filename2) if name is not None]
     if error.errno is None or (about and not any(PART in str(name) or str(name) in str(target) for name in about)):
         return error

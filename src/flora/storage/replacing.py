@@ -65,6 +65,10 @@ def _is_known(name: str, patterns: Collection[str]) -> bool:
 
 def is_our_tensor_file(path: Path) -> bool:
     """Whether a tensor file says in its metadata that flora wrote it."""
+    # A pipe would wait for somebody who writes into it.
+    if not path.is_file():
+        return False
+
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}

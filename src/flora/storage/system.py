@@ -6,7 +6,8 @@ import ctypes
 import errno
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -125,28 +126,46 @@ def sync(path: Path, *, mode: int | None = None, deep: bool = True) -> None:
             if mode is not None:
                 file.chmod(mode & 0o666)
 
-            _flush(file)
+            with flushed(file):
+                pass
 
     for folder in folders:
         if not folder.is_symlink():
             if mode is not None:
                 folder.chmod(mode & 0o7777)
 
-            _flush(folder)
+            with flushed(folder):
+                pass
 
 
-def _flush(path: Path) -> None:
+@contextmanager
+def flushed(path: Path) -> Iterator[None]:
+    """Waits, when the block has ended well, until a file or the names in a folder are on the disk.
+
+    It is opened before the block, so that a system without a handle to spare refuses before anything is changed.
+
+    Args:
+        path: of the file or folder.
+    """
     try:
         handle = os.open(path, os.O_RDONLY)
     except PermissionError:
         # A file without the right to read it, or Windows' folders.
-        return
+        handle = None
 
+    try:
+        yield
+        if handle is not None:
+            _flush(handle)
+    finally:
+        if handle is not None:
+            with suppress(OSError):
+                os.close(handle)
+
+
+def _flush(handle: int) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
         if error.errno not in CANNOT:
             raise
-    finally:
-        with suppress(OSError):
-            os.close(handle)

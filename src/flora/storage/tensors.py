@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flora.errors import UserError, WrongTypeError, nearest_path
-from flora.storage.atomic import read_json
+from flora.storage.atomic import is_text, read_json
 
 CONFIG = "adapter_config.json"
 # The most dimensions of a weight.
@@ -82,7 +82,7 @@ def open_tensors(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise UserError(f"{path} is not a file of tensors; give the file itself")
 
-    if not _is_utf8(path):
+    if not is_text(path):
         raise UserError(f"{path} has a name that is not UTF-8 text, which safetensors cannot open; rename it")
 
     try:
@@ -103,15 +103,6 @@ def open_tensors(path: Path) -> Iterator[Any]:
 
     with handle:
         yield handle
-
-
-def _is_utf8(path: Path) -> bool:
-    """Whether a path is text; a name on a disk may be any bytes."""
-    try:
-        str(path).encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def is_whole(path: Path) -> bool:

@@ -12,12 +12,12 @@ from typing import Any, Literal, cast
 
 from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
-from safetensors import SafetensorError, safe_open
 
 from flora.errors import UserError, WrongTypeError, nearest
 from flora.layers.entries import Entries, check_entries, check_number
 from flora.layers.layout import layout_from_json
 from flora.storage.card import complete_card
+from flora.storage.tensors import open_tensors
 from flora.tucker.initialize import INITIALIZERS
 from flora.tucker.ranks import check_rank
 from flora.tuner.selection import Selection
@@ -194,11 +194,8 @@ class FloraConfig(PeftConfig):
         """
         weights = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
         if weights.is_file():
-            try:
-                with safe_open(weights, framework="pt"):
-                    pass
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{weights} is truncated or corrupt: {error}; copy or download it again") from None
+            with open_tensors(weights):
+                pass
 
         return cast(PeftConfig, super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs))
 
