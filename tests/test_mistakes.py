@@ -94,7 +94,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     f"{TRAIN} adapter.budget=5%": ("adapter.budget is '5%', expected float or int or null",),
     f"{TRAIN} adapter.budget=-1": ("a fraction below 1 or a count from 1, got -1",),
     f"{TRAIN} adapter.init=orthogonl": ("expected one of zero_first, orthogonal", "did you mean 'orthogonal'?"),
-    f"{TRAIN} adapter.start=grad": ("adapter.start=grad: adapter.start is 'grad', expected one of init, gradient",),
+    f"{TRAIN} adapter.start=grad": (
+        "adapter.start=grad: adapter.start is 'grad', expected one of init, gradient, gradient-ranks",
+    ),
     f"{TRAIN} adapter.way=fast": ("adapter.way is 'fast', expected auto or summed or beside",),
     f"{TRAIN} adapter.bias=lora_only": ("expected none or all or tucker_only",),
     f"{TRAIN} training.learning_rate=1000": ("training.learning_rate is 1000, expected above 0", "1e-4 to 1e-2"),
@@ -355,6 +357,7 @@ CALLS: dict[str, tuple[str, ...]] = {
     "flora.extract(network(), 'tuned', rank=2)": ("the base model is given by its path, got a Sequential",),
     # ---- adapt, start
     "flora.adapt(network(), {'r': 3}, data)": ("adapt needs a FloraConfig, got {'r': 3}",),
+    "flora.adapt(network(), config(), data, choose_ranks=True)": ("the config has none", "FloraConfig(budget=0.01)"),
     "flora.adapt(adapted(), config(), data)": ("the model already has an adapter", "flora.start(model, batches)"),
     "flora.adapt(network(), config(), [(x, x)] * 4)": ("cannot be called with a batch as it is", "loss=lambda"),
     "flora.start(network(), data)": ("the model has no FLoRA adapter 'default'", "get_peft_model first"),

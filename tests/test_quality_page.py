@@ -96,7 +96,7 @@ def test_steps_to_the_score_of_lora() -> None:
 
 
 def test_what_each_part_adds() -> None:
-    equal = [line("flora-equal", seed, value - 0.01) for seed, value in enumerate(OURS)]
-    page = " ".join(render([*LINES, *equal]).split())
+    ranks = [line("flora-ranks", seed, value + 0.01) for seed, value in enumerate(OURS)]
+    page = " ".join(render([*LINES, *ranks]).split())
     assert "| the ranks, with the start | **+0.010 ± 0.000, n=4, p=0.000** |" in page
     assert "the start, on LoRA's form" not in page

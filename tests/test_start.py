@@ -196,7 +196,7 @@ def test_all_kinds_of_layers_and_nothing_else_changes(tmp_path: Path) -> None:
     before = {name: value.clone() for name, value in base.state_dict().items()}
     twin = copy.deepcopy(base)
     config = flora.FloraConfig(target_modules="all", exclude_modules=["head"], budget=600, modules_to_save=["head"])
-    adapted = adapt_and_tell(base, config, several_batches(), loss=cross_entropy)
+    adapted = adapt_and_tell(base, config, several_batches(), loss=cross_entropy, choose_ranks=True)
     model = adapted.model
     assert adapted.start.batches == (5, 1)
     assert adapted.start.step > 0
@@ -212,7 +212,7 @@ def test_all_kinds_of_layers_and_nothing_else_changes(tmp_path: Path) -> None:
     assert not any("running" in name or "norm" in name for name in changed)
     assert all(value.grad is None for value in model.parameters())
 
-    again = flora.adapt(copy.deepcopy(twin), config, several_batches(), loss=cross_entropy)
+    again = flora.adapt(copy.deepcopy(twin), config, several_batches(), loss=cross_entropy, choose_ranks=True)
     for (name, one), (other, two) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert name == other
         assert one.shape == two.shape
@@ -223,13 +223,25 @@ def test_all_kinds_of_layers_and_nothing_else_changes(tmp_path: Path) -> None:
     assert torch.allclose(model.eval()(x, ids), loaded(x, ids), atol=1e-6)
 
 
+def test_the_ranks_are_those_of_the_config_unless_they_are_to_be_chosen() -> None:
+    torch.manual_seed(0)
+    base, config = Several(), flora.FloraConfig(target_modules="all-conv", budget=300)
+    usual = get_peft_model(copy.deepcopy(base), copy.deepcopy(config))
+    ranks = {name: value.shape for name, value in usual.named_parameters()}
+    model = flora.adapt(copy.deepcopy(base), config, several_batches(), loss=cross_entropy)
+    assert {name: value.shape for name, value in model.named_parameters()} == ranks
+
+    chosen = flora.adapt(copy.deepcopy(base), config, several_batches(), loss=cross_entropy, choose_ranks=True)
+    assert {name: value.shape for name, value in chosen.named_parameters()} != ranks
+
+
 def test_a_repeat_gives_the_same_tensors() -> None:
     torch.manual_seed(0)
     base, states = Several(), []
     for _ in range(2):
         torch.manual_seed(3)
         config = flora.FloraConfig(target_modules="all-conv", budget=300)
-        model = flora.adapt(copy.deepcopy(base), config, several_batches(), loss=cross_entropy)
+        model = flora.adapt(copy.deepcopy(base), config, several_batches(), loss=cross_entropy, choose_ranks=True)
         states.append({name: value for name, value in model.state_dict().items() if "tucker_" in name})
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
@@ -294,7 +306,7 @@ def test_an_error_leaves_the_model_as_it_was() -> None:
         calls.clear()
         config = flora.FloraConfig(r=2, target_modules="all-conv", budget=budget)
         with pytest.raises(RuntimeError, match="no"):
-            flora.adapt(base, config, several_batches(), loss=fails)
+            flora.adapt(base, config, several_batches(), loss=fails, choose_ranks=budget is not None)
         assert len(calls) == 6
         assert {name: type(module) for name, module in base.named_modules()} == kinds
         for name, value in base.named_parameters():
@@ -350,6 +362,7 @@ def test_a_layer_without_gradient_gets_no_rank_and_is_left_out_by_its_whole_name
         return (x + 1e-9 * inner["conv"](batch[:1] * 1e-9) - 3).square().mean()
 
     data = [torch.randn(5, 9) for _ in range(4)]
-    adapted = flora.adapt(model, flora.FloraConfig(target_modules=["conv"], budget=60), data, loss=loss)
+    config = flora.FloraConfig(target_modules=["conv"], budget=60)
+    adapted = flora.adapt(model, config, data, loss=loss, choose_ranks=True)
     names = [name for name, module in adapted.named_modules() if isinstance(module, FloraLayer)]
     assert "base_model.model.a.conv" in names

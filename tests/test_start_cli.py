@@ -11,7 +11,7 @@ from flora.runs.settings import FILE, read
 from flora.runs.training import train
 from flora.storage.atomic import read_json
 
-QUICK = ("task.base_epochs=12", "training.num_train_epochs=2", "adapter.start=gradient", "adapter.budget=900")
+QUICK = ("task.base_epochs=12", "training.num_train_epochs=2", "adapter.start=gradient-ranks", "adapter.budget=900")
 
 
 def test_a_run_that_begins_along_the_gradient(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -19,7 +19,7 @@ def test_a_run_that_begins_along_the_gradient(tmp_path: Path, capsys: pytest.Cap
     metrics = train(settings)
     assert "start from the gradient: step" in capsys.readouterr().out
     assert metrics["start"]["step"] > 0
-    assert read(str(settings.output / FILE)).start == "gradient"
+    assert read(str(settings.output / FILE)).start == "gradient-ranks"
     adapter = read_json(settings.output / "adapter_config.json")
     assert "start" not in adapter
     assert len({tuple(ranks) for ranks in adapter["rank_pattern"].values()}) > 1
@@ -36,5 +36,12 @@ def test_a_checkpoint_keeps_the_ranks_that_the_gradient_gave(tmp_path: Path) -> 
 
 
 def test_a_start_that_does_not_exist() -> None:
-    with pytest.raises(ValueError, match=r"adapter.start is 'gradients', expected one of init, gradient"):
+    with pytest.raises(
+        ValueError, match=r"adapter.start is 'gradients', expected one of init, gradient, gradient-ranks"
+    ):
         read("digits-tiny", ["adapter.start=gradients"])
+
+
+def test_ranks_without_a_budget() -> None:
+    with pytest.raises(ValueError, match=r"adapter.start=gradient-ranks: .*there is none; add adapter.budget=0.01"):
+        read("digits-tiny", ["adapter.start=gradient-ranks", "adapter.budget=null"])

@@ -59,7 +59,7 @@ def one_of_two(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     config = flora.FloraConfig(budget=700, target_modules=["conv"])
-    model = flora.adapt(net(), config, batches(10 + rank), loss=squares)
+    model = flora.adapt(net(), config, batches(10 + rank), loss=squares, choose_ranks=True)
     torch.save({"state": state_of(model), "ranks": model.peft_config["default"].rank_pattern}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -70,7 +70,8 @@ def test_processes_agree_and_see_all_batches(tmp_path: Path) -> None:
     one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert one["ranks"] == two["ranks"]
     assert all(torch.equal(value, two["state"][name]) for name, value in one["state"].items())
-    alone = flora.adapt(net(), flora.FloraConfig(budget=700, target_modules=["conv"]), batches(10), loss=squares)
+    config = flora.FloraConfig(budget=700, target_modules=["conv"])
+    alone = flora.adapt(net(), config, batches(10), loss=squares, choose_ranks=True)
     changed = {name: value.shape for name, value in state_of(alone).items()}
     assert changed.keys() == one["state"].keys()
     assert any(

@@ -81,7 +81,7 @@ METHODS: dict[str, Method] = {
     "lycoris": Method("LoCon-Tucker (LyCORIS)", rivals.lycoris),
     "authors": Method("authors' scheme", rivals.authors),
     "flora": Method("FLoRA", starts.flora),
-    "flora-equal": Method("FLoRA, gradient start, equal ranks", starts.flora_equal),
     "flora-gradient": Method("FLoRA, gradient start", starts.flora_gradient),
+    "flora-ranks": Method("FLoRA, gradient start and ranks", starts.flora_ranks),
     "full": Method("full fine-tuning", full, matched=False),
 }

@@ -42,7 +42,7 @@ def flora(base: nn.Module, request: Request) -> nn.Module:
     return _within_budget(lambda config: cast("nn.Module", get_peft_model(cast("Any", base), config)), request)
 
 
-def flora_equal(base: nn.Module, request: Request) -> nn.Module:
+def flora_gradient(base: nn.Module, request: Request) -> nn.Module:
     """The same ranks, started along the gradient. Raises as :func:`flora` does."""
     first = request.first_batches()
     model = flora(base, request)
@@ -50,12 +50,12 @@ def flora_equal(base: nn.Module, request: Request) -> nn.Module:
     return model
 
 
-def flora_gradient(base: nn.Module, request: Request) -> nn.Module:
+def flora_ranks(base: nn.Module, request: Request) -> nn.Module:
     """Ranks where the gradient is, started along it. Raises as :func:`flora` does."""
     first = request.first_batches()
 
     def begin(config: FloraConfig) -> nn.Module:
-        adapted = adapt_and_tell(base, config, first.batches, loss=first.loss)
+        adapted = adapt_and_tell(base, config, first.batches, loss=first.loss, choose_ranks=True)
         request.starts.append(adapted.start)
         return adapted.model
 

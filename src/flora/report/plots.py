@@ -15,7 +15,7 @@ MARKERS = "osD^vPX*<>"
 COLOURS = {
     "flora": "#d1495b",
     "flora-gradient": "#ff7f50",
-    "flora-equal": "#f2a25c",
+    "flora-ranks": "#f2a25c",
     "lora": "#3b7dd8",
     "lora-params": "#6cc0e5",
     "lora-gradient": "#5aa0a8",

@@ -35,7 +35,9 @@ def task_keys(config: str) -> str:
         if "help" in item.metadata and item.name not in HIDDEN["adapter"]:
             lines.append(f"  adapter.{item.name}: {item.metadata['help']}")
 
-    lines += ["  adapter.start: 'init', or 'gradient' to begin along the gradient of the first batches."]
+    lines += [
+        "  adapter.start: 'init', 'gradient' to begin along the gradient of the first batches, or 'gradient-ranks'."
+    ]
     lines += ["", f"The training keys are the arguments of {arguments.__name__}; {config} sets:"]
     lines += [f"  training.{key}={value}" for key, value in given["training"].items()]
     lines += ["", f"flora train {config} key=value ... replaces any of them; flora recipes copy gives a file to edit."]

@@ -21,8 +21,8 @@ from flora.storage.atomic import write_text
 from flora.tuner.config import FloraConfig
 
 FLAGS = ("resume", "overwrite")
-# adapter.start: as adapter.init says, or one step along the task's gradient.
-STARTS = ("init", "gradient")
+# adapter.start: as adapter.init says; one step along the task's gradient; that, with the ranks where the gradient is.
+STARTS = ("init", "gradient", "gradient-ranks")
 # The largest seed that NumPy takes.
 LARGEST_SEED = 2**32 - 1
 
@@ -70,7 +70,8 @@ class Settings:
         adapter: keyword arguments of ``FloraConfig``.
         training: keyword arguments of ``TrainingArguments``, only those that were given.
         comparison: of ``flora compare``.
-        start: "init", as the adapter's config says, or "gradient", along the gradient of the first training batches.
+        start: "init", as the adapter's config says, "gradient", along the gradient of the first training batches, or
+            "gradient-ranks", with the ranks where that gradient is too.
     """
 
     recipe: str
@@ -189,11 +190,18 @@ def _output(given: Config, path: Path) -> Path:
 def _take_start(given: Config) -> str:
     """Takes ``adapter.start`` out, which is about the run and no field of the adapter that is saved."""
     adapter = given.values.get("adapter")
-    start = adapter.pop("start", STARTS[0]) if isinstance(adapter, dict) else STARTS[0]
+    if not isinstance(adapter, dict):
+        return STARTS[0]
 
+    start = adapter.pop("start", STARTS[0])
+    where = given.place_of("adapter.start")
     if start not in STARTS:
-        where = given.place_of("adapter.start")
         raise UserError(f"{where}: adapter.start is {start!r}, expected one of {', '.join(STARTS)}")
+    if start == "gradient-ranks" and adapter.get("budget") is None:
+        raise UserError(
+            f"{where}: the ranks go where the gradient is within adapter.budget, and there is none; add "
+            "adapter.budget=0.01, a part of the model's parameters"
+        )
 
     return str(start)
 

@@ -106,7 +106,7 @@ def first_batches(base: nn.Module, recipe: Recipe, data: Data, arguments: Traini
 
 def _config(settings: Settings, checkpoint: Path | None) -> FloraConfig:
     """Of the adapter; that of a checkpoint has the ranks which the gradient gave."""
-    if settings.start == "gradient" and checkpoint is not None:
+    if settings.start != "init" and checkpoint is not None:
         config = cast("FloraConfig", FloraConfig.from_pretrained(str(checkpoint)))
         config.inference_mode = False
         return config
@@ -345,11 +345,12 @@ def _adapt(
     """The base model with its adapter, and how the adapter was started along the gradient, if it was."""
     # PEFT refuses names that the model does not have.
     with user_errors(ValueError, re.error):
-        if settings.start != "gradient" or checkpoint is not None:
+        if settings.start == "init" or checkpoint is not None:
             return get_peft_model(cast("Any", base), _config(settings, checkpoint)), None
 
         first = first_batches(base, recipe, data, arguments)
-        model, begun = adapt_and_tell(base, FloraConfig(**settings.adapter), first.batches, loss=first.loss)
+        config, choose_ranks = FloraConfig(**settings.adapter), settings.start == "gradient-ranks"
+        model, begun = adapt_and_tell(base, config, first.batches, loss=first.loss, choose_ranks=choose_ranks)
         # The order of the samples is then that of a run without this.
         set_seed(settings.seed)
 

@@ -155,11 +155,11 @@ def adapt(
     loss: Loss | None = None,
     adapter_name: str = "default",
     count: int = BATCHES,
+    choose_ranks: bool = False,
 ) -> PeftModel:
-    """``get_peft_model`` that knows the task: ranks go where the gradient is, and the adapter begins along it.
+    """``get_peft_model`` that knows the task: the adapter begins along the task's gradient.
 
-    With ``config.budget`` the ranks are chosen per mode from the gradients, and a layer may be left out. Without it
-    they are those of the config, and only the start is the gradient's. What is saved is an ordinary adapter.
+    What is saved is an ordinary adapter.
 
     Args:
         base: the base model.
@@ -168,26 +168,35 @@ def adapt(
         loss: ``(model, batch) -> loss``; by default the one that the model returns.
         adapter_name: as in PEFT.
         count: how many batches are used at most.
+        choose_ranks: with ``config.budget``, ranks go to the weights and modes where the gradient is, and a weight may
+            be left out. By default the ranks are those that the config asks for.
 
     Returns:
         The adapted model.
 
     Raises:
-        ValueError: as :func:`start`; or the budget is too small.
+        ValueError: as :func:`start`; or the budget is too small, or ranks are to be chosen without one.
 
     Examples:
         >>> layer = nn.Sequential(nn.Linear(8, 4))
         >>> data = [(torch.randn(16, 8), torch.randn(16, 4)) for _ in range(4)]
         >>> squares = lambda model, batch: (model(batch[0]) - batch[1]).square().mean()
-        >>> model = adapt(layer, FloraConfig(budget=24, target_modules=["0"]), data, loss=squares)
+        >>> config = FloraConfig(budget=24, target_modules=["0"])
+        >>> model = adapt(layer, config, data, loss=squares, choose_ranks=True)
         >>> sum(value.numel() for value in model.parameters() if value.requires_grad) <= 24
         True
     """
-    return adapt_and_tell(base, config, batches, _checked(loss), adapter_name, count).model
+    return adapt_and_tell(base, config, batches, _checked(loss), adapter_name, count, choose_ranks).model
 
 
 def adapt_and_tell(
-    base: nn.Module, config: FloraConfig, batches: Iterable[Any], loss: Loss, name: str = "default", most: int = BATCHES
+    base: nn.Module,
+    config: FloraConfig,
+    batches: Iterable[Any],
+    loss: Loss,
+    name: str = "default",
+    most: int = BATCHES,
+    choose_ranks: bool = False,
 ) -> Adapted:
     """:func:`adapt`, with how the adapter began."""
     began = time.perf_counter()
@@ -198,16 +207,20 @@ def adapt_and_tell(
             "the model already has an adapter, and adapt attaches one itself; give the base model, or call "
             "flora.start(model, batches) for the adapter that is there"
         )
+    if choose_ranks and config.budget is None:
+        raise UserError(
+            "ranks are chosen from the gradient within a budget, and the config has none; write "
+            "FloraConfig(budget=0.01), a part of the model's parameters, or leave choose_ranks out"
+        )
 
     config = copy.deepcopy(config)
     trained = {value for value in base.parameters() if value.requires_grad}
     parts = first_batches(batches, most)
     allocation, found = None, None
 
-    # The ranks are needed to attach the adapter, and the gradients to choose the ranks. So with a budget a probe of
-    # rank 1 is attached first, its gradients give the ranks, and it is taken off again before the adapter itself is
-    # attached.
-    if config.budget is not None:
+    # The ranks are needed to attach the adapter, and the gradients to choose the ranks. So a probe of rank 1 is
+    # attached first, its gradients give the ranks, and it is taken off again before the adapter itself is attached.
+    if choose_ranks:
         with torch.random.fork_rng([]):
             probe = _attach_probe(base, config)
 
