@@ -15,7 +15,7 @@ import torch
 from sklearn.datasets import load_digits
 from transformers import EvalPrediction
 
-from flora.data.records import hub
+from flora.data.hub import hub
 from flora.data.samples import locate, sample_names
 from flora.recipes import CONFIGS, config_names, digits, load_recipe, recipe_names
 from flora.runs.settings import read

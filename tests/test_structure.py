@@ -65,7 +65,8 @@ OPTIONAL = {  # imported where a model or a file asks for it, with a message if 
     "flora.comparison.rivals": {"lycoris-lora"},
     "flora.nnunet": {"nnunetv2"},  # imported by nnU-Net itself
     "flora.layers.gpu": {"triton"},  # comes with torch's builds for CUDA
-    "flora.data.records": {"datasets", "pillow"},
+    "flora.data.files": {"pillow"},
+    "flora.data.hub": {"datasets"},
     "flora.data.results": {"pillow"},
     "flora.data.shown": {"pillow"},
     "flora.data.samples.signals": {"diffusers", "nibabel", "pillow", "soundfile"},

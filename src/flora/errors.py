@@ -62,8 +62,10 @@ def user_errors(*kinds: type[Exception], about: str = "") -> Iterator[None]:
 
         if isinstance(error, KeyError):
             reason = f"{reason} is missing"
+        if about:
+            reason = f"{about}: {reason}"
 
-        raise UserError(f"{about}: {reason}" if about else reason) from error
+        raise UserError(reason) from error
 
 
 def system_refusal(error: Exception) -> str | None:
@@ -99,7 +101,13 @@ def printable(text: str) -> str:
         >>> printable("a\x1b[2J")
         'a\\x1b[2J'
     """
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else repr(letter)[1:-1] for letter in text)
+    return "".join(_escaped(letter) for letter in text)
+
+
+def _escaped(letter: str) -> str:
+    if letter.isprintable() or letter in "\n\t":
+        return letter
+    return repr(letter)[1:-1]
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
@@ -110,7 +118,9 @@ def nearest(word: str, known: Sequence[str]) -> str:
         "; did you mean 'linear'?"
     """
     found = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {found[0]!r}?" if found else ""
+    if not found:
+        return ""
+    return f"; did you mean {found[0]!r}?"
 
 
 def nearest_path(path: Path) -> str:

@@ -29,7 +29,9 @@ from convert_cases import random_adapter
 from flora.convert import convert, load, save
 from flora.convert.streaming import stream_merged
 from flora.data.coco import examples, read_coco
-from flora.data.records import Item, check_image, class_folders, json_entries, parsed, sift, table_rows
+from flora.data.files import Item, check_image, json_entries, parsed, table_rows
+from flora.data.records import sift
+from flora.data.splits import class_folders
 from flora.data.volume_files import Pair, Reading, read_pair
 from flora.errors import UserError
 from flora.recipes.audio_classify import Clip, read_sound

@@ -18,8 +18,9 @@ import soundfile
 from PIL import Image
 
 from flora.data.coco import read_coco
+from flora.data.files import Item, check_image, json_entries, regular, table_rows, text_of
 from flora.data.images import read_image
-from flora.data.records import Item, check_image, json_entries, regular, sift, table_rows, text_of
+from flora.data.records import sift
 from flora.data.volume_files import Pair, Reading, read_file, read_pair, resampled
 from flora.errors import UserError
 from flora.recipes.audio_classify import Clip, read_sound

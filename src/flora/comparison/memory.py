@@ -19,7 +19,7 @@ def watch_growth() -> Iterator[Callable[[], int | None]]:
 
     try:
         ctypes.CDLL(None).malloc_trim(0)
-        # The peak starts anew from here.
+        # The peak is counted from here on.
         RESET.write_text("5")
         before = resident("VmRSS")
     except (OSError, AttributeError):

@@ -16,7 +16,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from flora.data.records import parsed
+from flora.data.files import parsed
 from flora.errors import UserError
 
 COLUMNS = ("messages", "conversations", "prompt", "completion", "instruction", "input", "output", "text")

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flora.data.files import Item, json_of
+from flora.data.hub import hub_column
 from flora.data.images import Source, hub_images, read_image
-from flora.data.records import SPLIT_NAMES, Bad, Item, hub_column, json_of, sift, split_paths
+from flora.data.records import Bad, sift
+from flora.data.splits import SPLIT_NAMES, split_paths
 from flora.errors import UserError
 
 # How many pixels a box may stick out of its image.

@@ -26,7 +26,8 @@ from diffusers import (
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from flora.data.records import is_local, load_pretrained
+from flora.data.pretrained import load_pretrained
+from flora.data.splits import is_local
 from flora.errors import UserError
 from flora.storage.progress import hidden_bars
 

@@ -11,7 +11,10 @@ from typing import Any
 from PIL import Image
 from torch.utils.data import Dataset
 
-from flora.data.records import Bad, HubFile, Item, check_labels, hub_files, regular
+from flora.data.files import Item, regular
+from flora.data.hub import HubFile, hub_files
+from flora.data.records import Bad
+from flora.data.splits import check_labels
 
 Source = Path | HubFile
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
-from flora.data.records import regular
+from flora.data.files import regular
 from flora.errors import UserError
 
 NIFTI = (".nii", ".nii.gz")

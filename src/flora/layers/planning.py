@@ -273,9 +273,9 @@ def _beside(work: Work) -> Cost:
     passes = 4 * inputs + 4 * outputs
 
     if work.kind == "conv":
-        passes += inputs + 4 * work.outputs * hidden
+        passes += inputs + 4 * hidden
 
-    moved, kept = size * passes, size * (inputs + work.outputs * hidden)
+    moved, kept = size * passes, size * (inputs + hidden)
 
     rates = device.rates(work.cpu, size)
     narrow, launches = rates.narrow, 11
@@ -349,17 +349,20 @@ def _narrow_flops(work: Work) -> int:
 
 
 def _hidden(work: Work) -> int:
-    """Activations kept for each output position besides the input; a convolution of one group keeps none."""
+    """Activations kept besides the input; a convolution of one group keeps none."""
     if work.kind != "conv":
-        return min(work.ranks)
+        return work.outputs * min(work.ranks)
     if work.groups == 1:
         return 0
 
-    stride = max(1, work.inputs // max(1, work.outputs))
+    # Each group keeps what comes out of the product down, at the input's positions, and what goes into the product up,
+    # at the output's. A mode kept whole has no product.
+    out, inner = (1, 0) if work.transposed else (0, 1)
+    kept = 0
 
-    if work.ranks[1] == work.shape[1]:
-        down = 0
-    else:
-        down = stride * work.ranks[1] * work.groups
+    if work.ranks[inner] != work.shape[inner]:
+        kept += work.inputs * work.ranks[inner] * work.groups
+    if work.ranks[out] != work.shape[out]:
+        kept += work.outputs * work.ranks[out] * work.groups
 
-    return down + (0 if work.ranks[0] == work.shape[0] else work.ranks[0] * work.groups)
+    return kept

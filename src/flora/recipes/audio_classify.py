@@ -23,24 +23,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, PreTrainedModel
 
-from flora.data.records import (
-    Bad,
-    Item,
-    class_folders,
-    head_options,
-    hub,
-    hub_column,
-    hub_files,
-    is_local,
-    load_pretrained,
-    regular,
-    sift,
-    split_paths,
-    with_held_out,
-)
+from flora.data.files import Item, regular
+from flora.data.hub import hub, hub_column, hub_files
+from flora.data.pretrained import head_options, load_pretrained
+from flora.data.records import Bad, sift
 from flora.data.results import accuracy, class_names, ranked
 from flora.data.samples import locate
 from flora.data.shown import Findings, Shown, Sound, classified
+from flora.data.splits import class_folders, is_local, split_paths, with_held_out
 from flora.errors import UserError
 from flora.recipes import Data, Request, Tested
 

@@ -31,22 +31,14 @@ from torch.utils.data import Dataset, default_collate
 from transformers import EvalPrediction, Trainer
 
 from flora.data.diffusion_pipeline import Family, add_noise, encode_prompts, family_of, painter
+from flora.data.files import Item, regular, text_of
+from flora.data.hub import hub, hub_column
 from flora.data.images import hub_images
-from flora.data.records import (
-    IMAGES,
-    Bad,
-    Item,
-    hub,
-    hub_column,
-    is_local,
-    load_pretrained,
-    regular,
-    sift,
-    split_paths,
-    text_of,
-)
+from flora.data.pretrained import load_pretrained
+from flora.data.records import Bad, sift
 from flora.data.samples import locate
 from flora.data.shown import Findings, Shown
+from flora.data.splits import IMAGES, is_local, split_paths
 from flora.errors import UserError
 from flora.recipes import Data, Request, Tested
 

@@ -22,9 +22,12 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, PreTraine
 from trl import SFTConfig  # type: ignore[attr-defined]
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from flora.data.records import IMAGES, check_image, check_share, load_pretrained, parsed, records, sift, with_held_out
+from flora.data.files import check_image, parsed
+from flora.data.pretrained import load_pretrained
+from flora.data.records import records, sift
 from flora.data.samples import locate
 from flora.data.shown import FEW, Findings, Shown
+from flora.data.splits import IMAGES, check_share, with_held_out
 from flora.errors import UserError
 from flora.recipes import Data, Request, Tested
 from flora.recipes.text_causal import LONGEST_SHOWN, AnswerTrainer, compute_metrics, generated

@@ -24,9 +24,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 
 from flora.data.chats import COLUMNS, chat_template, read_record
-from flora.data.records import check_share, load_pretrained, records, sift, with_held_out
+from flora.data.pretrained import load_pretrained
+from flora.data.records import records, sift
 from flora.data.samples import locate
 from flora.data.shown import FEW, Findings, Shown
+from flora.data.splits import check_share, with_held_out
 from flora.errors import UserError
 from flora.recipes import Data, Request, Tested
 

@@ -28,10 +28,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from flora.data.records import Item, drawn, load_pretrained, parsed, records, sift, with_held_out
+from flora.data.files import Item, parsed
+from flora.data.pretrained import load_pretrained
+from flora.data.records import records, sift
 from flora.data.results import ranked
 from flora.data.samples import locate
 from flora.data.shown import WORST, Findings, Shown, classified
+from flora.data.splits import drawn, with_held_out
 from flora.errors import UserError
 from flora.recipes import Data, Request, Tested
 

@@ -16,23 +16,15 @@ import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
+from flora.data.files import Item
+from flora.data.hub import hub, hub_column
 from flora.data.images import ImageTask, Prepared, Source, crop_and_mirror, hub_images, name_of, read_image
-from flora.data.records import (
-    IMAGES,
-    Item,
-    class_folders,
-    head_options,
-    hub,
-    hub_column,
-    is_local,
-    load_pretrained,
-    sift,
-    split_paths,
-    with_held_out,
-)
+from flora.data.pretrained import head_options, load_pretrained
+from flora.data.records import sift
 from flora.data.results import accuracy, class_names, ranked
 from flora.data.samples import locate
 from flora.data.shown import Findings, Shown, classified
+from flora.data.splits import IMAGES, class_folders, is_local, split_paths, with_held_out
 from flora.errors import UserError
 from flora.recipes import Data, Request, Tested
 

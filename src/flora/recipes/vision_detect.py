@@ -20,11 +20,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, EvalPrediction, PreTrainedModel, Trainer
 
 from flora.data.coco import Example, Part, examples, find_files, read_coco, read_rows
+from flora.data.hub import hub
 from flora.data.images import ImageTask, Prepared, name_of, read_image
-from flora.data.records import IMAGES, head_options, hub, is_local, load_pretrained, with_held_out
+from flora.data.pretrained import head_options, load_pretrained
 from flora.data.results import class_names, with_boxes
 from flora.data.samples import locate
 from flora.data.shown import FEW, Findings, Shown
+from flora.data.splits import IMAGES, is_local, with_held_out
 from flora.recipes import Data, Request, Tested
 
 METRIC = "map"

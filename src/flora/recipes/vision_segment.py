@@ -22,22 +22,16 @@ from transformers import (
     Trainer,
 )
 
+from flora.data.files import Item
+from flora.data.hub import hub
 from flora.data.images import ImageTask, Prepared, Source, crop_and_mirror, hub_images, name_of, read_image
-from flora.data.records import (
-    IMAGES,
-    Item,
-    head_options,
-    hub,
-    is_local,
-    load_pretrained,
-    sift,
-    split_paths,
-    with_held_out,
-)
+from flora.data.pretrained import head_options, load_pretrained
+from flora.data.records import sift
 from flora.data.results import class_names as model_classes
 from flora.data.results import colours, hex_colours, label_map
 from flora.data.samples import locate
 from flora.data.shown import FEW, Findings, Shown, overlaid
+from flora.data.splits import IMAGES, is_local, split_paths, with_held_out
 from flora.errors import UserError
 from flora.recipes import Data, Request, Tested
 

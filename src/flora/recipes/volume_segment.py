@@ -21,10 +21,13 @@ from monai.metrics.meandice import compute_dice
 from torch import Tensor, nn
 from transformers import AutoConfig, EvalPrediction, PreTrainedModel, Trainer
 
-from flora.data.records import Bad, Item, drawn, is_local, load_pretrained, sift, with_held_out
+from flora.data.files import Item
+from flora.data.pretrained import load_pretrained
+from flora.data.records import Bad, sift
 from flora.data.results import colours, hex_colours
 from flora.data.samples import locate
 from flora.data.shown import FEW, Findings, Shown, grey, overlaid
+from flora.data.splits import drawn, is_local, with_held_out
 from flora.data.volume_files import (
     NIFTI,
     Pair,

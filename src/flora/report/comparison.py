@@ -32,15 +32,26 @@ def comparison_table(rows: Sequence[Row], metric: str, style: str = "github") ->
 
 
 def _line(row: Row, rows: Sequence[Row], metric: str) -> dict[str, str]:
-    difference = against(row, rows)
+    title, score = row["title"], f"{row['mean']:.4f}"
+    difference, apart, memory = against(row, rows), "", ""
+
+    if row["method"] == _ours(rows):
+        title = f"**{title}**"
+    if len(row["values"]) > 1:
+        score = f"{score} ± {row['std']:.4f}"
+    if difference is not None:
+        apart = _interval(*difference)
+    if row["peak_memory"] is not None:
+        memory = size(row["peak_memory"])
+
     return {
-        "method": f"**{row['title']}**" if row["method"] == _ours(rows) else row["title"],
+        "method": title,
         "trainable parameters": f"{row['trainable_parameters']:,}",
-        f"{metric} (test)": f"{row['mean']:.4f}" + (f" ± {row['std']:.4f}" if len(row["values"]) > 1 else ""),
-        f"FLoRA minus it, {CONFIDENCE:.0%}": "" if difference is None else _interval(*difference),
+        f"{metric} (test)": score,
+        f"FLoRA minus it, {CONFIDENCE:.0%}": apart,
         "learning rate": f"{row['learning_rate']:g}",
         "s / step": f"{row['seconds_per_step']:.3f}",
-        "peak memory": "" if row["peak_memory"] is None else size(row["peak_memory"]),
+        "peak memory": memory,
         "file": size(row["file_bytes"]),
     }
 
@@ -91,7 +102,7 @@ def comparison_notes(report: Row) -> list[str]:
 
     chosen = (
         "each learning rate was chosen by the mean of validation over the first seeds (at most three), from one grid "
-        "for all that goes on where an edge is chosen; the test set was used by the final runs only."
+        "for all, which was extended where an edge was chosen; the test set was used by the final runs only."
     )
     if not any(row["search"] for row in rows):
         chosen = "one learning rate for all, so that nothing was chosen."
@@ -142,7 +153,13 @@ def _verdicts(rows: Sequence[Row]) -> list[str]:
             continue
 
         mean, half = difference
-        word = "not told apart from" if abs(mean) <= half else "better than" if mean > 0 else "worse than"
+        if abs(mean) <= half:
+            word = "not told apart from"
+        elif mean > 0:
+            word = "better than"
+        else:
+            word = "worse than"
+
         judged[word].append(f"{name_with_budget(row)} ({mean:+.4f})")
 
     return [f"FLoRA is {word} {', '.join(names)}." for word, names in judged.items() if names]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import get_peft_model
@@ -95,10 +96,10 @@ def plan_model(model: nn.Module, config: FloraConfig, *, positions: int = 4096, 
 
     # A copy whose parameters and buffers are on the meta device: deepcopy takes what the memo has for them.
     memo: dict[int, Any] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        meta = torch.empty_like(tensor, device="meta")
-
-        memo[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+    for tensor in model.buffers():
+        memo[id(tensor)] = torch.empty_like(tensor, device="meta")
+    for tensor in model.parameters():
+        memo[id(tensor)] = nn.Parameter(torch.empty_like(tensor, device="meta"), tensor.requires_grad)
 
     base = copy.deepcopy(model, memo)
 
@@ -155,30 +156,40 @@ def _planned(
 
 def _generic(name: str) -> str:
     """A module's name with its numbers replaced, so that the blocks of a model are one line."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+    # A number is a part of the name that is all digits, with a dot or an end of the name on either side.
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
 def _rows(adapted: nn.Module, positions: int, cpu: bool) -> Iterator[Row]:
     found = {name: module for name, module in adapted.named_modules() if isinstance(module, FloraLayer)}
     wrappers = {name.removeprefix(PREFIX) for name in found}
     for name, module in found.items():
-        name = module_of(name, wrappers)
+        label = _generic(module_of(name, wrappers))
+
         for inner, delta in module.named_modules():
             if isinstance(delta, TuckerDelta) and not inner.startswith("base_layer."):
                 weight = inner.partition(".")[0].removeprefix("tucker_")
                 form, kind = delta.form, module.row.kind
-                way, mflops = _cost(module, inner.rpartition(".")[2], positions, cpu)
+                cost = _cost(module, inner.rpartition(".")[2], positions, cpu)
+                shown = label
 
-                label = _generic(name) if weight == "weight" else f"{_generic(name)} {weight}"
+                if weight != "weight":
+                    shown = f"{label} {weight}"
 
-                yield Row(label, kind, form.shape, form.ranks, form.num_params, way, mflops)
+                yield Row(shown, kind, form.shape, form.ranks, form.num_params, cost.way, cost.mflops)
 
 
-def _cost(layer: FloraLayer, adapter: str, positions: int, cpu: bool) -> tuple[str, float | None]:
-    """The way that the layer will run, and millions of operations per step beyond the frozen layer's where known."""
+class _Cost(NamedTuple):
+    """The way that a layer will run, and millions of operations per step beyond the frozen layer's where known."""
+
+    way: str
+    mflops: float | None
+
+
+def _cost(layer: FloraLayer, adapter: str, positions: int, cpu: bool) -> _Cost:
     choice, work = expected_choice(layer, adapter, positions, cpu)
-    flops = {option: cost.flops for option, cost in costs(work)}
-    return str(choice), round(flops[choice] / 1e6, 1) if choice in flops else None
+    known = {option: round(cost.flops / 1e6, 1) for option, cost in costs(work)}
+    return _Cost(str(choice), known.get(choice))
 
 
 def _left_out(adapted: nn.Module) -> Iterator[tuple[str, str]]:
@@ -195,32 +206,23 @@ def _left_out(adapted: nn.Module) -> Iterator[tuple[str, str]]:
             kind = type(module.original_module).__name__
             yield f"{_generic(name.removeprefix(PREFIX))} ({kind})", "trained in full, in modules_to_save"
         elif next(module.parameters(recurse=False), None) is not None:
-            reason = refusal(module) if find_layer(module) else "not in the table of layers"
-
             label = f"{_generic(name.removeprefix(PREFIX))} ({type(module).__name__})"
-            yield label, reason or "not among target_modules"
+
+            if find_layer(module) is None:
+                yield label, "not in the table of layers"
+            else:
+                yield label, refusal(module) or "not among target_modules"
 
 
 def plan_text(report: dict[str, Any]) -> str:
     """The report as people read it."""
-    lines = [
-        {
-            "layer": row["layer"] + (f"  x{row['count']}" if row["count"] > 1 else ""),
-            "kind": row["kind"],
-            "shape": "x".join(map(str, row["shape"])),
-            "ranks": "x".join(map(str, row["ranks"])),
-            "parameters": f"{row['parameters'] * row['count']:,}",
-            "way": row["way"],
-            "MFLOP/step": "-" if row["mflops"] is None else f"{row['mflops'] * row['count']:,.0f}",
-        }
-        for row in report["rows"]
-    ]
+    lines = [_line(row) for row in report["rows"]]
     aligned = ("left", "left", "right", "right", "right", "left", "right")
     table = tabulate(lines, headers="keys", tablefmt="simple", colalign=aligned, disable_numparse=True)
-    left = [
-        f"  {item['layer']}{'  x' + str(item['count']) if item['count'] > 1 else ''}: {item['reason']}"
-        for item in report["left_out"]
-    ]
+    left = [f"  {_counted(item)}: {item['reason']}" for item in report["left_out"]]
+    if left:
+        left = ["not adapted:", *left, ""]
+
     count, total = report["trainable_parameters"], report["model_parameters"]
     summary = [
         f"{report['class']}: {total:,} parameters, {count:,} to train ({count / total:.3%})",
@@ -230,4 +232,27 @@ def plan_text(report: dict[str, Any]) -> str:
         f"on a {report['device'].upper()}",
     ]
 
-    return "\n".join([table, "", *(["not adapted:", *left, ""] if left else []), *summary])
+    return "\n".join([table, "", *left, *summary])
+
+
+def _line(row: dict[str, Any]) -> dict[str, str]:
+    operations = "-"
+    if row["mflops"] is not None:
+        operations = f"{row['mflops'] * row['count']:,.0f}"
+
+    return {
+        "layer": _counted(row),
+        "kind": row["kind"],
+        "shape": "x".join(map(str, row["shape"])),
+        "ranks": "x".join(map(str, row["ranks"])),
+        "parameters": f"{row['parameters'] * row['count']:,}",
+        "way": row["way"],
+        "MFLOP/step": operations,
+    }
+
+
+def _counted(row: dict[str, Any]) -> str:
+    """The name of a layer, with how many there are of it."""
+    if row["count"] == 1:
+        return str(row["layer"])
+    return f"{row['layer']}  x{row['count']}"

@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from flora.convert.base_model import adapted_class
-from flora.data.records import head_options
+from flora.data.pretrained import head_options
 from flora.errors import UserError, user_errors
 from flora.runs.run_folder import ADAPTER, ADAPTER_CONFIG, RunFolder
 from flora.runs.settings import Settings, read

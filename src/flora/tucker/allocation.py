@@ -42,8 +42,12 @@ def choices(tensor: Tensor, *, most: int | None = None) -> list[Choice]:
         tensor: what is decomposed.
         most: the largest rank of a mode that is tried, by default all; a few cost much less than all of a large tensor.
     """
-    total = float(tensor.double().square().sum())
-    found = (_of_matrix if tensor.ndim == 2 else _of_tensor)(tensor, total, most or max(tensor.shape))
+    total, most = float(tensor.double().square().sum()), most or max(tensor.shape)
+
+    if tensor.ndim == 2:
+        found = _of_matrix(tensor, total, most)
+    else:
+        found = _of_tensor(tensor, total, most)
 
     return _worth_choosing(found, Choice((0,) * tensor.ndim, 0, total))
 
@@ -129,9 +133,13 @@ def _grid(size: int, reach: int) -> list[int]:
     most = min(size, reach)
     if most <= GRID:
         return list(range(1, most + 1))
+
+    # Every small rank, then as many again whose ratio is the same from one to the next.
     half = GRID // 2
-    step = (most / half) ** (1 / half)
-    return sorted({*range(1, half + 1), *(min(most, round(half * step**power)) for power in range(1, half + 1)), most})
+    ratio = (most / half) ** (1 / half)
+    wider = [min(most, round(half * ratio**power)) for power in range(1, half + 1)]
+
+    return sorted({*range(1, half + 1), *wider, most})
 
 
 def is_cut(choice: Choice, shape: Sequence[int], most: int) -> bool:

@@ -145,7 +145,7 @@ def leading(tensor: Tensor, mode: int, rank: int) -> tuple[Tensor, Tensor]:
     # shape: right (columns, width), left (rows, width)
     random = torch.Generator().manual_seed(0)
     width = 2 * rank + 8
-    right = torch.randn(unfolded.shape[1], width, generator=random, dtype=tensor.dtype)
+    right = torch.randn(unfolded.shape[1], width, generator=random, dtype=tensor.dtype).to(tensor.device)
     for _ in range(ITERATIONS):
         left = torch.linalg.qr(unfolded @ right)[0]
         right = torch.linalg.qr(unfolded.T @ left)[0]
@@ -186,7 +186,7 @@ def spectrum(tensor: Tensor, mode: int) -> tuple[Tensor, Tensor]:
     # columns of X V, which have the lengths of the singular values.
     values, right = torch.linalg.eigh(_gram(unfolded.T))
     values, right = values.flip(0).clamp(min=0), right.flip(1)
-    left = torch.empty(size, others, dtype=torch.float64)
+    left = unfolded.new_empty(size, others, dtype=torch.float64)
     for start in range(0, size, step := max(1, BLOCK // others)):
         left[start : start + step] = unfolded[start : start + step].double() @ right
 
@@ -196,7 +196,7 @@ def spectrum(tensor: Tensor, mode: int) -> tuple[Tensor, Tensor]:
 
 def _gram(matrix: Tensor) -> Tensor:
     """``matrix @ matrix.T`` in float64, (m, n) -> (m, m), block by block."""
-    gram = torch.zeros(matrix.shape[0], matrix.shape[0], dtype=torch.float64)
+    gram = matrix.new_zeros(matrix.shape[0], matrix.shape[0], dtype=torch.float64)
     for start in range(0, matrix.shape[1], step := max(1, BLOCK // matrix.shape[0])):
         block = matrix[:, start : start + step].double()
         gram.addmm_(block, block.T)
