@@ -333,6 +333,18 @@ def test_a_method_that_refuses_is_a_row_with_its_reason(cache: None, tmp_path: P
     assert "refused" not in report["rows"][0]
     assert "more than the 7" in report["rows"][1]["refused"]
     assert "LoRA: not possible here (rank 1 costs" in comparison_page(report)
+    assert "head alone" not in comparison_page(report)
+
+
+def test_the_page_tells_of_a_head_that_was_trained_first(cache: None, tmp_path: Path) -> None:
+    given = ["compare.budgets=[900]", "compare.learning_rates=[0.03]", "training.max_steps=1"]
+    plain, probed = (
+        compare(tiny(tmp_path / name, *given, f"compare.probe_epochs={epochs}"), ["lora"], [0])
+        for name, epochs in (("plain", 0), ("probed", 1.5))
+    )
+    told = "Before every method the head alone was trained for 1.5 epochs, on the frozen base."
+    assert (told in comparison_notes(plain), told in comparison_notes(probed)) == (False, True)
+    assert plain["rows"][0]["values"] != probed["rows"][0]["values"]
 
 
 def test_an_adapter_that_its_own_library_cannot_merge_is_told(cache: None, tmp_path: Path) -> None:

@@ -111,6 +111,7 @@ def comparison_notes(report: Row) -> list[str]:
         f"{runs}; {chosen}",
         f"Every adapter may spend {budgets} parameters, the head not counted; ranks are solved for that. Each is on "
         "those of FLoRA's layers that it can adapt.",
+        *_probed(report),
         f"FLoRA minus it: mean of the differences seed by seed, with the {CONFIDENCE:.0%} interval of Student's t. "
         "Methods without a choice of size are held against FLoRA at its largest. The intervals are not corrected for "
         "the number of pairs.",
@@ -120,6 +121,15 @@ def comparison_notes(report: Row) -> list[str]:
     ]
 
     return notes + _edges(rows) + _verdicts(rows) + _merged(rows)
+
+
+def _probed(report: Row) -> list[str]:
+    """That the head was trained before, if it was."""
+    epochs = report.get("settings", {}).get("compare", {}).get("probe_epochs", 0)
+    if not epochs:
+        return []
+
+    return [f"Before every method the head alone was trained for {epochs:g} epochs, on the frozen base."]
 
 
 def _edges(rows: Sequence[Row]) -> list[str]:
