@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +16,12 @@ from torch import Tensor, nn
 
 import flora
 from flora.tucker.allocation import choices_of_energy
+from flora.tucker.form import count_params
 from flora.tuner.gradient import forms
 from flora.tuner.gradient import sketch as sketches
+from flora.tuner.gradient import start as starting
+from flora.tuner.gradient.allocate import MOST, allocate
+from flora.tuner.gradient.collect import Batches
 from flora.tuner.gradient.start import adapt_and_tell, smallest_good_step
 from flora.tuner.layer import FloraLayer
 
@@ -366,3 +371,28 @@ def test_a_layer_without_gradient_gets_no_rank_and_is_left_out_by_its_whole_name
     adapted = flora.adapt(model, config, data, loss=loss, choose_ranks=True)
     names = [name for name, module in adapted.named_modules() if isinstance(module, FloraLayer)]
     assert "base_model.model.a.conv" in names
+
+
+@pytest.mark.parametrize("second", [math.nan, math.inf, 1.0, 1.25], ids=str)
+def test_no_larger_step_is_tried_after_one_that_does_not_lower_the_loss(
+    second: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = iter([1.0, second])
+    monkeypatch.setattr(starting, "mean_loss", lambda *_: next(told))
+    losses = starting._try_steps(nn.Identity(), [], Batches([], []), lambda model, batch: torch.zeros(()))
+    assert list(losses) == list(starting.STEPS[:2])
+    assert smallest_good_step(losses) == 0
+
+
+def test_a_weight_gets_at_most_a_few_times_its_share() -> None:
+    """A gradient that is spread over all directions would take what a weight with one direction leaves over."""
+    shape, equal = (29, 31), (2, 2)
+    energies = {"flat": torch.eye(29), "sharp": torch.diag((torch.arange(29) == 0).float())}
+    found = {name: sketches.Directions([], energy, float(energy.sum()), energy) for name, energy in energies.items()}
+    layer = SimpleNamespace(attributes={"weight": "tucker_weight"})
+    places: list[Any] = [SimpleNamespace(name=name, shape=shape, layer=layer) for name in found]
+
+    ranks = allocate(places, found, dict.fromkeys(found, equal), budget=29 * 31).ranks
+    share = count_params(shape, equal)
+    assert 3 * share < count_params(shape, ranks["flat"]) <= MOST * share
+    assert ranks["sharp"][0] == 1

@@ -170,15 +170,11 @@ def spend(options: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Cho
         for name, listed in options.items()
         for before, after in pairwise(_hull(listed))
     ]
-    closed = set()
-    # Steepest first; hulls keep each layer in order.
+    # Steepest first; hulls keep each layer in order. Once a step does not fit, later ones of its layer cost more still.
     for _, name, choice in sorted(steps, key=lambda step: step[:2]):
         cost = choice.params - chosen[name].params
-        if name in closed or cost > left:
-            closed.add(name)
-            continue
-
-        chosen[name], left = choice, left - cost
+        if cost <= left:
+            chosen[name], left = choice, left - cost
 
     return _fill(options, chosen, left)
 
