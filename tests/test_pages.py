@@ -16,6 +16,7 @@ from PIL import Image
 import flora_cli
 from flora.comparison.finished import finished_runs
 from flora.comparison.methods import METHODS
+from flora.data.results import with_boxes
 from flora.data.shown import WORST, Findings, Shown, Sound, classified, grey, overlaid
 from flora.report.comparison_html import comparison_html
 from flora.report.finished_runs import finished_page, finished_text
@@ -172,6 +173,26 @@ def test_the_page_of_a_comparison() -> None:
     alone = comparison_html({**REPORT, "seeds": [0], "rows": [row("flora", [0.7], search={"0.01": 0.5})]})
     assert alone.count("<svg") == 1
     assert "<svg" not in comparison_html({**REPORT, "rows": REPORT["rows"][2:]})
+
+
+def test_a_chart_grows_with_its_methods() -> None:
+    few = comparison_html(REPORT)
+    many = comparison_html({**REPORT, "rows": [row(method, [0.6, 0.7]) for method in METHODS]})
+
+    def heights(page: str) -> list[float]:
+        return [float(height) for height in re.findall(r'<svg[^>]* height="([\d.]+)pt"', page)]
+
+    assert len(heights(few)) == len(heights(many)) == 3
+    assert all(more > 1.4 * less for less, more in zip(heights(few), heights(many), strict=True))
+
+
+def test_labels_of_boxes_are_inside_the_picture() -> None:
+    boxes = [{"box": [30, 0, 47, 20], "label": "a rather long name of a class"}, {"box": [0, 5, 9, 40], "label": "x"}]
+    drawn = np.asarray(with_boxes(Image.new("RGB", (48, 40), "black"), boxes, "lime"))
+    assert max(drawn.shape[:2]) >= 288
+    # A plate begins left of its box where its text would not fit to the right.
+    corner = 30 * drawn.shape[1] // 48
+    assert (drawn[0, corner - 8 : corner] == [0, 255, 0]).all()
 
 
 def finished(folder: Path, rank: int, **changes: Any) -> Path:

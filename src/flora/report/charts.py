@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable
 from typing import Any, cast
@@ -16,6 +17,7 @@ from flora.report.page import Chart
 INK = "#010203"  # stands for the colour of the text around a chart
 SIZE = (5.2, 3.4)  # inches of a chart; the page scales it
 WIDTH = 80  # characters of a legend that fit side by side under a chart
+LINE = 0.2  # inches of a line of text
 STYLE: Any = {
     "axes.edgecolor": INK,
     "axes.facecolor": "none",
@@ -37,17 +39,19 @@ STYLE: Any = {
 }
 
 
-def chart(what: str, draw: Callable[[Axes], None]) -> Chart:
+def chart(what: str, draw: Callable[[Axes], None], lines: int = 0) -> Chart:
     """A chart for a page.
 
     Args:
         what: It shows, in words, for those who cannot see it.
         draw: Puts the chart on axes.
+        lines: Of text that stand beside it, one under the other; with many of them it grows.
     """
     stream = io.StringIO()
 
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=SIZE, layout="constrained")
+        width, height = SIZE
+        figure = Figure(figsize=(width, max(height, 1 + LINE * lines)), layout="constrained")
         axes = figure.subplots()
         axes.grid(alpha=0.15)
         draw(axes)
@@ -67,4 +71,9 @@ def legend_below(axes: Axes) -> None:
     # So many columns as there is room for, by the longest label.
     columns = max(1, min(4, WIDTH // (8 + max(map(len, labels), default=0))))
     options: Any = {"loc": "outside lower center", "ncols": columns, "frameon": False, "fontsize": "small"}
-    cast("Figure", axes.figure).legend(handles, labels, **options)
+    figure = cast("Figure", axes.figure)
+    figure.legend(handles, labels, **options)
+
+    # Two lines have room as it is.
+    lines = math.ceil(len(labels) / columns)
+    figure.set_figheight(figure.get_figheight() + LINE * max(0, lines - 2))

@@ -57,9 +57,8 @@ def _charts(rows: Sequence[Row], metric: str) -> list[Chart]:
     pairs = [(row, difference) for row in rows if (difference := against(row, rows)) is not None]
 
     if pairs:
-        charts.append(
-            chart(f"FLoRA's {metric} minus that of each method", lambda axes: _draw_pairs(axes, pairs, metric))
-        )
+        what = f"FLoRA's {metric} minus that of each method"
+        charts.append(chart(what, lambda axes: _draw_pairs(axes, pairs, metric), lines=len(pairs)))
     if any(len(row["search"]) > 1 for row in rows):
         charts.append(
             chart(f"{metric} on validation against the learning rate", lambda axes: _draw_rates(axes, rows, metric))

@@ -50,10 +50,11 @@ def settle_statistics(model: nn.Module, *, freeze: bool, training: bool) -> None
         norm.register_forward_pre_hook(_use_running)
 
     if told and training:
+        norms = "1 batch norm keeps" if len(told) == 1 else f"{len(told)} batch norms keep"
         logger.warning(
-            "%d batch norms keep the running statistics of the base model, in train mode too, because an adapter file "
+            "%s the running statistics of the base model, in train mode too, because an adapter file "
             "does not hold them; FloraConfig(freeze_batch_norm=False) lets them move, modules_to_save trains them",
-            len(told),
+            norms,
         )
 
 
