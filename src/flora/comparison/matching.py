@@ -13,14 +13,15 @@ Costs = Callable[[int], Mapping[str, int]]
 def match_ranks(costs: Costs, budget: int) -> dict[str, int]:
     """A rank for each layer, such that all together cost at most ``budget`` and nearly that.
 
-    The largest rank that all layers can have, and then one more for single layers, the dearest step that fits first.
+    The largest rank that all layers can have, and then one more for single layers: of the steps that fit, the most
+    expensive first.
 
     Args:
         costs: what each layer costs when all have that rank; it must not fall with the rank.
         budget: trainable parameters to spend.
 
     Raises:
-        ValueError: rank 1 is too dear already.
+        ValueError: rank 1 costs more than that.
     """
     least = sum(costs(1).values())
     if least > budget:

@@ -20,7 +20,7 @@ def miss(base: nn.Module, request: Request) -> nn.Module:
     """PEFT's MiSS.
 
     Raises:
-        RefusedError: it can adapt none of the layers, or the smallest size is too dear.
+        RefusedError: it can adapt none of the layers, or the smallest size costs too much.
     """
 
     def configure(ranks: dict[str, int], found: Targets) -> PeftConfig:

@@ -30,7 +30,7 @@ from flora.tucker.ranks import resolve
 from flora.tuner.config import FloraConfig
 from flora.tuner.gradient.start import Start
 
-# How LoKr splits a matrix, from its default, the cheapest, to the dearest.
+# How LoKr splits a matrix, from its default, the cheapest, to the most expensive.
 LOKR_FACTORS = (-1, 16, 8, 4, 2)
 PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Module -> its raw parameters that are adapted; none for a layer as such.
@@ -81,7 +81,7 @@ def lora(base: nn.Module, request: Request, **options: Any) -> nn.Module:
     """PEFT's LoRA; with ``use_dora=True`` its DoRA.
 
     Raises:
-        RefusedError: it can adapt none of the layers, or rank 1 is too dear.
+        RefusedError: it can adapt none of the layers, or rank 1 costs too much.
     """
     return _peft(base, request, partial(lora_config, request, options))
 
@@ -282,7 +282,7 @@ def match(costs: Costs, request: Request) -> dict[str, int]:
     """A rank for each layer, such that all together spend the budget.
 
     Raises:
-        RefusedError: there is no layer, or rank 1 is too dear.
+        RefusedError: there is no layer, or rank 1 costs too much.
     """
     if not costs(1):
         raise RefusedError("it can adapt none of FLoRA's layers")

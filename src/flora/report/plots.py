@@ -95,7 +95,7 @@ def draw_curves(axes: Axes, panel: str, curves: Sequence[Curve]) -> None:
     for curve in curves:
         marker = "o" if len(curve.steps) < 40 else None
         # A mark on the edge, such as a score of 0, is drawn whole.
-        options = {"marker": marker, "markersize": 3.5, "clip_on": False, "zorder": 3}
+        options: Any = {"marker": marker, "markersize": 3.5, "clip_on": False, "zorder": 3}
         axes.plot(curve.steps, curve.values, color=curve.colour, label=curve.label, **options)
 
     axes.set(xlabel="step", ylabel=panel)

@@ -270,7 +270,9 @@ def _nearest_key(key: str, known: list[str], groups: Mapping[str, Any]) -> str:
 def _key_in(message: str) -> str | None:
     """The key that jsonargparse complains about."""
     found = re.search(r'key "([\w.]+)"', message)
-    return found[1] if found else None
+    if found is None:
+        return None
+    return found[1]
 
 
 def _lookup(values: Mapping[str, Any], key: str) -> Any:
@@ -306,4 +308,6 @@ def _plain_name(kind: Any) -> str:
 
 def _short(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    if len(text) <= 80:
+        return text
+    return f"{text[:77]}..."

@@ -37,8 +37,8 @@ class Comparison:
             own. Empty: what LoRA of rank ``lora_r`` costs.
         lora_r: that rank.
         scale: alpha / r of the adapters other than FLoRA.
-        probe_epochs: so long the head alone is trained first, on the frozen base, the same for every method. For new
-            heads; 0 is not at all.
+        probe_epochs: for how many epochs the head alone is trained first, on the frozen base, the same for every
+            method. It is for new heads; 0 leaves it out.
     """
 
     learning_rates: list[float] = field(default_factory=lambda: [1e-4, 3e-4, 1e-3, 3e-3])

@@ -105,7 +105,7 @@ def claim(target: Path, *, wait: bool = False, keep: Collection[str] = ()) -> It
     Args:
         target: the output; its parent folders are made.
         wait: waits for another process that writes it, instead of raising.
-        keep: names in the folder of the claim that a failure, or a kill, leaves for the next run to go on with.
+        keep: names in the folder of the claim that a failure, or a kill, leaves for the next run to continue with.
 
     Raises:
         UserError: another process, or another thread, is writing it.

@@ -203,7 +203,7 @@ def _fill(options: Mapping[str, Sequence[Choice]], chosen: dict[str, Choice], le
         for name, listed in options.items():
             held = chosen[name]
 
-            # Choices come with rising cost and falling error: the dearest that fits is the best.
+            # Choices come with rising cost and falling error: the last one that fits is the best.
             choice = listed[bisect_right(listed, held.params + left, key=lambda choice: choice.params) - 1]
             if choice.error < held.error and (best is None or held.error - choice.error > best[0]):
                 best = (held.error - choice.error, name, choice)

@@ -175,7 +175,7 @@ def solve_budget(weights: Mapping[str, Weight], budget: int, kernel_r: int | Non
     """Ranks per weight that spend at most ``budget`` trainable parameters, and as many of them as ranks allow.
 
     One rank is raised for all weights together while it fits; what is left is spent by raising single weights, the
-    lowest rank first and of those the dearest step, until no step is affordable.
+    lowest rank first and of those the most expensive step, until no step is affordable.
 
     Args:
         weights: name -> shape and roles.
@@ -206,8 +206,8 @@ def solve_budget(weights: Mapping[str, Weight], budget: int, kernel_r: int | Non
         else:
             high = middle - 1
 
-    # What is left buys one more step for single weights. ``min`` takes the lowest level first, and of those the dearest
-    # step, so that no weight runs ahead while another could still be raised.
+    # What is left buys one more step for single weights. ``min`` takes the lowest level first, and of those the most
+    # expensive step, so that no weight runs ahead while another could still be raised.
     level = {name: ladder.best(low) for name, ladder in of.items()}
     left = budget - total(low)
     while steps := [

@@ -13,7 +13,7 @@ PREFIX = "tucker_"
 def _add_peft_type() -> None:
     """Adds the member to PEFT's enum, which ``register_peft_method`` asks for and offers no way to do.
 
-    ``type.__setattr__`` goes round the enum's own guard; it is needed from Python 3.12 on, where enum members are plain
+    ``type.__setattr__`` avoids the enum's own guard. It is needed from Python 3.12 on, where enum members are plain
     class attributes.
     """
     if NAME in PeftType.__members__:

@@ -36,7 +36,10 @@ def warn_if_unreached(model: nn.Module, args: Any, output: Any) -> None:
     stop_watching(model)
     silent = [name for name, layer in layers.items() if not layer.reached]
     if silent:
-        shown = ", ".join(silent[:5]) + (f" and {len(silent) - 5} more" if len(silent) > 5 else "")
+        shown = ", ".join(silent[:5])
+        if len(silent) > 5:
+            shown += f" and {len(silent) - 5} more"
+
         warnings.warn(
             f"{len(silent)} of {len(layers)} adapted layers were neither called nor read in the first step with "
             f"gradients, so they do not train: {shown}. This input did not reach them, or their parent goes round "

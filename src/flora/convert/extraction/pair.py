@@ -122,7 +122,10 @@ class Pair:
         """``tuned - base`` in float32, folded to the N-d tensor that is decomposed."""
         shape = self.shape(name)
         old, new = (self.files.read(name, shape, source) for source in (self.base, self.tuned))
-        delta = new.float() - old.float() if new.is_floating_point() else torch.zeros(shape)
+        if new.is_floating_point():
+            delta = new.float() - old.float()
+        else:
+            delta = torch.zeros(shape)
 
         if not torch.isfinite(delta).all():
             raise UserError(f"{name} has NaN or infinite entries in {self.base.path} or {self.tuned.path}")

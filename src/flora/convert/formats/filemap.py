@@ -69,7 +69,10 @@ class FileMap:
 
     def entry(self, name: str) -> str | None:
         """The file entry that holds a tensor in one piece, or None if there is none."""
-        return self._entry_of.get(name) or (name if name in self.checkpoint else None)
+        found = self._entry_of.get(name)
+        if found is None and name in self.checkpoint:
+            return name
+        return found
 
     def name_of(self, key: str) -> str:
         """The name in the model of a tensor that the files have in one piece."""
@@ -122,9 +125,14 @@ class FileMap:
     def _hint(self, name: str) -> str:
         if self.tied_to(name) is not None:
             return "; it is tied to another weight, and changing one alone would untie them: untie before training"
+
+        remedy = "; give the base model that the adapter was trained on"
         leaf = ".".join(name.split(".")[-2:])
         near = next((key for key in self.checkpoint if key.endswith(leaf)), None)
-        return "; give the base model that the adapter was trained on" + (f" (it has {near!r})" if near else "")
+        if near is None:
+            return remedy
+
+        return f"{remedy} (it has {near!r})"
 
     # ---- tensors -----------------------------------------------------------------------------------------------------
 
