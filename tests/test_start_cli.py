@@ -35,6 +35,14 @@ def test_a_checkpoint_keeps_the_ranks_that_the_gradient_gave(tmp_path: Path) -> 
     assert again["trainable_parameters"] == whole["trainable_parameters"]
 
 
+def test_a_single_batch_begins_as_configured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ("training.per_device_train_batch_size=5000", "training.max_steps=1")
+    metrics = train(read("digits-tiny", [f"output={tmp_path / 'run'}", *QUICK, *few]))
+    assert "needs two batches or more" in (told := capsys.readouterr().out)
+    assert "got 1; the adapter begins as configured" in told
+    assert metrics["start"] is None
+
+
 def test_a_start_that_does_not_exist() -> None:
     with pytest.raises(
         ValueError, match=r"adapter.start is 'gradients', expected one of init, gradient, gradient-ranks"

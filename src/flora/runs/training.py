@@ -45,6 +45,7 @@ from flora.storage.atomic import Claim, read_json, write_json, write_text
 from flora.storage.progress import show_loss
 from flora.storage.system import sync
 from flora.tuner.config import FloraConfig
+from flora.tuner.gradient.collect import TooFewBatchesError
 from flora.tuner.gradient.start import adapt_and_tell
 from flora.tuner.model import FloraModel
 from flora.tuner.statistics import hold_untrained_statistics
@@ -345,17 +346,23 @@ def _adapt(
     """The base model with its adapter, and how the adapter was started along the gradient, if it was."""
     # PEFT refuses names that the model does not have.
     with user_errors(ValueError, re.error):
+        config = _config(settings, checkpoint)
         if settings.start == "init" or checkpoint is not None:
-            return get_peft_model(cast("Any", base), _config(settings, checkpoint)), None
+            return get_peft_model(cast("Any", base), config), None
 
-        first = first_batches(base, recipe, data, arguments)
-        config, choose_ranks = FloraConfig(**settings.adapter), settings.start == "gradient-ranks"
-        model, begun = adapt_and_tell(base, config, first.batches, loss=first.loss, choose_ranks=choose_ranks)
+        first, choose_ranks = first_batches(base, recipe, data, arguments), settings.start == "gradient-ranks"
+        try:
+            model, begun = adapt_and_tell(base, config, first.batches, loss=first.loss, choose_ranks=choose_ranks)
+            told = str(begun)
+        except TooFewBatchesError as error:
+            model, begun = get_peft_model(cast("Any", base), config), None
+            told = f"{error}; the adapter begins as configured"
+
         # The order of the samples is then that of a run without this.
         set_seed(settings.seed)
 
     if arguments.process_index == 0:
-        print(begun)
+        print(told)
 
     return model, begun
 

@@ -76,18 +76,22 @@ def places_of(model: nn.Module, adapter: str) -> list[Place]:
     return found
 
 
+class TooFewBatchesError(UserError):
+    """There is no batch that could judge the step."""
+
+
 def first_batches(batches: Iterable[Any], count: int) -> Batches:
     """The first of them, the last quarter of which is for judging.
 
     Raises:
-        ValueError: there are fewer than two.
+        TooFewBatchesError: there are fewer than two.
     """
     if not isinstance(batches, Iterable):
         raise WrongTypeError(f"batches must be a loader or a list of batches, got a {type(batches).__name__}")
 
     taken = list(islice(batches, count))
     if len(taken) < 2:
-        raise UserError(
+        raise TooFewBatchesError(
             f"the start from the gradient needs two batches or more, one of them for judging the step; got {len(taken)}"
         )
 
