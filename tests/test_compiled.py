@@ -58,6 +58,24 @@ def test_the_sum_of_weight_and_update(name: str, scale: float) -> None:
     assert all(torch.allclose(value, other, rtol=0, atol=1e-10) for value, other in zip(gradients, exact, strict=True))
 
 
+def test_the_sum_in_half_precision_is_rounded_without_bias() -> None:
+    """Each entry is one of its two neighbours, many together keep a dW that is far below a step of bfloat16."""
+    weight = torch.ones(131, 127, dtype=torch.bfloat16)
+    core = torch.full((3, 2), 1e-4, requires_grad=True)
+    factors = torch.ones(131, 3, requires_grad=True), torch.ones(127, 2, requires_grad=True)
+
+    found = summed._formed_plain(weight, 0.5, core, *factors)
+    found.backward(torch.ones_like(found))
+
+    step = 2**-7
+    assert found.dtype == torch.bfloat16
+    assert found.shape == weight.shape
+    assert set(found.unique().tolist()) == {1.0, 1.0 + step}
+    assert (found.float().mean() - 1).item() == pytest.approx(3e-4, rel=0.05)
+    assert core.grad is not None
+    assert torch.allclose(core.grad, torch.full_like(core, 0.5 * 131 * 127), rtol=1e-6)
+
+
 # ---- kernels -------------------------------------------------------------------------------------------------------
 
 
@@ -78,19 +96,20 @@ def tokens() -> nn.Module:
 
 
 # The last number is how many kernels LoRA of rank 8 asks for. It leaves out the depthwise and the transposed layer.
-SMALL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
-    "images": (images, (12, 8, 8), 10),
-    "volumes": (volumes, (12, 4, 4, 4), 3),
-    "tokens": (tokens, (16, 24), 5),
+SMALL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, int]] = {
+    "images": (images, (12, 8, 8), "float32", 10),
+    "volumes": (volumes, (12, 4, 4, 4), "float32", 3),
+    "tokens": (tokens, (16, 24), "float32", 5),
+    "tokens in half precision": (tokens, (16, 24), "bfloat16", 6),
 }
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler
 @pytest.mark.parametrize("name", SMALL)
 def test_no_more_kernels_than_lora_on_its_layers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    build, size, most = SMALL[name]
+    build, size, dtype, most = SMALL[name]
     monkeypatch.setitem(compiled.ROWS, name, lambda: (build(), [size]))
-    found = compiled.count(name, "flora-same", "float32")
+    found = compiled.count(name, "flora-same", dtype)
     assert found["kernels"] <= most
     check(found)
 
