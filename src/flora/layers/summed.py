@@ -150,8 +150,8 @@ def _formed_plain(weight: Tensor, scale: float, core: Tensor, *factors: Tensor |
 
     rows = _rows(core, factors, _chain(core, factors).steps)
 
-    # A compiler would make one product of a product and a sum of matrices, and write all of W in float32 first. A sum of
-    # tensors with a mode more it leaves apart, and fuses it with the rounding.
+    # A compiler would make one product of a product and a sum of matrices, and write all of W in float32 first. A sum
+    # of tensors with a mode more it leaves apart, and fuses it with the rounding.
     if weight.dtype in device.HALF:
         update = _update(factors[0], rows[-1], scale).reshape(weight.shape)
         return with_update(weight.unsqueeze(0), update.unsqueeze(0)).squeeze(0)
