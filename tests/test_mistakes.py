@@ -126,7 +126,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     f"{TRAIN} compare.budgets=[0]": ("compare.budgets is [0], expected counts of parameters from 1",),
     # ---- where it is written
     f"{TRAIN} output=": ("output is '', expected the path of a folder",),
-    f"{TRAIN} output=notes.txt": ("notes.txt is a file", "set output=FOLDER"),
+    f"{TRAIN} output=notes.txt": ("notes.txt is not a folder", "set output=FOLDER"),
     f"{TRAIN} output=base": ("base is not an output folder of flora", "set output=FOLDER"),
     # ---- data and models
     "train vision_classify-tiny task.data=photoz": ("no such file or folder here", "did you mean 'photos'?"),

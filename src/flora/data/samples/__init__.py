@@ -18,6 +18,7 @@ import torch
 
 from flora.errors import UserError
 from flora.storage.atomic import cache_folder, staged_folder
+from flora.storage.progress import hidden_bars
 
 PREFIX = "sample:"
 Maker = Callable[[Path], None]
@@ -57,7 +58,7 @@ def locate(where: str) -> str:
     folder = cache_folder() / f"{file}-{maker}-{version}"
     if not folder.is_dir():
         # A run that makes it draws as one that finds it.
-        with staged_folder(folder) as staged, torch.random.fork_rng():
+        with staged_folder(folder) as staged, torch.random.fork_rng(), hidden_bars():
             cast("Maker", module.MAKERS[maker])(staged)
 
     return str(folder)

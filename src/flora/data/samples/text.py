@@ -27,8 +27,6 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from flora.storage.progress import hidden_bars
-
 SIZES = {"train": 160, "validation": 40, "test": 40}
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 THINGS = ["film", "book", "song", "play", "story", "meal", "walk", "trip"]
@@ -93,7 +91,7 @@ def write_tokenizer(folder: Path, texts: Iterable[str], special: Iterable[str] =
 
 def write_model(folder: Path, build: Any, config: Any) -> None:
     """A model with random weights, always the same."""
-    with torch.random.fork_rng(), hidden_bars():
+    with torch.random.fork_rng():
         torch.manual_seed(0)
         model: PreTrainedModel = build(config)
         model.save_pretrained(folder)

@@ -24,8 +24,6 @@ from transformers import (
     UperNetForSemanticSegmentation,
 )
 
-from flora.storage.progress import hidden_bars
-
 SHAPES = {"circle": (220, 90, 60), "square": (60, 200, 90), "triangle": (90, 90, 220)}
 NAMES = list(SHAPES)
 PARTS = {"train": 48, "validation": 18, "test": 18}
@@ -123,8 +121,7 @@ def boxes(folder: Path) -> None:
 
 def save(folder: Path, model: PreTrainedModel, processor: Any) -> None:
     """Writes a model with its image processor."""
-    with hidden_bars():
-        model.save_pretrained(folder)
+    model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
