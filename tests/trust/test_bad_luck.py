@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import tempfile
 import time
@@ -400,3 +401,30 @@ def test_odd_places(command: str, inputs: Path, tmp_path: Path) -> None:
     failed = gather({name: lambda name=name: check_place(command, name, inputs, tmp_path) for name in PLACES})
     assert failed == [], "\n".join(failed)
     assert contents(inputs) == before
+
+
+@pytest.mark.slow
+def test_a_system_that_knows_ascii_only(inputs: Path, tmp_path: Path) -> None:
+    """Outputs and what is printed are the same; a name that is not ASCII is refused there by name."""
+    program = (
+        "import flora_cli, sys\n"
+        "for line in sys.stdin.read().splitlines():\n"
+        "    print('code', flora_cli.main(line.split()), flush=True)\n"
+    )
+    lines = [words.format(**{"in": inputs, "out": name.replace(" ", "-")}) for name, words in WRITERS.items()]
+    lines += [f"convert {inputs / 'adapter'} --to lora --out \u00fcn\u00ef"]
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    importable = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        input="\n".join(lines).encode(),
+        env={**os.environ, **ascii_only, "PYTHONPATH": importable},
+        cwd=tmp_path,
+        capture_output=True,
+        check=False,
+    )
+    codes = [line for line in done.stdout.decode().splitlines() if line.startswith("code ")]
+    assert codes == ["code 0"] * len(WRITERS) + ["code 2"], done.stderr
+    assert b"Traceback" not in done.stderr
+    assert b"has a name that is not UTF-8 text" in done.stderr
