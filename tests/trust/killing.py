@@ -207,6 +207,8 @@ def _be_the_command(argv: list[str], disk: Disk, under: Callable[[], object], wr
         torch.save = disk.telling(torch.save, 1)
         safetensors.torch.serialize_file = disk.telling(safetensors.torch.serialize_file, 1)
         sys.addaudithook(disk.audit)
+        # A shell lets what it starts in the background ignore Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.alarm(HANGS)
         under()
         code = flora_cli.main(argv)
