@@ -79,6 +79,9 @@ AWAY = "2c697203"  # begins the commit of the lines that another machine made
 AWAY_NOTE = """The lines of the commit 2c69720 were made on another machine, whose tree may have been that of the commit
 before or after. MiniLM-L6 was sent there in half precision, with the embeddings of unused words set to zero. Trainings
 of one seed on two machines have the same samples in the same order, and differ by rounding."""
+RENAMED_NOTE = """Up to the commit a6b8d7e the code called the gradient start `flora-equal`, and the one with chosen
+ranks `flora-gradient`; their lines have the present names. Lines of starts with larger steps than are tried now were
+taken out."""
 SHORT = ("lora", "lycoris", "flora", OURS, "full")  # the table of the README
 RIVALS = ("lora", "lycoris", "full")  # what the method is claimed to be better than, or level with
 PARTS = {
@@ -261,7 +264,7 @@ def origin(lines: Sequence[Mapping[str, Any]]) -> list[str]:
 
     listed = "\n".join(f"* {count} trainings: {place}" for place, count in told.items())
     if any(line["commit"].startswith(AWAY) for line in lines):
-        return [listed, AWAY_NOTE]
+        return [listed, AWAY_NOTE, RENAMED_NOTE]
 
     return [listed]
 
