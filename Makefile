@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 RUN := $(VENV)/.installed-run
 DEV := $(VENV)/.installed-dev
 # A pretrained 3-D U-Net and few labelled volumes: what adapters of N-dimensional weights are for. FLoRA is
-# ahead of LoRA there at equal parameters, beyond the interval over ten seeds. About four minutes on two cores.
+# ahead of LoRA there at equal parameters, beyond the interval over ten seeds. About five minutes on two cores.
 CONFIG ?= examples/hippocampus/hippocampus.yaml
 OUTPUT ?= outputs/$(basename $(notdir $(CONFIG)))
 COMPARE ?= --methods flora-gradient,lora,full --seeds 0,1,2,3,4,5,6,7,8,9
