@@ -115,7 +115,7 @@ def full_scratch() -> None:
 
     def refused(*args: object, dir: str | Path | None = None, **options: object) -> str:
         if dir is None:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/x")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(Path(tempfile.gettempdir()) / "x"))
         return make(*args, dir=dir, **options)  # type: ignore[call-overload, no-any-return]
 
     tempfile.mkdtemp = refused  # type: ignore[assignment]
