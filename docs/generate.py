@@ -29,7 +29,6 @@ EXPORT = {
 # What the others can attach to; tests/test_docs.py tries every layer with PEFT.
 PEFT_LORA = {"linear": "yes", "conv": "not transposed", "embedding": "not bags", "attention": "yes"}
 LYCORIS = {"linear": "`nn.Linear`", "conv": "not transposed", "norm": "`train_norm`"}
-MIB = 2**20
 
 
 def layer_table() -> str:
@@ -120,85 +119,50 @@ def _score(row: dict[str, Any]) -> str:
 
 
 def gpu_table() -> str:
-    """Where FLoRA loses on a GPU; then each method's time and memory, of whole models and its worst linear layer."""
+    """FLoRA's step relative to LoRA's and to full fine-tuning's, every row and mode; bold where FLoRA loses."""
     report = read("gpu")
-    shown = ("frozen", "flora", "lora", "full")
-    lines = [
-        "| training step | | " + " | ".join(NAMES[name] if name != "frozen" else name for name in shown) + " |",
-        "|---|---|---|---|---|---|",
-    ]
-    linear = [row for row in report["rows"] if row.get("group") == "linear" and "methods" in row]
-    worst = max(linear, key=lambda row: _eager(row, "flora") / _eager(row, "lora"))
-    chosen = [*(row for row in report["models"] if "methods" in row), worst]
-    for row in chosen:
-        methods = [row["methods"].get(name, {}) for name in shown]
-        label = f"{CASES.get(row['case'], row['case'])}, {row['size']}"
-        for mode, meaning in MODES.items():
-            times = [method.get("ms", {}).get(mode, {}).get("median") for method in methods]
-            if any(times):
-                lines.append(f"| {label} | {meaning} | {' | '.join(_number(value, 'ms', 1) for value in times)} |")
-        peaks = [method.get("peak", {}).get("eager") for method in methods]
-        megabytes = [None if value is None else value / MIB for value in peaks]
-        lines.append(f"| | peak memory, eager | {' | '.join(_number(value, 'MiB', 0) for value in megabytes)} |")
+    rows = [row for row in [*report["models"], *report["rows"]] if "methods" in row]
+
+    heads = [f"{OTHERS[other]}: {meaning}" for other in OTHERS for meaning in [*MODES.values(), "peak memory"]]
+    lines = [f"| FLoRA's step relative to | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
+    for row in rows:
+        cells = [_relative(figure) for other in OTHERS for figure in _against(row, other)]
+        lines.append(f"| {CASES.get(row['case'], row['case'])}, {row['size']} | {' | '.join(cells)} |")
+
     versions = report["versions"]
     lines += [
         "",
-        f"{report['machine']['device']}, {report['dtype']}, torch {versions['torch']}, PEFT {versions['peft']}, rank "
-        f"{chosen[0]['rank']} for both adapters, commit {'about ' if report.get('commit_is_approximate') else ''}"
-        f"{report['commit'][:7]}. A step is a forward and a backward without an optimiser.",
-        "",
-        *_against_lora(chosen),
+        "Below 1 FLoRA is faster, or takes less; **bold**: it loses. Memory is that of an eager step, - was not "
+        f"measured. {report['machine']['device']}, {report['dtype']}, torch {versions['torch']}, PEFT "
+        f"{versions['peft']}, rank {rows[0]['rank']} for both adapters, commit "
+        f"{'about ' if report.get('commit_is_approximate') else ''}{report['commit'][:7]}. A step is a forward and a "
+        "backward without an optimiser.",
     ]
-    return "\n".join([*_where_it_loses([*report["models"], *linear]), "", *lines])
+    return "\n".join(lines)
 
 
-def _eager(row: dict[str, Any], method: str) -> float:
-    return float(row["methods"][method]["ms"]["eager"]["median"])
-
-
-def _where_it_loses(rows: list[dict[str, Any]]) -> list[str]:
-    """A sentence for each mode with the rows in which FLoRA takes longer than LoRA."""
+def _against(row: dict[str, Any], other: str) -> list[float | None]:
+    """FLoRA's time over that of another method in each mode, then its peak memory over the other's."""
     sys.path.insert(0, str(ROOT))
     from benchmarks.ratios import ratio
 
-    sentences = []
-    for mode, meaning in MODES.items():
-        found = [row for row in rows if all(mode in row["methods"][name]["ms"] for name in ("flora", "lora"))]
-        behind = []
-        for row in found:
-            times = ratio(row, "flora", "lora", mode=mode)
-            if times is not None and times > 1:
-                behind.append(f"{CASES.get(row['case'], row['case'])} ({times:.2f} times LoRA's step)")
-        told = f"in {len(behind)} of {len(found)}: {', '.join(behind)}" if behind else f"in none of {len(found)}"
-        sentences.append(f"* {meaning}: {told}.")
-    return ["Rows in which FLoRA takes longer than LoRA:", "", *sentences]
+    times = [ratio(row, "flora", other, mode=mode) for mode in MODES]
+    ours, theirs = (row["methods"].get(name, {}).get("peak", {}).get("eager") for name in ("flora", other))
+
+    if not ours or not theirs:
+        return [*times, None]
+
+    return [*times, ours / theirs]
 
 
-def _number(value: float | None, unit: str, digits: int) -> str:
-    return "-" if value is None else f"{value:,.{digits}f} {unit}"
-
-
-def _against_lora(rows: list[dict[str, Any]]) -> list[str]:
-    """A sentence per row: how FLoRA compares with LoRA and with full fine-tuning, in time and memory."""
-    from benchmarks.ratios import ratio
-
-    lines = []
-    for row in rows:
-        flora, lora = (row["methods"].get(name, {}) for name in ("flora", "lora"))
-        parts = []
-        for mode, meaning in MODES.items():
-            against = [ratio(row, "flora", other, mode=mode) for other in ("lora", "full")]
-            if None not in against:
-                parts.append(
-                    f"{against[0]:.2f} times LoRA's step and {against[1]:.2f} times that of full fine-tuning "
-                    f"({meaning})"
-                )
-        peaks = [method.get("peak", {}).get("eager") for method in (flora, lora)]
-        if all(peaks):
-            parts.append(f"{peaks[0] / peaks[1]:.2f} of LoRA's peak memory")
-        if parts:
-            lines.append(f"* {CASES.get(row['case'], row['case'])}: FLoRA takes {'; '.join(parts)}.")
-    return lines
+def _relative(figure: float | None) -> str:
+    """A ratio with two digits, bold where FLoRA's is the larger by what these show."""
+    if figure is None:
+        return "-"
+    text = f"{figure:.2f}"
+    if float(text) > 1:
+        return f"**{text}**"
+    return text
 
 
 def read(name: str) -> dict[str, Any]:
@@ -208,6 +172,7 @@ def read(name: str) -> dict[str, Any]:
 
 
 MODES = {"eager": "eager", "compiled": "`torch.compile`", "captured": "CUDA graph"}
+OTHERS = {"lora": "LoRA", "full": "full"}  # whom FLoRA is held against on a GPU
 CASES = {  # the names of the GPU's rows, in words
     "convnext": "ConvNeXt-V2-Large",
     "unet": "diffusion U-Net",

@@ -434,12 +434,12 @@ TRAINED: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("cached", [1, 2**18], ids=["sample by sample", "at once"])
+@pytest.mark.parametrize("cached", [1, 2**19], ids=["sample by sample", "at once"])
 @pytest.mark.parametrize("name", TRAINED)
 def test_the_gradient_of_a_depthwise_kernel(
     name: str, cached: int, last: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernel_gradient, "CACHED", cached)
+    monkeypatch.setattr(device, "CACHED", cached)
     torch.manual_seed(0)
     layer = TRAINED[name]().double()
     x = torch.randn((2, layer.in_channels, 11, 13, 7)[: layer.weight.ndim], dtype=torch.float64)

@@ -178,7 +178,7 @@ def kept(x: Tensor, *small: Tensor | None) -> Sequence[Tensor | None]:
 
 def writes_planes(channels: int, x: Tensor) -> bool:
     """Whether so few channels are better written plane by plane and turned around afterwards."""
-    return channels < FEW_CHANNELS and on_cpu(x)
+    return channels < FEW_PLANES and on_cpu(x)
 
 
 def prefers_volumes_channels_last(x: Tensor) -> bool:
@@ -186,8 +186,8 @@ def prefers_volumes_channels_last(x: Tensor) -> bool:
     return on_cpu(x) and torch.backends.cpu.get_cpu_capability() != "AVX512"
 
 
-FEW_CHANNELS = 16
-CACHED = 2**19  # numbers that the cache of a CPU holds
+FEW_PLANES = 16  # channels from which on an output is written with all of them at once
+CACHED = 2**19  # numbers that the cache of a CPU holds, of all operands together
 LEAST_ROWS = 64  # that are worth a product of their own
 BLOCK = 16  # rows that products work on at a time; others waste a part of the last block
 

@@ -11,8 +11,7 @@ from torch import Tensor
 from flora.layers import device
 
 LARGE_KERNEL = 25  # pixels of a depthwise kernel from which torch's own gradient is slow, as of ConvNeXt's 7 x 7
-CACHED = 2**18  # numbers that a CPU's cache holds
-FEW_CHANNELS = 64  # up to which a volume's gradient pays for copies of input and gradient
+NARROW_VOLUME = 64  # channels up to which a volume's gradient pays for copies of input and gradient
 
 
 def gradient(geometry: Any, x: Tensor, grad: Tensor, weight: Tensor) -> Tensor | None:
@@ -41,7 +40,7 @@ def _is_large_depthwise(geometry: Any, weight: Tensor, x: Tensor) -> bool:
 
 def _is_narrow_volume(geometry: Any, weight: Tensor, x: Tensor) -> bool:
     dense = geometry.groups == 1 and {*geometry.stride, *geometry.dilation} == {1} and weight[0, 0].numel() > 1
-    narrow = x.ndim == 5 and 1 < x.shape[1] <= FEW_CHANNELS and x.is_contiguous() and x.dtype == torch.float32
+    narrow = x.ndim == 5 and 1 < x.shape[1] <= NARROW_VOLUME and x.is_contiguous() and x.dtype == torch.float32
     return dense and narrow and device.prefers_volumes_channels_last(x)
 
 
@@ -74,7 +73,7 @@ def depthwise(
     """
     channels, kernel = x.shape[1], weight.shape[2:]
     total = weight.new_zeros(channels, *kernel)
-    samples = max(1, CACHED // x[0].numel())
+    samples = max(1, device.CACHED // (x[0].numel() + grad[0].numel()))
     for some_x, some_grad in zip(x.split(samples), grad.split(samples), strict=True):
         planes = some_x.shape[0] * channels
 
