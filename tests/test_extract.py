@@ -29,7 +29,7 @@ from flora.convert.extraction import finetune as module
 from flora.convert.extraction.finetune import Extracted, extract
 from flora.layers.axes import roles_of
 from flora.layers.layout import from_shape
-from flora.tucker.allocation import choices, is_cut, spend
+from flora.tucker.allocation import Choice, choices, is_cut, spend
 from flora.tucker.decomposition import decompose
 from flora.tucker.form import count_params
 from flora.tucker.ranks import Weight, resolve, solve_budget
@@ -107,6 +107,13 @@ def test_a_budget_beats_the_uniform_solver_of_the_tuner_too() -> None:
     assert sum(choice.params for choice in spent.values()) <= 900
     uniform = sum((decompose(t, ranks[n]).error * float(t.norm())) ** 2 for n, t in tensors.items())
     assert sum(choice.error for choice in spent.values()) < uniform
+
+
+def test_a_budget_below_the_first_choices_is_refused() -> None:
+    listed = [Choice((1, 1), 24, 5.0), Choice((2, 2), 50, 1.0)]
+    with pytest.raises(ValueError, match="budget of 47 parameters is below 48, what the smallest ranks of 2 weights"):
+        spend({"a": listed, "b": listed}, 47)
+    assert [choice.params for choice in spend({"a": listed, "b": listed}, 48).values()] == [24, 24]
 
 
 def test_large_ranks_are_tried_where_the_small_ones_do_not_do(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from flora.tuner.gradient import start as starting
 from flora.tuner.gradient.allocate import MOST, allocate
 from flora.tuner.gradient.collect import Batches
 from flora.tuner.gradient.start import adapt_and_tell, smallest_good_step
-from flora.tuner.layer import FloraLayer
+from flora.tuner.layer import FloraLayer, named_layers
 
 
 class Several(nn.Module):
@@ -288,7 +288,10 @@ def test_where_nothing_helps_it_begins_as_configured(kind: str) -> None:
     torch.manual_seed(1)
     adapted = adapt_and_tell(base, config, data, loss=lambda model, x: scale * model(x))
     assert adapted.start.step == 0
+    reason = {"uphill": "no step lowers the loss of ", "nan": "zero or not finite", "flat": "zero or not finite"}[kind]
+    assert reason in str(adapted.start)
     assert "begins as configured" in str(adapted.start)
+    assert "nan" not in str(adapted.start)
     for one, two in zip(usual.parameters(), adapted.model.parameters(), strict=True):
         assert torch.equal(one, two)
 
@@ -329,6 +332,14 @@ def test_what_it_refuses() -> None:
     model = get_peft_model(layer, flora.FloraConfig(r=2, target_modules=["0"]))
     with pytest.raises(ValueError, match="two batches"):
         flora.start(model, data[:1], loss=squares)
+    for count, said in (
+        (1, "count is 1, expected 2 or more"),
+        (-3, "count is -3"),
+        (2.5, "whole number"),
+        (True, "True"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            flora.start(model, data, loss=squares, count=count)
     with pytest.raises(ValueError, match="without a loss"):
         flora.start(model, [x for x, _ in data])
     with pytest.raises(ValueError, match="does not depend"):
@@ -336,6 +347,28 @@ def test_what_it_refuses() -> None:
     flora.start(model, data, loss=squares)
     with pytest.raises(ValueError, match="has not been trained"):
         flora.start(model, data, loss=squares)
+
+
+def test_a_module_of_the_models_own_named_base_layer() -> None:
+    """DLA's backbones have one; PEFT calls so what is inside its wrappers."""
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"base_layer": nn.Sequential(nn.Linear(11, 13), nn.Linear(13, 7)), "out": nn.Linear(7, 5)})
+    names = [name for name, _ in base.named_modules()]
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        return (inner["out"](inner["base_layer"](x).tanh()) - 1).square().mean()
+
+    data = [torch.randn(6, 11) for _ in range(4)]
+    config = flora.FloraConfig(budget=150, target_modules="all-linear")
+    model = flora.adapt(base, config, data, loss=loss, choose_ranks=True)
+    assert {layer.name for layer in named_layers(model)} <= {"base_layer.0", "base_layer.1", "out"}
+    assert sum(value.numel() for name, value in model.named_parameters() if "tucker_" in name) <= 150
+
+    before = loss(model, data[0])
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(loss(merged, data[0]), before)
+    assert [name for name, _ in merged.named_modules()] == names
 
 
 def test_the_step_is_the_smallest_that_gains_most() -> None:

@@ -39,7 +39,7 @@ def test_a_single_batch_begins_as_configured(tmp_path: Path, capsys: pytest.Capt
     few = ("training.per_device_train_batch_size=5000", "training.max_steps=1")
     metrics = train(read("digits-tiny", [f"output={tmp_path / 'run'}", *QUICK, *few]))
     assert "needs two batches or more" in (told := capsys.readouterr().out)
-    assert "got 1; the adapter begins as configured" in told
+    assert "got 1; give more data or smaller batches; the adapter begins as configured" in told
     assert metrics["start"] is None
 
 

@@ -80,6 +80,30 @@ def test_processes_agree_and_see_all_batches(tmp_path: Path) -> None:
     )
 
 
+def one_without_gradients(rank: int, folder: str) -> None:
+    """The first process never sends anything through the wide layer, as to an expert that no token goes to."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        x, y = batch
+        hidden = model.conv(x).tanh().mean(2) if rank else torch.ones(len(x), 140)
+        return (model.head(hidden) - y).square().mean()
+
+    model = get_peft_model(net(), flora.FloraConfig(r=[3, 2, 2], rank_pattern={"head": 2}, target_modules="all"))
+    flora.start(model, batches(10 + rank), loss=loss)
+    torch.save(state_of(model), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_weight_without_gradients_in_one_process(tmp_path: Path) -> None:
+    multiprocessing.start_processes(one_without_gradients, (str(tmp_path),), nprocs=2, start_method="spawn")
+    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert any("conv" in name and value.any() for name, value in one.items())
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
 def test_gradient_checkpointing_gives_the_same() -> None:
     states = []
     for checkpointing in (False, True):

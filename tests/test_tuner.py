@@ -22,7 +22,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 import flora
 from flora.tuner.forward import change_of_output
-from flora.tuner.layer import FloraLayer
+from flora.tuner.layer import FloraLayer, named_layers
 
 
 class Net(nn.Module):
@@ -345,6 +345,19 @@ def test_biases_of_adapted_layers_train_and_are_saved(build: Any, names: set[str
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(fresh, tmp_path, adapter_name="other")
     assert torch.equal(again(torch.ones(3, 7)), out)
+
+
+@pytest.mark.filterwarnings("ignore:the adapter has more parameters than the weight")
+def test_a_weighted_sum_where_the_model_has_a_base_layer_of_its_own() -> None:
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"base_layer": nn.Sequential(nn.Conv1d(3, 5, 2)), "head": nn.Linear(5, 7)})
+    config = flora.FloraConfig(r=2, target_modules="all", init_weights=False)
+    model = get_peft_model(base, config)
+    model.add_adapter("second", flora.FloraConfig(r=3, target_modules="all", init_weights=False))
+    model.base_model.add_weighted_adapter(["default", "second"], [0.5, -1.5], "sum")
+    for name, layer in named_layers(model):
+        one, two, found = (layer.delta(adapter, "weight").dense() for adapter in ("default", "second", "sum"))
+        torch.testing.assert_close(found, 0.5 * one - 1.5 * two, msg=name)
 
 
 @pytest.mark.filterwarnings("ignore:the adapter has more parameters than the weight")

@@ -35,6 +35,10 @@ class DivergedError(UserError):
     exit_code = 1
 
 
+class BudgetError(UserError):
+    """A budget of parameters that does not buy the smallest ranks."""
+
+
 class WrongTypeError(UserError, TypeError):
     """A value of a type that cannot be used."""
 
@@ -108,6 +112,18 @@ def _escaped(letter: str) -> str:
     if letter.isprintable() or letter in "\n\t":
         return letter
     return repr(letter)[1:-1]
+
+
+def counted(count: int, one: str, several: str = "") -> str:
+    """A number with the word for what is counted.
+
+    Examples:
+        >>> counted(1, "weight"), counted(3, "weight"), counted(3, "weight gets", "weights get")
+        ('1 weight', '3 weights', '3 weights get')
+    """
+    if count == 1:
+        return f"1 {one}"
+    return f"{count:,} {several or one + 's'}"
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

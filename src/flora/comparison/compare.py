@@ -7,15 +7,17 @@ the test set. Every run is written when it ends and found again: an interrupted 
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from peft import PeftModel
 from safetensors.torch import save_file
@@ -39,6 +41,7 @@ from flora.runs.settings import Settings
 from flora.runs.training import measure
 from flora.storage.atomic import check_target, claim, clear_parts, read_json, staged, write_json, write_text
 from flora.storage.replacing import check_replaceable
+from flora.tuner.statistics import logger as notices
 
 # The method whose first adapter is kept, ready to load.
 KEPT = "flora"
@@ -46,8 +49,13 @@ KEPT = "flora"
 SEARCH_SEEDS = 3
 # How often the grid of learning rates is extended at most.
 EXTENSIONS = 2
-# A method and its budget.
-Place = tuple[str, int | None]
+
+
+class Contender(NamedTuple):
+    """What has a line in the table of a comparison: a method, and how many parameters it may spend if it can choose."""
+
+    method: str
+    budget: int | None
 
 
 @dataclass(frozen=True)
@@ -129,7 +137,7 @@ class Bench:
             # The adapters of other libraries fail in these ways.
             if run.method == KEPT:
                 raise
-            return {**found, "merge_error": str(error).partition("\n")[0]}
+            return {**found, **_merge_failure(error)}
 
         return {**found, "merge_difference": difference}
 
@@ -156,6 +164,19 @@ class Bench:
             card = model_card(metrics, read_json(new / ADAPTER_CONFIG), str(target), classes)
             write_text(new / "README.md", card)
             write_json(new / METRICS, {**metrics, **provenance()})
+
+
+def _merge_failure(error: Exception) -> dict[str, str]:
+    """Why a rival's adapter cannot be merged, in words, and what was raised."""
+    raised = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+    # What we say is what is wrong, and then what to do about our own merge.
+    if isinstance(error, UserError):
+        reason = str(error).partition(";")[0]
+    else:
+        reason = "the merge of its library fails on a layer of this model; compare.json has what it raised"
+
+    return {"merge_error": reason, "merge_raised": raised}
 
 
 def _file_bytes(model: nn.Module, folder: Path) -> int:
@@ -263,16 +284,18 @@ def _is_result(path: Path) -> bool:
 
 def _compare(bench: Bench, methods: Sequence[str], seeds: Sequence[int], budgets: Sequence[int]) -> dict[str, Any]:
     settings, recipe = bench.settings, bench.recipe
-    places = [(method, budget) for method in methods for budget in (budgets if METHODS[method].matched else [None])]
+    contenders = [
+        Contender(method, budget) for method in methods for budget in (budgets if METHODS[method].matched else [None])
+    ]
 
-    with tqdm(unit="run") as bar:
-        found = _search(bench, places, seeds, bar)
+    with tqdm(unit="run") as bar, _each_notice_once():
+        found = _search(bench, contenders, seeds, bar)
         rows = []
-        for method, budget in places:
-            search = found[method, budget]
+        for contender in contenders:
+            search = found[contender]
             best = max(search, key=search.__getitem__, default=settings.comparison.learning_rates[0])
-            finals = [_tell(bench, Run(method, budget, best, seed, final=True), bar) for seed in seeds]
-            named = {"method": method, "title": METHODS[method].title, "budget": budget}
+            finals = [_tell(bench, Run(*contender, best, seed, final=True), bar) for seed in seeds]
+            named = {**contender._asdict(), "title": METHODS[contender.method].title}
             rows.append({**named, **_row(recipe.METRIC, search, best, finals)})
 
     report = {
@@ -291,26 +314,47 @@ def _compare(bench: Bench, methods: Sequence[str], seeds: Sequence[int], budgets
     return report
 
 
+@contextmanager
+def _each_notice_once() -> Iterator[None]:
+    """What an adapter says when it is attached, for all trainings together, which would say the same."""
+    said: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if text in said:
+            return False
+
+        said.add(text)
+        return True
+
+    notices.addFilter(is_new)
+
+    try:
+        yield
+    finally:
+        notices.removeFilter(is_new)
+
+
 def _search(
-    bench: Bench, places: Sequence[Place], seeds: Sequence[int], bar: tqdm[Any]
-) -> dict[Place, dict[float, float]]:
+    bench: Bench, contenders: Sequence[Contender], seeds: Sequence[int], bar: tqdm[Any]
+) -> dict[Contender, dict[float, float]]:
     """The mean of validation over the first seeds, for every method and each learning rate of one grid for all.
 
     Nothing where there is one rate, as there is nothing to choose then.
     """
     rates = sorted(bench.settings.comparison.learning_rates)
-    scores: dict[Place, dict[float, float]] = {place: {} for place in places}
+    scores: dict[Contender, dict[float, float]] = {contender: {} for contender in contenders}
     if len(rates) == 1:
         return scores
 
     for _ in range(1 + EXTENSIONS):
-        for (method, budget), known in scores.items():
+        for contender, known in scores.items():
             for rate in rates:
                 if rate not in known:
-                    runs = [Run(method, budget, rate, seed, final=False) for seed in seeds[:SEARCH_SEEDS]]
+                    runs = [Run(*contender, rate, seed, final=False) for seed in seeds[:SEARCH_SEEDS]]
                     known[rate] = statistics.fmean(_score(_tell(bench, run, bar), bench.recipe) for run in runs)
 
-            scores[method, budget] = dict(sorted(known.items()))
+            scores[contender] = dict(sorted(known.items()))
 
         chosen = {max(known, key=known.__getitem__) for known in scores.values() if max(known.values()) > -math.inf}
         wider = []

@@ -23,14 +23,12 @@ from flora.comparison.rivals import (
     peft_costs,
     supported,
 )
+from flora.errors import BudgetError
 from flora.layers.patterns import exact_pattern
 from flora.runs.training import First
 from flora.tucker.form import count_params
 from flora.tuner.config import FloraConfig
-from flora.tuner.gradient.start import adapt_and_tell, start
-
-# The batches that a start looks at, as many as our own takes.
-BATCHES = 12
+from flora.tuner.gradient.start import BATCHES, adapt_and_tell, start
 
 
 def flora(base: nn.Module, request: Request) -> nn.Module:
@@ -65,9 +63,7 @@ def flora_ranks(base: nn.Module, request: Request) -> nn.Module:
 def _within_budget(build: Callable[[FloraConfig], nn.Module], request: Request) -> nn.Module:
     try:
         return build(FloraConfig(**{**request.adapter, "budget": request.budget}))
-    except ValueError as error:
-        if "budget of" not in str(error):
-            raise
+    except BudgetError as error:
         raise RefusedError(str(error)) from None
 
 

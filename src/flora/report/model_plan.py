@@ -17,14 +17,14 @@ from torch import nn
 
 from flora.convert.base_model import meta_model
 from flora.errors import WrongTypeError, user_errors
-from flora.layers.names import PREFIX, module_of
+from flora.layers.names import PREFIX
 from flora.layers.planning import costs
 from flora.layers.table import find_layer, refusal
 from flora.storage.size import size
 from flora.tucker.delta import TuckerDelta
 from flora.tuner.config import FloraConfig
 from flora.tuner.forward import expected_choice
-from flora.tuner.layer import FloraLayer
+from flora.tuner.layer import FloraLayer, named_layers
 
 BYTES_PER_TRAINED = 16  # float32: the parameter, its gradient and the two moments of AdamW
 
@@ -161,16 +161,14 @@ def _generic(name: str) -> str:
 
 
 def _rows(adapted: nn.Module, positions: int, cpu: bool) -> Iterator[Row]:
-    found = {name: module for name, module in adapted.named_modules() if isinstance(module, FloraLayer)}
-    wrappers = {name.removeprefix(PREFIX) for name in found}
-    for name, module in found.items():
-        label = _generic(module_of(name, wrappers))
+    for name, layer in named_layers(adapted):
+        label = _generic(name)
 
-        for inner, delta in module.named_modules():
+        for inner, delta in layer.named_modules():
             if isinstance(delta, TuckerDelta) and not inner.startswith("base_layer."):
                 weight = inner.partition(".")[0].removeprefix("tucker_")
-                form, kind = delta.form, module.row.kind
-                cost = _cost(module, inner.rpartition(".")[2], positions, cpu)
+                form, kind = delta.form, layer.row.kind
+                cost = _cost(layer, inner.rpartition(".")[2], positions, cpu)
                 shown = label
 
                 if weight != "weight":

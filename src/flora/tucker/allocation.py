@@ -15,6 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from flora.errors import BudgetError, counted
 from flora.tucker.decomposition import leading, singular_values
 from flora.tucker.form import count_params, mode_product
 
@@ -159,12 +160,21 @@ def spend(options: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Cho
     Args:
         options: layer -> its :func:`choices`; what the first of them costs is spent in any case.
         budget: parameters to spend.
+
+    Raises:
+        BudgetError: it does not buy the first choices.
     """
     # Along the lower convex hull of a layer's (parameters, error) points every step removes less error per parameter
     # than the one before. So taking the steps of all layers from the steepest on is the best use of a budget, up to the
     # last step that no longer fits.
     chosen = {name: listed[0] for name, listed in options.items()}
     left = budget - sum(choice.params for choice in chosen.values())
+    if left < 0:
+        raise BudgetError(
+            f"budget of {budget:,} parameters is below {budget - left:,}, what the smallest ranks of "
+            f"{counted(len(chosen), 'weight')} cost; raise it, or target fewer weights"
+        )
+
     steps = [
         (_slope(before, after), name, after)
         for name, listed in options.items()

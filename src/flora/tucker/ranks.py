@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from flora.errors import UserError, WrongTypeError
+from flora.errors import BudgetError, UserError, WrongTypeError, counted
 from flora.tucker.form import count_params
 
 Ranks = int | list[int] | tuple[int, ...]
@@ -183,15 +183,15 @@ def solve_budget(weights: Mapping[str, Weight], budget: int, kernel_r: int | Non
         kernel_r: rank of each kernel mode, as in :func:`resolve`.
 
     Raises:
-        ValueError: the budget is below what rank 1 everywhere costs.
+        BudgetError: the budget is below what rank 1 everywhere costs.
     """
     ladders = {weight: _Ladder(weight, kernel_r) for weight in set(weights.values())}
     of = {name: ladders[weight] for name, weight in weights.items()}
     least = sum(ladder.cost(ladder.best(1)) for ladder in of.values())
     if budget < least:
-        raise UserError(
-            f"budget of {budget} parameters is below {least}, the cost of rank 1 on the {len(weights)} targeted "
-            f"weights; raise the budget, lower kernel_r or target fewer modules"
+        raise BudgetError(
+            f"budget of {budget} parameters is below {least}, the cost of rank 1 on the "
+            f"{counted(len(weights), 'targeted weight')}; raise the budget, lower kernel_r or target fewer modules"
         )
 
     def total(r: int) -> int:

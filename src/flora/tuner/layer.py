@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flora.errors import UserError
+from flora.layers.names import PREFIX, module_of
 from flora.layers.offloading import hooked, in_memory
 from flora.tucker.delta import TuckerDelta
 from flora.tuner import forward, merging, reading
@@ -142,3 +143,17 @@ class FloraLayer(AdaptedLayer):
         """Takes the merged updates out of the base weights again; exact after a safe merge, else to one rounding."""
         if self.merged:
             merging.unmerge(self)
+
+
+class Named(NamedTuple):
+    """An adapted layer, and the name of its module in the base model."""
+
+    name: str
+    layer: FloraLayer
+
+
+def named_layers(model: nn.Module) -> list[Named]:
+    """The adapted layers in the order of the model; the wrappers of one module have one name."""
+    found = {path: module for path, module in model.named_modules() if isinstance(module, FloraLayer)}
+    wrapped = {path.removeprefix(PREFIX) for path in found}
+    return [Named(module_of(path, wrapped), layer) for path, layer in found.items()]

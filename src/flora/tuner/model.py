@@ -21,10 +21,10 @@ from flora.tuner import targets as find
 from flora.tuner.applied import mark_merged, warn_if_merged, warn_of_scale
 from flora.tuner.config import FloraConfig
 from flora.tuner.elsewhere import guard_optimizers, guard_saving
-from flora.tuner.layer import BASE, FloraLayer
+from flora.tuner.layer import BASE, FloraLayer, named_layers
 from flora.tuner.merging import check_finite, merged_weights
 from flora.tuner.parameter import ParamWrapper
-from flora.tuner.places import Place, find_misfit, places_of, under_all_names
+from flora.tuner.places import Place, find_misfit, hidden_from_peft, places_of, under_all_names
 from flora.tuner.reading import adapter_per_sample
 from flora.tuner.resolution import Resolution
 from flora.tuner.selection import Selection
@@ -225,7 +225,8 @@ class FloraModel(BaseTuner):
             mark_merged(self.model, self._layers(), self.active_adapters if adapter_names is None else adapter_names)
 
         self._places = places_of(self.model)
-        model = cast(nn.Module, super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names))
+        with hidden_from_peft(self.model, "base_layer"):
+            model = cast(nn.Module, super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names))
         self._places = {}
         stop_watching(model)
         release_statistics(model)
@@ -363,25 +364,26 @@ class FloraModel(BaseTuner):
             raise UserError(f"the adapters {list(adapters)} do not adapt the same layers, so they have no common sum")
 
         forms: dict[tuple[str, str], Tucker] = {}
-        for name, layer in self._layers_with(adapters[0]).items():
+        layers = self._layers_with(adapters[0])
+        for path, layer in layers.items():
             for weight in layer.attributes:
                 deltas = [layer.delta(adapter, weight) for adapter in adapters]
                 scales = [factor * delta.scale for factor, delta in zip(weights, deltas, strict=True)]
 
                 with torch.no_grad():
-                    forms[name, weight] = concatenate([delta.form for delta in deltas], scales)
+                    forms[path, weight] = concatenate([delta.form for delta in deltas], scales)
 
         config = cast(FloraConfig, copy.deepcopy(self.peft_config[adapters[0]]))
         config.r, config.alpha, config.scale, config.scale_pattern, config.init_weights = 8, None, 1.0, {}, True
+        names = {layer: name for name, layer in named_layers(self.model)}
         config.rank_pattern = {
-            exact_pattern(f"{name.replace('.base_layer', '')}.{weight}"): list(form.ranks)
-            for (name, weight), form in forms.items()
+            exact_pattern(f"{names[layers[path]]}.{weight}"): list(form.ranks) for (path, weight), form in forms.items()
         }
         self.peft_config[adapter_name] = config
         self.inject_adapter(self.model, adapter_name)
         layers = self._layers_with(adapter_name)
-        for (name, weight), form in forms.items():
-            _copy_form(layers[name].delta(adapter_name, weight).form, form)
+        for (path, weight), form in forms.items():
+            _copy_form(layers[path].delta(adapter_name, weight).form, form)
 
     def swap_adapter(self, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
         """Copies the tensors of a saved adapter into a live one, in place: nothing is rebuilt or recompiled.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 
@@ -23,6 +25,29 @@ def places_of(model: nn.Module) -> dict[int, list[Place]]:
         for name, child in parent._modules.items():
             places.setdefault(id(child), []).append(Place(parent, name))
     return {key: found for key, found in places.items() if len(found) > 1}
+
+
+@contextmanager
+def hidden_from_peft(model: nn.Module, name: str) -> Iterator[None]:
+    """Gives the model's own modules of that name another one, so that PEFT does not take their parents for wrappers."""
+    owners = [each for each in model.modules() if name in each._modules and not isinstance(each, BaseTunerLayer)]
+    hidden = f"{name} of the model"
+
+    for owner in owners:
+        _rename_child(owner, name, hidden)
+
+    try:
+        yield
+    finally:
+        for owner in owners:
+            _rename_child(owner, hidden, name)
+
+
+def _rename_child(parent: nn.Module, old: str, new: str) -> None:
+    """In place and in order: the order of its children is that in which the parent may run them."""
+    children = {new if name == old else name: child for name, child in parent._modules.items()}
+    parent._modules.clear()
+    parent._modules.update(children)
 
 
 def under_all_names(model: nn.Module, kind: type[nn.Module], state: Mapping[str, Tensor]) -> dict[str, Tensor]:

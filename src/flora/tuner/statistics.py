@@ -14,6 +14,8 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from flora.errors import counted
+
 logger = logging.getLogger(__name__)
 
 
@@ -50,11 +52,10 @@ def settle_statistics(model: nn.Module, *, freeze: bool, training: bool) -> None
         norm.register_forward_pre_hook(_use_running)
 
     if told and training:
-        norms = "1 batch norm keeps" if len(told) == 1 else f"{len(told)} batch norms keep"
         logger.warning(
             "%s the running statistics of the base model, in train mode too, because an adapter file "
             "does not hold them; FloraConfig(freeze_batch_norm=False) lets them move, modules_to_save trains them",
-            norms,
+            counted(len(told), "batch norm keeps", "batch norms keep"),
         )
 
 

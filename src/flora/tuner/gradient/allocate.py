@@ -13,7 +13,7 @@ from flora.layers.patterns import exact_pattern
 from flora.tucker.allocation import Choice, choices_of_energy, spend
 from flora.tucker.form import count_params
 from flora.tuner.config import FloraConfig
-from flora.tuner.gradient.collect import Place
+from flora.tuner.gradient.collect import AdaptedWeight
 from flora.tuner.gradient.sketch import Directions
 from flora.tuner.parameter import ParamWrapper
 
@@ -33,7 +33,7 @@ class Allocation(NamedTuple):
 
 
 def allocate(
-    places: Sequence[Place],
+    weights: Sequence[AdaptedWeight],
     found: Mapping[str, Directions | None],
     equal: Mapping[str, tuple[int, ...]],
     budget: int,
@@ -41,7 +41,7 @@ def allocate(
     """Ranks per mode that spend at most ``budget``.
 
     Args:
-        places: the weights to spend on.
+        weights: the weights to spend on.
         found: their gradients' directions; weights without any keep the equal ranks.
         equal: the ranks that the budget would buy for all alike.
         budget: parameters.
@@ -50,9 +50,9 @@ def allocate(
     fixed: dict[str, tuple[int, ...]] = {}
     options: dict[str, list[Choice]] = {}
 
-    for place in places:
-        name, directions = place.name, found[place.name]
-        share = count_params(place.shape, equal[name])
+    for adapted in weights:
+        name, directions = adapted.name, found[adapted.name]
+        share = count_params(adapted.shape, equal[name])
 
         if directions is None:
             fixed[name] = equal[name]
@@ -61,8 +61,8 @@ def allocate(
 
         # The first choice is to leave the weight out. A layer of which other weights are adapted cannot lose one of
         # them, and neither can a raw parameter lose its wrapper, so there the list begins with the smallest ranks.
-        listed = choices_of_energy(directions.energy / directions.total, place.shape, 1.0)
-        must_stay = isinstance(place.layer, ParamWrapper) or len(place.layer.attributes) > 1
+        listed = choices_of_energy(directions.energy / directions.total, adapted.shape, 1.0)
+        must_stay = isinstance(adapted.layer, ParamWrapper) or len(adapted.layer.attributes) > 1
 
         if must_stay and len(listed) > 1:
             listed = listed[1:]
@@ -71,16 +71,16 @@ def allocate(
 
     chosen = {name: choice.ranks for name, choice in spend(options, left).items()}
 
-    return Allocation({place.name: {**fixed, **chosen}[place.name] for place in places})
+    return Allocation({adapted.name: {**fixed, **chosen}[adapted.name] for adapted in weights})
 
 
-def write_ranks(config: FloraConfig, allocation: Allocation, modules: Sequence[str]) -> None:
+def write_ranks(config: FloraConfig, allocation: Allocation, weights: Sequence[AdaptedWeight]) -> None:
     """Puts the ranks into ``rank_pattern``, and leaves out of the targets what gets none.
 
     Args:
         config: of the adapter, changed in place.
         allocation: of the weights whose ranks were open.
-        modules: every targeted module, those with ranks of the user's own too.
+        weights: every targeted one, those with ranks of the user's own too.
     """
     kept = {name: ranks for name, ranks in allocation.ranks.items() if any(ranks)}
     config.rank_pattern = {
@@ -88,8 +88,8 @@ def write_ranks(config: FloraConfig, allocation: Allocation, modules: Sequence[s
         **{exact_pattern(name): list(ranks) for name, ranks in kept.items()},
     }
     config.budget = None
-    out = {name.rpartition(".")[0] for name in allocation.left_out}
-    if out:
+    if allocation.left_out:
         # Plain names would also hold for longer ones that end so.
-        config.target_modules = {exact_pattern(name) for name in modules if name not in out}
+        kept_modules = {each.module for each in weights if each.name not in allocation.left_out}
+        config.target_modules = {exact_pattern(module) for module in kept_modules}
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None

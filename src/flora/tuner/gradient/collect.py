@@ -18,7 +18,7 @@ from tqdm import tqdm
 from flora.errors import UserError, WrongTypeError, user_errors
 from flora.tucker.delta import TuckerDelta
 from flora.tuner.gradient.sketch import Sketch, add_up, is_distributed
-from flora.tuner.layer import FloraLayer
+from flora.tuner.layer import FloraLayer, named_layers
 
 Loss = Callable[[nn.Module, Any], Tensor]
 # One batch in so many is kept for judging the step.
@@ -27,14 +27,25 @@ JUDGING = 4
 RANGES = 3
 
 
-class Place(NamedTuple):
-    """An adapted weight: where it is in the model."""
+class AdaptedWeight(NamedTuple):
+    """A weight that an adapter changes.
 
-    # The name of the weight in the base model.
-    name: str
-    layer: FloraLayer
+    Attributes:
+        module: the name of its module in the base model.
+        weight: its name in the module.
+        layer: the module with its adapters.
+        delta: the change.
+    """
+
+    module: str
     weight: str
+    layer: FloraLayer
     delta: TuckerDelta
+
+    @property
+    def name(self) -> str:
+        """Of the weight in the base model."""
+        return f"{self.module}.{self.weight}"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -54,26 +65,23 @@ class Pass(NamedTuple):
 
     Attributes:
         method: of the sketches that take the gradients.
-        places: whose gradients are taken.
+        weights: whose gradients are taken.
         batches: each with its number.
     """
 
     method: str
-    places: list[Place]
+    weights: list[AdaptedWeight]
     batches: list[tuple[int, Any]]
 
 
-def places_of(model: nn.Module, adapter: str) -> list[Place]:
+def adapted_weights(model: nn.Module, adapter: str) -> list[AdaptedWeight]:
     """Every weight that this adapter changes, in the order of the model."""
-    found = []
-    for path, layer in model.named_modules():
-        if not isinstance(layer, FloraLayer) or adapter not in layer.settings:
-            continue
-
-        name = path.removeprefix("base_model.model.").replace(".base_layer", "")
-        found += [Place(f"{name}.{weight}", layer, weight, layer.delta(adapter, weight)) for weight in layer.attributes]
-
-    return found
+    return [
+        AdaptedWeight(module, weight, layer, layer.delta(adapter, weight))
+        for module, layer in named_layers(model)
+        if adapter in layer.settings
+        for weight in layer.attributes
+    ]
 
 
 class TooFewBatchesError(UserError):
@@ -84,15 +92,22 @@ def first_batches(batches: Iterable[Any], count: int) -> Batches:
     """The first of them, the last quarter of which is for judging.
 
     Raises:
+        TypeError: ``batches`` cannot be iterated over, or ``count`` is not a whole number.
+        ValueError: ``count`` is below two.
         TooFewBatchesError: there are fewer than two.
     """
     if not isinstance(batches, Iterable):
         raise WrongTypeError(f"batches must be a loader or a list of batches, got a {type(batches).__name__}")
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise WrongTypeError(f"count, how many batches are used at most, must be a whole number, got {count!r}")
+    if count < 2:
+        raise UserError(f"count is {count}, expected 2 or more: one batch is for judging the step, the others give it")
 
     taken = list(islice(batches, count))
     if len(taken) < 2:
         raise TooFewBatchesError(
-            f"the start from the gradient needs two batches or more, one of them for judging the step; got {len(taken)}"
+            "the start from the gradient needs two batches or more, one of them for judging the step, "
+            f"got {len(taken)}; give more data or smaller batches"
         )
 
     held = max(1, len(taken) // JUDGING)
@@ -180,9 +195,9 @@ def at_rest(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def without_adapters(places: Sequence[Place]) -> Iterator[None]:
+def without_adapters(weights: Sequence[AdaptedWeight]) -> Iterator[None]:
     """The base layers alone."""
-    disabled = {place.layer: place.layer._disable_adapters for place in places}
+    disabled = {adapted.layer: adapted.layer._disable_adapters for adapted in weights}
 
     try:
         for layer in disabled:
@@ -195,15 +210,19 @@ def without_adapters(places: Sequence[Place]) -> Iterator[None]:
 
 
 def collect(
-    model: nn.Module, places: Sequence[Place], sketches: Mapping[str, Sketch], batches: Sequence[Any], loss: Loss
+    model: nn.Module,
+    weights: Sequence[AdaptedWeight],
+    sketches: Mapping[str, Sketch],
+    batches: Sequence[Any],
+    loss: Loss,
 ) -> None:
     """Streams the gradients of the batches into the sketches; the model is left as it was.
 
     Raises:
         ValueError: no adapted weight has a gradient.
     """
-    passes = [Pass("add", list(places), list(enumerate(batches)))]
-    wide = [place for place in places if sketches[place.name].needs_ranges]
+    passes = [Pass("add", list(weights), list(enumerate(batches)))]
+    wide = [adapted for adapted in weights if sketches[adapted.name].needs_ranges]
     if wide:
         # The leading directions are common to the batches, so that a few of them show the ranges.
         spread = list(enumerate(batches))[:: max(1, len(batches) // RANGES)]
@@ -215,16 +234,16 @@ def collect(
     count = sum(len(each.batches) for each in passes)
     bar = tqdm(total=count, desc="start: gradients", unit="batch", disable=None, leave=False)
 
-    with bar, at_rest(model), without_adapters(places):
+    with bar, at_rest(model), without_adapters(weights):
         try:
             for each in passes:
-                receivers = [(place, getattr(sketches[place.name], each.method)) for place in each.places]
+                receivers = [(adapted, getattr(sketches[adapted.name], each.method)) for adapted in each.weights]
                 for number, batch in each.batches:
                     _one_batch(model, receivers, number, batch, loss)
                     bar.update()
 
-                for place in each.places:
-                    sketches[place.name].close_ranges()
+                for adapted in each.weights:
+                    sketches[adapted.name].close_ranges()
         finally:
             for parameter, gradient in kept.items():
                 parameter.grad = gradient
@@ -239,8 +258,8 @@ def _one_batch(model: nn.Module, receivers: Sequence[Any], number: int, batch: A
         value.requires_grad_(False)
 
     try:
-        for place, receive in receivers:
-            handles.append(_watch(place, partial(receive, batch=number)))
+        for adapted, receive in receivers:
+            handles.append(_watch(adapted, partial(receive, batch=number)))
 
         found = loss(model, batch)
         if not isinstance(found, Tensor) or found.numel() != 1:
@@ -261,18 +280,18 @@ def _one_batch(model: nn.Module, receivers: Sequence[Any], number: int, batch: A
             handle.remove()
 
 
-def _watch(place: Place, receive: Callable[[Tensor], None]) -> Any:
+def _watch(adapted: AdaptedWeight, receive: Callable[[Tensor], None]) -> Any:
     """Hands every gradient of the weight to ``receive``, in float32 and as the adapter sees it."""
 
     def take(gradient: Tensor) -> None:
         if gradient.is_sparse:
             gradient = gradient.to_dense()
 
-        receive(gradient.detach().float().reshape(place.shape))
+        receive(gradient.detach().float().reshape(adapted.shape))
 
-    stored = stored_weight(place)
+    stored = stored_weight(adapted)
     if stored is None:
-        return place.layer.get_base_layer().register_forward_hook(partial(_watch_sides, take))
+        return adapted.layer.get_base_layer().register_forward_hook(partial(_watch_sides, take))
 
     def taken(parameter: Tensor) -> None:
         gradient, parameter.grad = cast("Tensor", parameter.grad), None
@@ -283,17 +302,17 @@ def _watch(place: Place, receive: Callable[[Tensor], None]) -> Any:
     return stored.register_post_accumulate_grad_hook(taken)
 
 
-def stored_weight(place: Place) -> nn.Parameter | None:
+def stored_weight(adapted: AdaptedWeight) -> nn.Parameter | None:
     """The parameter itself; None where a quantised linear layer holds it in another form.
 
     Raises:
         ValueError: its gradient cannot be had.
     """
-    base = place.layer.get_base_layer()
-    owner = base.get_submodule(place.weight.rpartition(".")[0])
-    value = owner._parameters.get(place.weight.rpartition(".")[2])
+    base = adapted.layer.get_base_layer()
+    owner = base.get_submodule(adapted.weight.rpartition(".")[0])
+    value = owner._parameters.get(adapted.weight.rpartition(".")[2])
 
-    if place.layer.quantization_backend is not None:
+    if adapted.layer.quantization_backend is not None:
         return None
 
     if value is None or hasattr(value, "ds_shape") or hasattr(value, "device_mesh"):
@@ -303,7 +322,7 @@ def stored_weight(place: Place) -> nn.Parameter | None:
             kind = "sharded"
 
         raise UserError(
-            f"the start from the gradient cannot read {place.name}: it is {kind}; start before the model is sharded, "
+            f"the start from the gradient cannot read {adapted.name}: it is {kind}; start before the model is sharded, "
             "or leave this module out (exclude_modules)"
         )
 

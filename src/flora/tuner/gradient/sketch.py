@@ -44,15 +44,18 @@ class Directions(NamedTuple):
 class Sketch:
     """Takes the gradients of one weight, in float32 and in any number of parts per batch, and gives their directions.
 
+    Under several processes the weight may have no gradient in some of them, as an expert that no token was sent to.
+
     Args:
         shape: ``(I1, ..., IN)`` of the weight as the adapter sees it.
         rank: the largest that a mode which is not whole may get.
         batches: how many will come.
         seed: of the random matrices.
+        device: that the gradients come on.
     """
 
-    def __init__(self, shape: Sequence[int], rank: int, batches: int, seed: int) -> None:
-        self.shape, self.batches, self.seed = tuple(shape), batches, seed
+    def __init__(self, shape: Sequence[int], rank: int, batches: int, seed: int, device: torch.device) -> None:
+        self.shape, self.batches, self.seed, self.device = tuple(shape), batches, seed, device
         self.widths = [size if size <= NARROW else min(size, max(NARROW // 2, 2 * rank + SPARE)) for size in shape]
         self.ranges: dict[int, Tensor] = {}
         self.bases: dict[int, Tensor] = {}
@@ -74,7 +77,7 @@ class Sketch:
             # The unfolding (In, rest) times a random matrix (rest, width) has the leading directions of the unfolding
             # among its columns. Every process and batch draws its own matrix: their sum is as random as each of them.
             others = math.prod(self.shape) // size
-            stream = (rank() * self.batches + batch) * len(self.shape) + mode
+            stream = (process_number() * self.batches + batch) * len(self.shape) + mode
             random = torch.Generator(gradient.device).manual_seed(1000003 * self.seed + stream)
             right = torch.randn(others, width, generator=random, device=gradient.device)
             part = gradient.movedim(mode, 0).reshape(size, others) @ right
@@ -86,11 +89,19 @@ class Sketch:
 
     def close_ranges(self) -> None:
         """Between the passes: an orthonormal basis of each range, the same on every process."""
-        for mode, found in self.ranges.items():
+        for mode, (size, width) in enumerate(zip(self.shape, self.widths, strict=True)):
+            if width == size or mode in self.bases:
+                continue
+
+            # Every process takes part in every sum, with zeros where no gradient came to it.
+            found = self.ranges.pop(mode, None)
+            if found is None:
+                found = torch.zeros(size, width, device=self.device)
+
+            # Where none came to any of them, the mode is kept as it is.
             add_up(found)
-            basis = torch.linalg.qr(found)[0].contiguous()
-            self.bases[mode] = share(basis)
-        self.ranges.clear()
+            if found.any():
+                self.bases[mode] = of_first_process(torch.linalg.qr(found)[0].contiguous())
 
     def add(self, gradient: Tensor, batch: int) -> None:
         """The second pass: the gradient in the bases."""
@@ -100,18 +111,23 @@ class Sketch:
             core = mode_product(core, basis.T, mode)
 
         if self.cores is None:
-            self.cores = core.new_zeros(self.batches, *core.shape)
+            self.cores = self._no_cores()
 
         self.cores[batch] += core
         self.norms[batch] += float(gradient.double().square().sum())
 
+    def _no_cores(self) -> Tensor:
+        kept = [self.bases[mode].shape[1] if mode in self.bases else size for mode, size in enumerate(self.shape)]
+        return torch.zeros(self.batches, *kept, device=self.device)
+
     def directions(self) -> Directions | None:
         """The higher-order SVD of all that came; None if nothing did, or it is zero or not finite."""
-        if self.cores is None:
+        if self.cores is None and not is_distributed():
             return None
 
-        cores = gather(self.cores).double().cpu()
-        total = float(gather(self.norms.to(self.cores.device)).sum())
+        own = self._no_cores() if self.cores is None else self.cores
+        cores = gather(own).double().cpu()
+        total = float(gather(self.norms.to(self.device)).sum())
         if not math.isfinite(total) or not torch.isfinite(cores).all() or not cores.any():
             return None
 
@@ -147,8 +163,8 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def rank() -> int:
-    """The number of this process."""
+def process_number() -> int:
+    """Of this process among all of them."""
     if is_distributed():
         return dist.get_rank()
     return 0
@@ -160,8 +176,8 @@ def add_up(value: Tensor) -> None:
         dist.all_reduce(value)
 
 
-def share(value: Tensor) -> Tensor:
-    """What the first process has."""
+def of_first_process(value: Tensor) -> Tensor:
+    """What the first process has, written into the value."""
     if is_distributed():
         dist.broadcast(value, 0)
     return value

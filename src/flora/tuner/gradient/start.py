@@ -20,24 +20,24 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from tqdm import tqdm
 
-from flora.errors import UserError, WrongTypeError
+from flora.errors import UserError, WrongTypeError, counted
 from flora.tucker.ranks import solve_budget
 from flora.tuner import targets
 from flora.tuner.config import FloraConfig
 from flora.tuner.gradient.allocate import Allocation, allocate, write_ranks
 from flora.tuner.gradient.collect import (
+    AdaptedWeight,
     Batches,
     Loss,
-    Place,
+    adapted_weights,
     collect,
     first_batches,
     loss_of,
     mean_loss,
-    places_of,
     stored_weight,
 )
 from flora.tuner.gradient.forms import Ray, place_directions, place_step, ray
-from flora.tuner.gradient.sketch import Directions, Sketch, share
+from flora.tuner.gradient.sketch import Directions, Sketch, of_first_process
 from flora.tuner.merging import base_weight
 from flora.tuner.parameter import ParamWrapper
 from flora.tuner.resolution import Resolution
@@ -58,7 +58,7 @@ class Start:
         step: the change of each weight relative to its norm; 0 means the start as configured.
         losses: step -> mean loss on the batches for judging.
         batches: how many gave the gradient, and how many judged.
-        seconds: the whole took.
+        seconds: how long all of it took.
         weights: how many begin along the gradient.
         left_out: weights that got no rank.
     """
@@ -71,24 +71,34 @@ class Start:
     left_out: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        before = self.losses.get(0.0, math.nan)
-
         if self.step:
             told = (
-                f"start from the gradient: step {self.step:g} of each weight's norm, loss {before:.4f} -> "
-                f"{self.losses[self.step]:.4f} on {self.batches[1]} other batches"
+                f"step {self.step:g} of each weight's norm, loss {self.losses[0.0]:.4f} -> "
+                f"{self.losses[self.step]:.4f} on {counted(self.batches[1], 'other batch', 'other batches')}"
             )
+        elif self.losses:
+            told = f"no step lowers the loss of {self.losses[0.0]:.4f}, so the adapter begins as configured"
         else:
-            told = (
-                f"start from the gradient: no step lowers the loss of {before:.4f}, so the adapter begins as configured"
-            )
+            told = "the gradient of every weight is zero or not finite, so the adapter begins as configured"
 
         if self.left_out:
-            out = f"; {len(self.left_out)} weights get no rank"
+            out = f"; {counted(len(self.left_out), 'weight gets', 'weights get')} no rank"
         else:
             out = ""
 
-        return f"{told} ({self.weights} weights, {self.seconds:.1f} s){out}"
+        return f"start from the gradient: {told} ({counted(self.weights, 'weight')}, {self.seconds:.1f} s){out}"
+
+
+class Chosen(NamedTuple):
+    """What a probe has found.
+
+    Attributes:
+        allocation: the ranks; empty where none are to be chosen, or nothing tells where to.
+        found: the directions of the gradients, by weight; empty without a probe.
+    """
+
+    allocation: Allocation
+    found: dict[str, Directions | None]
 
 
 class Adapted(NamedTuple):
@@ -134,10 +144,10 @@ def start(
     """
     began = time.perf_counter()
     loss = _checked(loss)
-    places = _fresh_places(model, adapter_name)
+    weights = _fresh_weights(model, adapter_name)
     parts = first_batches(batches, count)
-    found = _measure(model, places, parts, loss, _reach(places))
-    return _begin(model, places, found, parts, loss, began)
+    found = _measure(model, weights, parts, loss, _reach(weights))
+    return _begin(model, weights, found, parts, loss, began)
 
 
 def _checked(loss: Loss | None) -> Loss:
@@ -200,56 +210,68 @@ def adapt_and_tell(
 ) -> Adapted:
     """:func:`adapt`, with how the adapter began."""
     began = time.perf_counter()
+    _check_adaptable(base, config, choose_ranks)
+
+    config = copy.deepcopy(config)
+    trained = {value for value in base.parameters() if value.requires_grad}
+    parts = first_batches(batches, most)
+
+    if choose_ranks:
+        chosen = _probe_ranks(base, config, parts, loss, trained)
+    else:
+        chosen = Chosen(Allocation({}), {})
+
+    model = cast("PeftModel", get_peft_model(cast("Any", base), config, adapter_name=name))
+
+    try:
+        weights = _fresh_weights(model, name)
+        found = chosen.found or _measure(model, weights, parts, loss, _reach(weights))
+        begun = _begin(model, weights, found, parts, loss, began)
+    except BaseException:
+        _take_off(model, trained)
+        raise
+
+    left_out = tuple(chosen.allocation.left_out)
+
+    return Adapted(model, replace(begun, left_out=left_out, seconds=time.perf_counter() - began))
+
+
+def _check_adaptable(base: nn.Module, config: FloraConfig, choose_ranks: bool) -> None:
     if not isinstance(config, FloraConfig):
         raise WrongTypeError(f"adapt needs a FloraConfig, got {config!r}; write FloraConfig(r=8, target_modules='all')")
+
     if isinstance(base, PeftModel):
         raise UserError(
             "the model already has an adapter, and adapt attaches one itself; give the base model, or call "
             "flora.start(model, batches) for the adapter that is there"
         )
+
     if choose_ranks and config.budget is None:
         raise UserError(
             "ranks are chosen from the gradient within a budget, and the config has none; write "
             "FloraConfig(budget=0.01), a part of the model's parameters, or leave choose_ranks out"
         )
 
-    config = copy.deepcopy(config)
-    trained = {value for value in base.parameters() if value.requires_grad}
-    parts = first_batches(batches, most)
-    allocation, found = None, None
 
+def _probe_ranks(
+    base: nn.Module, config: FloraConfig, parts: Batches, loss: Loss, trained: set[nn.Parameter]
+) -> Chosen:
+    """The ranks that the budget buys where the gradients are, which it writes into the config."""
     # The ranks are needed to attach the adapter, and the gradients to choose the ranks. So a probe of rank 1 is
     # attached first, its gradients give the ranks, and it is taken off again before the adapter itself is attached.
-    if choose_ranks:
-        with torch.random.fork_rng([]):
-            probe = _attach_probe(base, config)
-
-        try:
-            places = places_of(probe, "probe")
-            allocation, found = _choose_ranks(probe, places, config, parts, loss)
-        finally:
-            _take_off(probe, trained)
-
-        if allocation is not None:
-            write_ranks(config, allocation, [place.name.removesuffix(f".{place.weight}") for place in places])
-
-    model = cast("PeftModel", get_peft_model(cast("Any", base), config, adapter_name=name))
+    with torch.random.fork_rng([]):
+        probe = _attach_probe(base, config)
 
     try:
-        places = _fresh_places(model, name)
-        if found is None:
-            found = _measure(model, places, parts, loss, _reach(places))
+        weights = adapted_weights(probe, "probe")
+        chosen = _choose_ranks(probe, weights, config, parts, loss)
+    finally:
+        _take_off(probe, trained)
 
-        begun = _begin(model, places, found, parts, loss, began)
-    except BaseException:
-        _take_off(model, trained)
-        raise
+    if chosen.allocation.ranks:
+        write_ranks(config, chosen.allocation, weights)
 
-    left_out: tuple[str, ...] = ()
-    if allocation is not None:
-        left_out = tuple(allocation.left_out)
-
-    return Adapted(model, replace(begun, left_out=left_out, seconds=time.perf_counter() - began))
+    return chosen
 
 
 def _take_off(model: PeftModel, trained: set[nn.Parameter]) -> None:
@@ -266,19 +288,20 @@ def _attach_probe(base: nn.Module, config: FloraConfig) -> PeftModel:
     probe.scale, probe.alpha, probe.scale_pattern = 1.0, None, {}
     probe.modules_to_save, probe.trainable_token_indices, probe.bias = None, None, "none"
 
+    # Whatever is to be said is said when the adapter itself is attached.
+    probe.inference_mode = True
     with warnings.catch_warnings():
-        # Whatever is to be said is said when the adapter itself is attached.
         warnings.simplefilter("ignore")
         return cast("PeftModel", get_peft_model(cast("Any", base), probe, adapter_name="probe"))
 
 
 def _choose_ranks(
-    probe: PeftModel, places: Sequence[Place], config: FloraConfig, parts: Batches, loss: Loss
-) -> tuple[Allocation | None, dict[str, Directions | None]]:
+    probe: PeftModel, weights: Sequence[AdaptedWeight], config: FloraConfig, parts: Batches, loss: Loss
+) -> Chosen:
     """What the gradients are, and the ranks that the budget buys where they are."""
     # What the budget would buy in equal ranks is the yardstick: how far the gradients have to be known, and what a
     # weight without a gradient keeps. All weights of one module belong to one site.
-    sites = [_site(place) for place in places]
+    sites = [_site(adapted) for adapted in weights]
     once = {(site.name, *site.row.weights(site.module)): site for site in sites}
     resolution = Resolution(config, once.values())
     free = resolution.open_weights(config.budget or 0, probe)
@@ -287,65 +310,68 @@ def _choose_ranks(
     else:
         solved = {}
 
-    equal = {place.name: solved[place.name] for place in places if place.name in solved}
+    equal = {adapted.name: solved[adapted.name] for adapted in weights if adapted.name in solved}
     reach = {}
-    for place in places:
-        own = resolution.weights[place.name].target.ranks
-        ranks = equal.get(place.name, own)
-        reach[place.name] = max(8, 2 * max(_below(ranks, place.shape)))
+    for adapted in weights:
+        own = resolution.weights[adapted.name].target.ranks
+        ranks = equal.get(adapted.name, own)
+        reach[adapted.name] = max(8, 2 * max(_below(ranks, adapted.shape)))
 
-    found = _measure(probe, places, parts, loss, reach)
+    found = _measure(probe, weights, parts, loss, reach)
     if not any(found.values()) or not equal:
-        return None, found
+        return Chosen(Allocation({}), found)
 
-    return allocate([place for place in places if place.name in equal], found, equal, free.budget), found
+    open_weights = [adapted for adapted in weights if adapted.name in equal]
 
-
-def _site(place: Place) -> targets.Site:
-    base, module = place.layer.get_base_layer(), place.name.removesuffix(f".{place.weight}")
-    if isinstance(place.layer, ParamWrapper):
-        return targets.raw_parameter(module, base, place.weight)
-    return targets.Site(module, base, place.layer.row)
+    return Chosen(allocate(open_weights, found, equal, free.budget), found)
 
 
-def _fresh_places(model: nn.Module, adapter_name: str | None) -> list[Place]:
+def _site(adapted: AdaptedWeight) -> targets.Site:
+    base = adapted.layer.get_base_layer()
+    if isinstance(adapted.layer, ParamWrapper):
+        return targets.raw_parameter(adapted.module, base, adapted.weight)
+    return targets.Site(adapted.module, base, adapted.layer.row)
+
+
+def _fresh_weights(model: nn.Module, adapter_name: str | None) -> list[AdaptedWeight]:
     name = adapter_name or getattr(model, "active_adapter", "default")
-    places = places_of(model, cast("str", name))
-    if not places:
+    weights = adapted_weights(model, cast("str", name))
+    if not weights:
         raise UserError(f"the model has no FLoRA adapter {name!r}; attach one with get_peft_model first")
 
-    for place in places:
-        if place.layer.merged:
+    for adapted in weights:
+        if adapted.layer.merged:
             raise UserError("the adapter is merged into the weights; call unmerge_adapter() first")
 
-        if place.delta.dense().count_nonzero():
+        if adapted.delta.dense().count_nonzero():
             raise UserError(
-                f"{place.name} has been changed: only an adapter that has not been trained can be started; "
-                "attach a fresh one"
+                f"{adapted.name} has been changed: only an adapter that has not been trained can be started; "
+                "attach a fresh one, with init_weights=True"
             )
 
-    return places
+    return weights
 
 
 def _measure(
-    model: nn.Module, places: Sequence[Place], parts: Batches, loss: Loss, reach: dict[str, int]
+    model: nn.Module, weights: Sequence[AdaptedWeight], parts: Batches, loss: Loss, reach: dict[str, int]
 ) -> dict[str, Directions | None]:
     """The directions of every weight's gradients."""
-    for place in places:
-        stored_weight(place)
+    for adapted in weights:
+        stored_weight(adapted)
 
-    sketches = {
-        place.name: Sketch(place.shape, reach[place.name], len(parts.gradient), zlib.crc32(place.name.encode()))
-        for place in places
-    }
-    collect(model, places, sketches, parts.gradient, loss)
+    sketches = {}
+    for adapted in weights:
+        seed, device = zlib.crc32(adapted.name.encode()), adapted.delta.form.core.device
+        sketches[adapted.name] = Sketch(adapted.shape, reach[adapted.name], len(parts.gradient), seed, device)
+
+    collect(model, weights, sketches, parts.gradient, loss)
 
     return {name: sketch.directions() for name, sketch in sketches.items()}
 
 
 def _begin(
     model: nn.Module,
-    places: Sequence[Place],
+    weights: Sequence[AdaptedWeight],
     found: dict[str, Directions | None],
     parts: Batches,
     loss: Loss,
@@ -354,8 +380,8 @@ def _begin(
     """Takes the step that the other batches are for."""
     # The tensors are written for each size that is tried. Where no size is better, or anything fails, the start as it
     # was configured is written back. Processes agree by taking what the first one has.
-    before = [(value, value.detach().clone()) for place in places for value in place.delta.parameters()]
-    rays = [ray for place in places if (ray := _ray_of(place, found[place.name])) is not None]
+    before = [(value, value.detach().clone()) for adapted in weights for value in adapted.delta.parameters()]
+    rays = [ray for adapted in weights if (ray := _ray_of(adapted, found[adapted.name])) is not None]
     best, losses = 0.0, {}
 
     try:
@@ -373,17 +399,17 @@ def _begin(
             place_step(one, best)
 
         for value, _ in before:
-            share(value.data)
+            of_first_process(value.data)
 
     counts = (len(parts.gradient), len(parts.judging))
 
     return Start(best, losses, counts, time.perf_counter() - began, len(rays))
 
 
-def _ray_of(place: Place, found: Directions | None) -> Ray | None:
+def _ray_of(adapted: AdaptedWeight, found: Directions | None) -> Ray | None:
     if found is None:
         return None
-    return ray(place.delta, found, float(base_weight(place.layer, place.weight).double().norm()))
+    return ray(adapted.delta, found, float(base_weight(adapted.layer, adapted.weight).double().norm()))
 
 
 def _try_steps(model: nn.Module, rays: Sequence[Ray], parts: Batches, loss: Loss) -> dict[float, float]:
@@ -415,9 +441,9 @@ def smallest_good_step(losses: dict[float, float]) -> float:
     return min(size for size, gain in finite.items() if gain >= ENOUGH * best)
 
 
-def _reach(places: Sequence[Place]) -> dict[str, int]:
+def _reach(weights: Sequence[AdaptedWeight]) -> dict[str, int]:
     """The largest rank of each weight's modes that have a factor."""
-    return {place.name: max(_below(place.delta.form.ranks, place.shape)) for place in places}
+    return {adapted.name: max(_below(adapted.delta.form.ranks, adapted.shape)) for adapted in weights}
 
 
 def _below(ranks: Sequence[int], shape: Sequence[int]) -> list[int]:
