@@ -20,7 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", ROOT / "docs" / "index.md", ROOT / "docs" / "recipes.md"]
 REPOSITORY: str | None = None  # the public address of the repository, once it has one: then README's links are absolute
 
-SHORTHANDS = {"linear": "`all`, `all-linear`", "conv": "`all`, `all-conv`", "norm": "by name"}
+SHORTHANDS = {"linear": "`all`, `all-linear`", "conv": "`all`, `all-conv`", "norm": "`all-norm`"}
 EXPORT = {
     "linear": "LoRA, Kohya, dense",
     "conv": "LoRA and Kohya (not transposed; LoRA with one group only), dense",

@@ -135,7 +135,9 @@ ARGUMENTS: dict[str, list[Argument]] = {
         argument("--r", type=whole, default=8, help="rank of the channel modes (default: 8)"),
         argument("--kernel-r", type=whole, default=2, help="rank of each kernel mode (default: 2)"),
         argument(
-            "--target-modules", type=words, help="all (the default), all-linear, all-conv, or names: q_proj,v_proj"
+            "--target-modules",
+            type=words,
+            help="all (the default), all-linear, all-conv, all-norm, names: q_proj,v_proj",
         ),
         argument("--target-parameters", type=words, metavar="NAMES", help="raw parameters: experts.down_proj,..."),
         argument("--budget", type=fraction_or_count, help="parameters to spend: a fraction below 1, or a count"),

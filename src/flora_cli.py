@@ -171,8 +171,7 @@ def plan(args: argparse.Namespace) -> int:
     settings = {"r": args.r, "kernel_r": args.kernel_r, "budget": args.budget}
     modules = args.target_modules or ([] if args.target_parameters else ["all"])
     if modules:
-        is_keyword = modules[0] in ("all", "all-linear", "all-conv")
-        settings["target_modules"] = modules[0] if is_keyword else modules
+        settings["target_modules"] = modules
 
     if args.target_parameters:
         settings["target_parameters"] = args.target_parameters

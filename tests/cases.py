@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 
@@ -181,6 +182,8 @@ CASES: dict[str, Row] = {
     "layer norm": Row(lambda: nn.LayerNorm(11), x(3, 11), [11], factored=False),
     "layer norm, two dimensions": Row(lambda: nn.LayerNorm((5, 7)), x(3, 5, 7), [3, 2], factored=False),
     "batch norm": Row(lambda: nn.BatchNorm2d(7), x(5, 7, 3, 2), [7], factored=False),
+    "instance norm": Row(lambda: nn.InstanceNorm2d(7, affine=True), x(5, 7, 3, 2), [7], factored=False),
+    "a norm of the model's own": Row(lambda: GemmaRMSNorm(11), x(3, 11), [11], factored=False),
     "experts": Row(
         Experts,
         lambda: (torch.randn(13, 11), torch.arange(13) % 5),

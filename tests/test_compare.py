@@ -29,7 +29,8 @@ from flora.runs.settings import Settings, read
 from flora.runs.training import First, first_batches, trainable, training_arguments
 from flora.storage.atomic import read_json
 
-FROM_DATA = {"lora-gradient", "flora-ranks", "flora-gradient", "lora-ga", "eva"}
+OURS_FROM_DATA = {"lora-gradient", "flora-ranks", "flora-gradient", "flora-norms"}
+FROM_DATA = {*OURS_FROM_DATA, "lora-ga", "eva"}
 ON_LINEAR = {"pissa", "lora-ga", "eva"}
 QUICK = ("task.base_epochs=2", "training.max_steps=4", "compare.learning_rates=[0.01, 0.03]")
 
@@ -217,8 +218,9 @@ def test_methods_that_start_from_the_data(cache: None, tmp_path: Path, name: str
     adapter = sum(count for key, count in trained.items() if "classifier" not in key)
     assert 0.4 * 900 < adapter <= 900
     assert len(trained) > 3
-    if name in ("lora-gradient", "flora-ranks", "flora-gradient"):
+    if name in OURS_FROM_DATA:
         assert request.starts[0].losses
+    assert any("norm.tucker" in key for key in trained) == (name == "flora-norms")
     with pytest.raises(RefusedError, match="from the data"):
         METHODS[name].build(settings.load_recipe().load_base(settings.task), Request(settings.adapter, 1.0, 900))
 

@@ -289,14 +289,14 @@ CALLS: dict[str, tuple[str, ...]] = {
     "FloraConfig(fold={'conv': 3})": ("must be a text such as '(heads dim) in, heads=12', got 3",),
     "FloraConfig(layers_pattern='h')": ("layers_pattern needs layers_to_transform",),
     # ---- attaching
-    "attach(network(), FloraConfig())": ("target_modules is not set", "'all-conv', or names"),
+    "attach(network(), FloraConfig())": ("target_modules is not set", "'all-norm', or names"),
     "attach(network(), config(target_modules=['conf']))": ("['conf'] not found", "instead of 'conf' try 'conv'"),
     "attach(network(), config(target_modules='all_conv'))": (
         "all_conv not found",
         "did you mean",
         "'all-conv'? Please",
     ),
-    "attach(network(), config(target_modules=['all-conv']))": ("'all-conv'", "without brackets"),
+    "attach(network(), config(target_modules=['all_conv']))": ("['all_conv'] not found", "'all-conv'? Please"),
     "attach(network(), config(target_modules=['act']))": ("act (ReLU) is not supported", "target_parameters"),
     "attach(network(), config(modules_to_save=['heads']))": ("match no module", "did you mean 'head'?"),
     "attach(network(), config(r=[2, 2]))": ("ranks (2, 2) have 2 entries", "has 4 dims", "one rank per dim"),

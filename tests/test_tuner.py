@@ -448,6 +448,9 @@ def test_patterns_of_rank_and_scale_and_exclusion() -> None:
         ("all", {"stem", "depthwise", "up", "mix"}),
         ("all-conv", {"stem", "depthwise", "up"}),
         ("all-linear", {"mix"}),
+        ("all-norm", {"norm"}),
+        (["all-conv", "all-norm"], {"stem", "depthwise", "up", "norm"}),
+        (["ALL-norm", "mix"], {"norm", "mix"}),
         (".*(stem|mix)", {"stem", "mix"}),
         (["up", "mix"], {"up", "mix"}),
     ],
@@ -455,6 +458,19 @@ def test_patterns_of_rank_and_scale_and_exclusion() -> None:
 def test_shorthands_regex_and_lists(targets: Any, expected: set[str]) -> None:
     found = {name.removeprefix("base_model.model.") for name in layers(adapted(target_modules=targets))}
     assert found == expected
+
+
+def test_a_shorthand_in_a_list_is_the_end_of_a_name_where_there_is_one() -> None:
+    base = nn.ModuleDict({"all": nn.Linear(11, 13), "other": nn.Linear(13, 7)})
+    named = get_peft_model(base, flora.FloraConfig(target_modules=["all"], r=2))
+    assert list(layers(named)) == ["base_model.model.all"]
+
+
+def test_norms_of_a_models_own_class_are_norms() -> None:
+    names = set(layers(get_peft_model(llama(), flora.FloraConfig(target_modules="all-norm"))))
+    ends = ("layers.0.input_layernorm", "layers.0.post_attention_layernorm", "norm")
+    assert {f"base_model.model.model.{end}" for end in ends} < names
+    assert len(names) == 2 * 2 + 1
 
 
 def test_layers_to_transform() -> None:

@@ -88,6 +88,7 @@ PARTS = {
     "the start": (OURS, "flora"),
     "the ranks, with the start": ("flora-ranks", OURS),
     "both": ("flora-ranks", "flora"),
+    "the norms, with the start": ("flora-norms", OURS),
     "the start, on LoRA's form": ("lora-gradient", "lora"),
     "the form, with the start": (OURS, "lora-gradient"),
 }
@@ -216,7 +217,7 @@ def starts(found: Found) -> str:
     """What the start chose."""
     rows = []
     for task, title in TASKS.items():
-        for method in ("lora-gradient", OURS, "flora-ranks"):
+        for method in ("lora-gradient", OURS, "flora-ranks", "flora-norms"):
             cell = at_rate(found.get((task, method), []), RATE)
             if cell is None:
                 continue

@@ -83,5 +83,6 @@ METHODS: dict[str, Method] = {
     "flora": Method("FLoRA", starts.flora),
     "flora-gradient": Method("FLoRA, gradient start", starts.flora_gradient),
     "flora-ranks": Method("FLoRA, gradient start and ranks", starts.flora_ranks),
+    "flora-norms": Method("FLoRA, gradient start, norms too", starts.flora_norms),
     "full": Method("full fine-tuning", full, matched=False),
 }

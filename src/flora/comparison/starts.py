@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any, cast
 
 import torch
 from peft import PeftConfig, get_peft_model
+from peft.tuners.tuners_utils import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
 from flora.comparison.rivals import (
@@ -22,6 +24,7 @@ from flora.comparison.rivals import (
     newer,
     peft_costs,
     supported,
+    targets,
 )
 from flora.errors import BudgetError
 from flora.layers.patterns import exact_pattern
@@ -29,6 +32,7 @@ from flora.runs.training import First
 from flora.tucker.form import count_params
 from flora.tuner.config import FloraConfig
 from flora.tuner.gradient.start import BATCHES, adapt_and_tell, start
+from flora.tuner.targets import expand
 
 
 def flora(base: nn.Module, request: Request) -> nn.Module:
@@ -58,6 +62,19 @@ def flora_ranks(base: nn.Module, request: Request) -> nn.Module:
         return adapted.model
 
     return _within_budget(begin, request)
+
+
+def flora_norms(base: nn.Module, request: Request) -> nn.Module:
+    """The same on the norms too, within the same budget. Raises as :func:`flora` does, and where there are no norms."""
+    found = targets(base, request.adapter)
+    wanted = [exact_pattern(name) for name, leaves in found.items() if not leaves]
+
+    try:
+        norms = expand("all-norm", base)
+    except NoMatchingPeftModuleError:
+        raise RefusedError("the model has no norms with weights") from None
+
+    return flora_gradient(base, replace(request, adapter={**request.adapter, "target_modules": [*wanted, *norms]}))
 
 
 def _within_budget(build: Callable[[FloraConfig], nn.Module], request: Request) -> nn.Module:

@@ -145,7 +145,7 @@ def _conv_rows() -> dict[type[nn.Module], Layer]:
 
 def _norm_weights(module: Any) -> dict[str, Axes]:
     """One scale for each channel; a layer norm over several dimensions has one for each of their entries."""
-    dims = len(getattr(module, "normalized_shape", (1,)))
+    dims = len(module.normalized_shape) if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) else 1
     return {"weight": ("channels",) if dims == 1 else tuple(f"channels{mode}" for mode in range(dims))}
 
 
@@ -175,11 +175,30 @@ LAYERS: dict[type[nn.Module], Layer] = {
 
 
 def find_layer(module: nn.Module) -> tuple[type[nn.Module], Layer] | None:
-    """The row for a module and the type it is listed under (a subclass is found by its base), or None."""
+    """The row for a module and the type it is listed under (a subclass is found by its base), or None.
+
+    Norms of a model's own, such as ``LlamaRMSNorm``, have the row of ``nn.RMSNorm``.
+    """
     for cls in type(module).__mro__:
         if cls in LAYERS:
             return cls, LAYERS[cls]
+
+    if _is_norm(module):
+        return nn.RMSNorm, _NORM
+
     return None
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a class that calls itself a norm holds one scale for each channel, and at most a shift beside it."""
+    weight = module._parameters.get("weight")
+    return (
+        "norm" in type(module).__name__.lower()
+        and weight is not None
+        and weight.ndim == 1
+        and module._parameters.keys() <= {"weight", "bias"}
+        and not module._modules
+    )
 
 
 def parameter(module: nn.Module, name: str) -> Tensor:

@@ -16,6 +16,7 @@ COLOURS = {
     "flora": "#d1495b",
     "flora-gradient": "#ff7f50",
     "flora-ranks": "#f2a25c",
+    "flora-norms": "#d9829f",
     "lora": "#3b7dd8",
     "lora-params": "#6cc0e5",
     "lora-gradient": "#5aa0a8",

@@ -61,8 +61,9 @@ class FloraConfig(PeftConfig):
         dropout: probability, on the input of the adapter (no effect on embeddings).
         init: a key of ``flora.INITIALIZERS``.
         init_weights: False starts from a random update instead of zero, for tests.
-        target_modules: names or suffixes, a regular expression, or "all-linear", "all-conv" or "all" (every weight that
-            can be adapted, the output head of a transformers model excepted).
+        target_modules: names or suffixes, a regular expression, or "all-linear", "all-conv", "all-norm" or "all" (every
+            weight that can be adapted but those of norms), the output head of a transformers model excepted. A list
+            may hold them too: ``["all", "all-norm"]``.
         exclude_modules: names, suffixes or a regular expression to leave out.
         target_parameters: names or suffixes of raw parameters of any number of dimensions, such as fused experts
             (``mlp.experts.gate_up_proj``).
@@ -102,7 +103,7 @@ class FloraConfig(PeftConfig):
     init_weights: bool = field(default=True, metadata={"help": "False: a random, non-identity start, for tests."})
     target_modules: list[str] | set[str] | str | None = field(
         default=None,
-        metadata={"help": "Names, suffixes, a regular expression, 'all-linear', 'all-conv' or 'all'."},
+        metadata={"help": "Names, suffixes, a regular expression, 'all-linear', 'all-conv', 'all-norm' or 'all'."},
     )
     exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
     target_parameters: list[str] | None = field(default=None, metadata={"help": "Raw parameters to adapt."})
@@ -271,7 +272,7 @@ def _check_names(value: object, field: str, *, or_one: bool) -> None:
     if wrong and isinstance(wrong[0], type):
         raise WrongTypeError(
             f"{field} must be {wanted}, got the class {wrong[0].__name__}; names are those of print(model), and "
-            "'all-linear', 'all-conv' and 'all' stand for kinds of layers"
+            "'all-linear', 'all-conv', 'all-norm' and 'all' stand for kinds of layers"
         )
     if not listed or wrong:
         raise WrongTypeError(f"{field} must be {wanted}, got {value!r} of type {type(value).__name__}")

@@ -61,8 +61,9 @@ class FloraModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: FloraConfig, model_config: dict[str, Any]) -> FloraConfig:
         """Fills in the targets: the model type's own, or every layer of the kinds a shorthand stands for."""
         wanted = peft_config.target_modules
-        if isinstance(wanted, str) and wanted.lower() in find.SHORTHANDS:
-            peft_config.target_modules = find.expand(wanted.lower(), self.model)
+        if shorthands := find.shorthands_in(wanted, self.model):
+            names = set() if isinstance(wanted, str) else set(wanted or ()) - shorthands
+            peft_config.target_modules = names.union(*(find.expand(word.lower(), self.model) for word in shorthands))
             return peft_config
 
         if wanted is None and peft_config.target_parameters:
@@ -71,7 +72,8 @@ class FloraModel(BaseTuner):
         if wanted is None and model_config.get("model_type") not in self.target_module_mapping:
             raise UserError(
                 "target_modules is not set, and no layers are known for this kind of model. Please specify "
-                "`target_modules` in `peft_config`: 'all', 'all-linear', 'all-conv', or names, as in print(model)"
+                "`target_modules` in `peft_config`: 'all', 'all-linear', 'all-conv', 'all-norm', or names, as in "
+                "print(model)"
             )
 
         return cast(FloraConfig, super()._prepare_adapter_config(peft_config, model_config))

@@ -24,6 +24,7 @@ SHORTHANDS = {
     "all": ("linear", "conv", "embedding", "bilinear", "attention", "recurrent"),
     "all-linear": ("linear",),
     "all-conv": ("conv",),
+    "all-norm": ("norm",),
 }
 # What PEFT adds to modules_to_save by itself, whether the model has it or not.
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
@@ -51,8 +52,23 @@ def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
+def shorthands_in(wanted: str | Iterable[str] | None, model: nn.Module) -> set[str]:
+    """The words of ``target_modules`` that stand for kinds of layers, as they are written.
+
+    In a list, what ends the name of a module means that module.
+    """
+    if isinstance(wanted, str):
+        return {wanted} if wanted.lower() in SHORTHANDS else set()
+
+    words = {word for word in wanted or () if word.lower() in SHORTHANDS}
+    if not words:
+        return words
+
+    return words - {name.rpartition(".")[2] for name, _ in modules_of(model)}
+
+
 def expand(shorthand: str, model: nn.Module) -> set[str]:
-    """The list that "all", "all-linear" or "all-conv" stands for, the output head of a transformers model excepted.
+    """The list that a key of ``SHORTHANDS`` stands for, the output head of a transformers model excepted.
 
     Raises:
         NoMatchingPeftModuleError: nothing in the model is of these kinds.
@@ -219,9 +235,7 @@ def _near_shorthand(wanted: str | set[str] | list[str] | None) -> str:
     if not found:
         return ""
 
-    if isinstance(wanted, str):
-        return f"; did you mean target_modules={found[0]!r}?"
-    return f"; did you mean target_modules={found[0]!r}, without brackets?"
+    return f"; did you mean target_modules={found[0]!r}?"
 
 
 def _near_parameters(wanted: Iterable[str], model: nn.Module) -> str:
