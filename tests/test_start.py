@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -322,6 +324,31 @@ def test_an_error_leaves_the_model_as_it_was() -> None:
             assert value.requires_grad == before[name][1]
             assert value.grad is None
     assert base.training
+
+
+def test_gradients_and_random_numbers_of_the_caller_are_kept() -> None:
+    """A gradient that is accumulated already is neither added to nor heard; models also ask numpy and random."""
+
+    def noisy(model: nn.Module, batch: Any) -> Tensor:
+        return cross_entropy(model, batch) * (1 + random.random() + np.random.rand())  # noqa: NPY002
+
+    begun = []
+    for accumulated in (False, True):
+        torch.manual_seed(0)
+        base = Several()
+        for value in base.parameters() if accumulated else ():
+            value.grad = torch.full_like(value, 3)
+        model = get_peft_model(base, flora.FloraConfig(r=2, target_modules="all"))
+        random.seed(1)
+        np.random.seed(1)  # noqa: NPY002
+        start = flora.start(model, several_batches(), loss=noisy)
+        assert (random.random(), np.random.rand()) == (0.13436424411240122, 0.417022004702574)  # noqa: NPY002
+        begun.append((start.losses, [value.detach() for name, value in model.named_parameters() if "tucker" in name]))
+        kept = [value.grad for name, value in model.named_parameters() if "tucker" not in name]
+        assert all((value == 3).all() if accumulated else value is None for value in kept)
+
+    assert begun[0][0] == begun[1][0]
+    assert all(torch.equal(one, other) for one, other in zip(begun[0][1], begun[1][1], strict=True))
 
 
 def test_what_it_refuses() -> None:

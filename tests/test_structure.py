@@ -43,7 +43,7 @@ FOREIGN: dict[str, set[str]] = {
     "tucker": {"einops"},
     "storage": {"huggingface_hub", "safetensors", "tqdm", "transformers", "yaml"},
     "layers": {"regex", "transformers", "triton"},
-    "tuner": {"peft", "safetensors", "tqdm", "transformers"},
+    "tuner": {"numpy", "peft", "safetensors", "tqdm", "transformers"},
     "convert": {
         "diffusers",
         "safetensors",

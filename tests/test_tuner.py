@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from peft import LoraConfig, PeftModel, get_model_status, get_peft_model, inject
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
@@ -225,6 +227,136 @@ def test_a_module_in_several_places_has_one_adapter(targets: Any, tmp_path: Path
     assert plain.state_dict().keys() == fresh.state_dict().keys()
 
 
+class Pyramid(nn.Module):
+    """Runs its layers from something that the tree does not show, as MaskFormer, Mask2Former and UperNet do."""
+
+    def __init__(self, hold: Any) -> None:
+        super().__init__()
+        layers = [nn.Conv2d(3, 7, 3, padding=1), nn.Conv2d(7, 5, (1, 3))]
+        for place, layer in enumerate(layers):
+            self.add_module(str(place), layer)
+        hold(vars(self), layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in tree_leaves(self.held):
+            x = layer(x).tanh()
+        return x
+
+
+HELD = {
+    "a list": lambda attributes, layers: attributes.update(held=layers),
+    "a tuple": lambda attributes, layers: attributes.update(held=tuple(layers)),
+    "a dict": lambda attributes, layers: attributes.update(held=dict(enumerate(layers))),
+    "lists in lists": lambda attributes, layers: attributes.update(held=[[layers[0]], (layers[1],)]),
+    "in a dict of the class's own": lambda attributes, layers: attributes.update(held={"all": [tuple(layers)]}),
+}
+
+
+@pytest.mark.parametrize("targets", ["all", ["1"]])
+@pytest.mark.parametrize("hold", HELD.values(), ids=HELD)
+def test_a_module_that_is_held_beside_the_tree_is_adapted_there_too(hold: Any, targets: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = Pyramid(hold)
+    fresh, x = copy.deepcopy(base), torch.randn(2, 3, 5, 7)
+    model = get_peft_model(base, flora.FloraConfig(r=2, target_modules=targets, init_weights=False))
+    out = model(x)
+    dense = copy.deepcopy(fresh)
+    for name, layer in layers(model).items():
+        dense.get_submodule(name.removeprefix("base_model.model.")).weight.data += layer.get_delta_weight("default")
+    assert torch.allclose(out, dense(x), atol=1e-6)
+    assert not torch.allclose(out, fresh(x), atol=1e-3)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(copy.deepcopy(fresh), tmp_path)(x), out)
+    assert torch.allclose(copy.deepcopy(model).merge_and_unload()(x), out, atol=1e-6)
+    assert torch.equal(model.unload()(x), fresh(x))
+
+
+def _another_forward(module: nn.Module) -> None:
+    old = module.forward
+    module.forward = lambda x: 2 * old(x)  # type: ignore[method-assign]
+
+
+def _another_method(module: nn.Module) -> None:
+    cls = type(module)
+    module.forward = MethodType(lambda self, x: 2 * cls.forward(self, x), module)  # type: ignore[method-assign]
+
+
+def _times(value: Any, factor: float) -> Any:
+    return tuple(factor * each if each is not None and each.is_floating_point() else each for each in value)
+
+
+AROUND: dict[str, Any] = {
+    "before": lambda layer: layer.register_forward_pre_hook(lambda module, args: _times(args, 3)),
+    "before, with names": lambda layer: layer.register_forward_pre_hook(
+        lambda module, args, kwargs: (_times(args, 3), kwargs), with_kwargs=True
+    ),
+    "after": lambda layer: layer.register_forward_hook(lambda module, args, out: 3 * out),
+    "of the backward": lambda layer: layer.register_full_backward_hook(lambda module, down, up: _times(down, 5)),
+    "before the backward": lambda layer: layer.register_full_backward_pre_hook(lambda module, up: _times(up, 5)),
+    "another forward": _another_forward,
+    "another method": _another_method,
+}
+HOOKED: dict[str, Any] = {
+    "linear": (lambda: nn.Sequential(nn.Linear(7, 11), nn.Linear(11, 5)), (13, 7)),
+    "conv": (lambda: nn.Sequential(nn.Conv2d(3, 7, 3), nn.ConvTranspose2d(7, 5, (2, 3))), (2, 3, 11, 5)),
+    "embedding": (lambda: nn.Sequential(nn.Embedding(13, 7), nn.Linear(7, 5)), None),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # ids require no gradient
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("way", ["auto", "summed", "beside"])
+@pytest.mark.parametrize("kind", HOOKED)
+@pytest.mark.parametrize("around", AROUND)
+def test_what_stands_around_a_layer_stands_around_the_adapted_one(around: str, kind: str, way: str, late: bool) -> None:
+    """Hooks, and a forward that was replaced on the instance: as around a layer whose weight is W + s dW."""
+    torch.manual_seed(0)
+    build, shape = HOOKED[kind]
+    base = build().double()
+    dense = copy.deepcopy(base)
+    x = torch.randint(13, (3, 5)) if shape is None else torch.randn(shape, dtype=torch.float64)
+    put = AROUND[around]
+    for layer in [] if late else base:
+        put(layer)
+    model = get_peft_model(base, flora.FloraConfig(r=2, target_modules="all", init_weights=False, way=way))
+    if late:
+        model(x)
+    for layer in model.base_model.model if late else []:
+        put(layer.get_base_layer())
+    for name, layer in layers(model).items():
+        owner = dense.get_submodule(name.removeprefix("base_model.model."))
+        owner.weight.data += layer.get_delta_weight("default").detach()
+        put(owner)
+
+    out, expected = model(x), dense(x)
+    assert torch.allclose(out, expected, atol=1e-10)
+    for outputs in (out, expected):
+        outputs.square().sum().backward()
+    for name, layer in layers(model).items():
+        owner = dense.get_submodule(name.removeprefix("base_model.model."))
+        found = [value.grad for value in layer.delta("default").parameters()]
+        layer.zero_grad()
+        layer.get_delta_weight("default").backward(owner.weight.grad)
+        for value, ours in zip(layer.delta("default").parameters(), found, strict=True):
+            assert ours is not None
+            assert torch.allclose(value.grad, ours, atol=1e-9), name
+
+
+def test_a_hook_is_given_the_layer_itself_and_an_adapter_for_each_sample_runs_between_hooks() -> None:
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(7, 5)), torch.randn(3, 7)
+    seen: list[Any] = []
+    base[0].register_forward_hook(lambda module, args, out: seen.append(module) or 2 * out)
+    model = get_peft_model(base, flora.FloraConfig(r=2, target_modules=["0"], init_weights=False)).eval()
+    layer: Any = model.base_model.model[0]
+    out = model(x)
+    assert seen == [layer.get_base_layer()]
+    mixed = model(x, adapter_names=["default", "__base__", "default"])
+    assert torch.allclose(mixed[::2], out[::2], atol=1e-6)
+    with model.disable_adapter():
+        assert torch.allclose(mixed[1], model(x)[1], atol=1e-6)
+
+
 def test_a_tie_between_modules_is_refused_with_the_remedy_that_fits() -> None:
     base = nn.ModuleDict({"one": nn.Linear(5, 5), "other": nn.Linear(5, 5)})
     base["one"].weight = base["other"].weight
@@ -319,6 +451,18 @@ def test_a_parametrization_that_cannot_hold_the_merged_weight_is_taken_off(
     assert torch.allclose(plain.eval()(x), out, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", NORMED)
+def test_merging_a_copy_leaves_the_parametrization_of_the_model(name: str) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(One(NORMED[name]()), flora.FloraConfig(r=2, target_modules=["layer"], init_weights=False))
+    x = torch.randn(2, 5, 7, 7) if name == "spectral" else torch.randn(3, 7)
+    out = model.eval()(x)
+    with pytest.warns(UserWarning, match="removes the parametrization of"):
+        plain = copy.deepcopy(model).merge_and_unload()
+    assert torch.allclose(plain(x), out, atol=1e-5)
+    assert torch.equal(model(x), out)
+
+
 @pytest.mark.filterwarnings("ignore:the adapter has more parameters than the weight")
 @pytest.mark.parametrize(
     ("build", "names"),
@@ -385,6 +529,74 @@ def test_a_weighted_sum_saves_and_loads(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path, selected_adapters=["sum"])
     again = PeftModel.from_pretrained(net(), tmp_path / "sum").eval()
     assert torch.allclose(again(images()), out, atol=1e-6)
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.mix, self.norm = nn.Embedding(13, 7), nn.Linear(7, 11), nn.BatchNorm1d(11)
+        self.head = nn.Linear(11, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.norm(self.mix(self.table(ids))))  # type: ignore[no-any-return]
+
+
+def of_words(**fields: Any) -> flora.FloraConfig:
+    return flora.FloraConfig(r=2, target_modules=["mix"], init_weights=False, **fields)
+
+
+@pytest.mark.filterwarnings("ignore:the adapter has more parameters than the weight")  # the sum of tiny layers
+@pytest.mark.parametrize("first", [True, False])
+def test_a_weighted_sum_has_the_weighted_changes_of_what_is_held_in_full(first: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = Words().eval()
+    head, rows = base.head.weight.detach().clone(), base.table.weight.detach()[[2, 5]].clone()
+    full = of_words(modules_to_save=["head"], trainable_token_indices={"table": [2, 5]})
+    model = get_peft_model(base, full if first else of_words(), adapter_name="one")
+    model.add_adapter("two", full)
+    for name, value in model.named_parameters():
+        if "modules_to_save" in name or "tokens_delta" in name:
+            nn.init.normal_(value)
+    saved: Any = model.base_model.model.head.modules_to_save
+    tokens: Any = model.base_model.model.table.token_adapter.trainable_tokens_delta
+    expected = [head.clone(), rows.clone()]
+    for adapter, factor in (("one", 0.75), ("two", -2.0)):
+        if adapter in saved:
+            expected[0] += factor * (saved[adapter].weight.detach() - head)
+            expected[1] += factor * (tokens[adapter].detach() - rows)
+
+    model.base_model.add_weighted_adapter(["one", "two"], [0.75, -2.0], "sum")
+    model.set_adapter("sum")
+    assert torch.allclose(saved["sum"].weight, expected[0], atol=1e-6)
+    assert torch.allclose(model.base_model.model.table(torch.tensor([2, 5])), expected[1], atol=1e-6)
+    ids = torch.arange(13)
+    out = model(ids)
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    torch.manual_seed(0)
+    assert torch.allclose(PeftModel.from_pretrained(Words().eval(), tmp_path / "sum").eval()(ids), out, atol=1e-6)
+
+
+NO_SUM: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "biases": ({"bias": "all"}, {}, "has changed biases of the base model itself"),
+    "other rows": (
+        {"trainable_token_indices": {"table": [1]}},
+        {"trainable_token_indices": {"table": [2]}},
+        "train different rows of embeddings",
+    ),
+    "statistics": ({"modules_to_save": ["norm"]}, {}, "norm of modules_to_save has running statistics"),
+}
+
+
+@pytest.mark.parametrize("name", NO_SUM)
+def test_what_has_no_weighted_sum_is_refused_and_nothing_added(name: str) -> None:
+    first, second, message = NO_SUM[name]
+    model = get_peft_model(Words(), of_words(**first), adapter_name="one")
+    model.add_adapter("two", of_words(**second))
+    model.train()(torch.arange(13))
+    with pytest.raises(ValueError, match=message):
+        model.base_model.add_weighted_adapter(["one", "two"], [0.5, 0.5], "sum")
+    assert set(model.peft_config) == {"one", "two"}
+    assert all("sum" not in layer.settings for layer in layers(model).values())
 
 
 def test_tensors_are_swapped_in_place() -> None:

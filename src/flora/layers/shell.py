@@ -13,6 +13,7 @@ run through ``torch.func.functional_call``, one thread at a time.
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, nullcontext
 from types import MethodType
@@ -25,6 +26,7 @@ from torch.nn.utils import parametrize
 from flora.errors import UserError
 
 REGISTRIES = ("_parameters", "_buffers", "_modules")
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _ONE_AT_A_TIME = threading.RLock()
 
 
@@ -58,6 +60,50 @@ def call_with(module: nn.Module, weights: Mapping[str, Any], *args: Any, **kwarg
         out = run_as_shell(module, weights, lambda shell: shell(*args, **kwargs))
 
     return hook.post_forward(module, out)
+
+
+def weights_are_elsewhere(module: nn.Module) -> bool:
+    """Whether a hook of accelerate or diffusers brings the weights, or casts them, when the module is called."""
+    own = vars(module)
+    return "_hf_hook" in own or "_diffusers_hook" in own
+
+
+def forward_is_replaced(module: nn.Module) -> bool:
+    """Whether the instance has a forward of its own, by which it may compute something else than its class does."""
+    own = vars(module)
+    if "_diffusers_hook" in own:
+        return False
+
+    replaced = own.get("_old_forward" if "_hf_hook" in own else "forward")
+    if replaced is None:
+        return False
+
+    # What accelerate leaves behind when it takes its hooks off is the class's own method.
+    return getattr(replaced, "__func__", None) is not type(module).forward or replaced.__self__ is not module
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks are registered on the module, for its forward or its backward."""
+    return any(getattr(module, registry) for registry in HOOKS)
+
+
+def run_between_hooks(module: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``run(*args, **kwargs)`` as the forward of the module: its hooks see, and may change, inputs and outputs."""
+    # torch runs the hooks of the object that it is called on: a shell whose forward is ``run``. The hooks are given the
+    # module itself, which they may know it by.
+    stand_in: nn.Module = object.__new__(type(module))
+    start = {**vars(module), "forward": run}
+
+    for registry in HOOKS:
+        start[registry] = OrderedDict((key, _with(hook, module)) for key, hook in start[registry].items())
+
+    object.__setattr__(stand_in, "__dict__", start)
+
+    return stand_in(*args, **kwargs)
+
+
+def _with(hook: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
+    return lambda _, *args: hook(module, *args)
 
 
 def run_as_shell(module: nn.Module, weights: Mapping[str, Any], run: Callable[[nn.Module], Any]) -> Any:

@@ -22,6 +22,7 @@ from flora.layers import plain
 from flora.layers.axes import KERNELS
 from flora.layers.conv import fused as fused_conv
 from flora.layers.linear import fused as linear
+from flora.layers.shell import forward_is_replaced
 
 Axes = tuple[str, ...]
 
@@ -263,7 +264,7 @@ def is_plain(module: nn.Module) -> bool:
     shell with W + dW, which is exact for whatever its forward does.
     """
     found = find_layer(module)
-    if found is None or type(module).forward is not found[0].forward:
+    if found is None or type(module).forward is not found[0].forward or forward_is_replaced(module):
         return False
     # What an embedding is set to; cheaper to ask than the module itself.
     own = vars(module)

@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch.nn import functional as F
 from flora.errors import UserError
 from flora.layers import device
 from flora.layers.planning import KINDS, Choice, Work, choose
-from flora.layers.shell import call_with
+from flora.layers.shell import call_with, forward_is_replaced, has_hooks, run_between_hooks, weights_are_elsewhere
 from flora.layers.table import is_plain
 from flora.tucker.delta import TuckerDelta
 from flora.tuner.adapted import AdaptedLayer
@@ -58,7 +60,9 @@ def _is_bare(layer: AdaptedLayer, base: nn.Module, delta: TuckerDelta) -> bool:
     return not (
         own["_forward_hooks"]
         or own["_forward_pre_hooks"]
-        or "_hf_hook" in own
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
         or "_hf_hook" in delta.__dict__
         or "weight" in own
         or type(weight) is not nn.Parameter
@@ -72,9 +76,16 @@ def adapted_output(layer: AdaptedLayer, active: list[str], *args: Any, **kwargs:
     choice = choice_for(layer, active, args[0] if args else next(iter(kwargs.values()), None))
     if choice.way == "called":
         return _called(layer, active, *args, **kwargs)
-    if choice.way == "summed":
-        return _summed(choice, layer, active, *args, **kwargs)
-    return _beside(choice, layer, active, *args, **kwargs)
+
+    way = _summed if choice.way == "summed" else _beside
+    return _between_hooks(layer, partial(way, choice, layer, active), *args, **kwargs)
+
+
+def _between_hooks(layer: AdaptedLayer, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``run(*args, **kwargs)``; hooks of the base layer see, and may change, what the layer is given and returns."""
+    if has_hooks(layer.base_layer) and readable(layer):
+        return run_between_hooks(layer.base_layer, run, *args, **kwargs)
+    return run(*args, **kwargs)
 
 
 # ---- which way -----------------------------------------------------------------------------------------------------
@@ -99,7 +110,8 @@ def choice_for(layer: AdaptedLayer, active: list[str], x: Any) -> Choice:
     # Everything that the choice depends on is the key of the layer's memory of choices. Deciding again at each forward
     # would cost more time than a small layer takes.
     base = layer.base_layer
-    facts: tuple[Any, ...] = (x.shape, x.dtype, x.device, type(base), layer.training, readable(layer), *active)
+    own = readable(layer) and not forward_is_replaced(base)
+    facts: tuple[Any, ...] = (x.shape, x.dtype, x.device, type(base), layer.training, own, *active)
 
     try:
         choice = layer.choices.get(facts)
@@ -206,10 +218,10 @@ def _strides(base: Any) -> tuple[bool, int]:
 def readable(layer: AdaptedLayer) -> bool:
     """Whether the weight is an ordinary tensor in its place and may be read.
 
-    A hooked, offloaded, sharded or quantised base layer has to be called as a module.
+    An offloaded, sharded or quantised base layer has to be called as a module; so has one with hooks under a compiler.
     """
     base = layer.base_layer
-    if base._forward_hooks or base._forward_pre_hooks or "_hf_hook" in base.__dict__:
+    if weights_are_elsewhere(base) or (torch.compiler.is_compiling() and has_hooks(base)):
         return False
 
     weight = base.weight
@@ -264,7 +276,7 @@ def _beside(choice: Choice, layer: AdaptedLayer, active: list[str], *args: Any, 
         remaining = active if out is None else active[1:]
 
     if out is None:
-        out = layer.base_layer(*args, **kwargs)
+        out = _base_output(layer, *args, **kwargs)
 
     if layer.quantization_backend is not None:
         out = layer.quantization_backend.maybe_clone_base_result(out)
@@ -273,6 +285,13 @@ def _beside(choice: Choice, layer: AdaptedLayer, active: list[str], *args: Any, 
         out = out + change_of_output(layer, adapter, *args, **kwargs).to(out.dtype)
 
     return out
+
+
+def _base_output(layer: AdaptedLayer, *args: Any, **kwargs: Any) -> Any:
+    """What the base layer gives; its hooks, if it has any, run around this already where the weight is readable."""
+    if readable(layer):
+        return layer.base_layer.forward(*args, **kwargs)
+    return layer.base_layer(*args, **kwargs)
 
 
 def _drops(layer: AdaptedLayer, adapter: str) -> bool:
@@ -324,10 +343,8 @@ def mixed_output(layer: AdaptedLayer, names: list[str], *args: Any, **kwargs: An
         raise UserError("adapter_names needs unmerged adapters; call unmerge_adapter() first")
 
     known = [name for name in dict.fromkeys(names) if name in layer.settings]
-    out: Tensor = layer.base_layer(*args, **kwargs)
-
     if not known:
-        return out
+        return layer.base_layer(*args, **kwargs)  # type: ignore[no-any-return]
 
     adds_up = layer.quantization_backend is not None or is_plain(layer.base_layer)
     if not adds_up or layer.row.kind not in KINDS or isinstance(layer.base_layer, nn.EmbeddingBag):
@@ -335,6 +352,12 @@ def mixed_output(layer: AdaptedLayer, names: list[str], *args: Any, **kwargs: An
             f"adapter_names (an adapter for each sample) cannot be used with {type(layer.base_layer).__name__}: its "
             "output is not a sum of the base layer's and the adapter's; run one batch per adapter, with set_adapter"
         )
+
+    return _between_hooks(layer, partial(_mixed_sum, layer, names, known), *args, **kwargs)  # type: ignore[no-any-return]
+
+
+def _mixed_sum(layer: AdaptedLayer, names: list[str], known: list[str], *args: Any, **kwargs: Any) -> Tensor:
+    out: Tensor = _base_output(layer, *args, **kwargs)
 
     if args:
         first, rest = (args[0], args[1:])

@@ -194,6 +194,11 @@ def _take_off(owner: nn.Module, leaf: str, value: Tensor) -> Parametrization:
     originals = {name: tensor.detach().clone() for name, tensor in lists.named_parameters(recurse=False)}
     wanted = any(tensor.requires_grad for tensor in lists.parameters(recurse=False))
 
+    # Copies of a parametrized module share its class, and torch takes the weight's property off the class: they would
+    # have no weight any more. So the module that changes gets a class of its own.
+    shared = type(owner)
+    owner.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
+
     with _at_rest(modules):
         parametrize.remove_parametrizations(owner, leaf, leave_parametrized=True)
 

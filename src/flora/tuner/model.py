@@ -18,13 +18,14 @@ from flora.errors import UserError
 from flora.layers.patterns import exact_pattern
 from flora.tucker.form import Tucker, concatenate
 from flora.tuner import targets as find
+from flora.tuner import whole
 from flora.tuner.applied import mark_merged, warn_if_merged, warn_of_scale
 from flora.tuner.config import FloraConfig
 from flora.tuner.elsewhere import guard_optimizers, guard_saving
 from flora.tuner.layer import BASE, FloraLayer, named_layers
 from flora.tuner.merging import check_finite, merged_weights
 from flora.tuner.parameter import ParamWrapper
-from flora.tuner.places import Place, find_misfit, hidden_from_peft, places_of, under_all_names
+from flora.tuner.places import Place, Reference, Row, find_misfit, hidden_from_peft, places_of, under_all_names
 from flora.tuner.reading import adapter_per_sample
 from flora.tuner.resolution import Resolution
 from flora.tuner.selection import Selection
@@ -47,7 +48,7 @@ class FloraModel(BaseTuner):
 
     prefix = "tucker_"
     # While modules are replaced.
-    _places: dict[int, list[Place]] = {}
+    _places: dict[int, list[Place | Reference | Row]] = {}
     tuner_layer_cls = FloraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
@@ -150,7 +151,7 @@ class FloraModel(BaseTuner):
         Device and dtype are settled in ``FloraLayer.update_layer``.
         """
         for place in self._places.get(id(child), [Place(parent, child_name)]):
-            setattr(place.parent, place.name, new_module)
+            place.put(new_module)
 
     def _turn_off_fast_paths(self, key: str) -> None:
         """Encoders of torch read their layers' weights in eval without calling them, unless one has a hook."""
@@ -226,8 +227,8 @@ class FloraModel(BaseTuner):
         if merge:
             mark_merged(self.model, self._layers(), self.active_adapters if adapter_names is None else adapter_names)
 
-        self._places = places_of(self.model)
         with hidden_from_peft(self.model, "base_layer"):
+            self._places = places_of(self.model)
             model = cast(nn.Module, super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names))
         self._places = {}
         stop_watching(model)
@@ -344,13 +345,16 @@ class FloraModel(BaseTuner):
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
         """Adds an adapter that is the weighted sum of others, exactly: Tucker forms concatenate, so their ranks add up.
 
+        A module of ``modules_to_save`` becomes that of the base model plus the weighted changes of it.
+
         Args:
             adapters: names of existing adapters.
             weights: a number for each.
             adapter_name: of the new adapter; it is not made active.
 
         Raises:
-            ValueError: an adapter does not exist, the new name is taken, or they do not adapt the same weights.
+            ValueError: an adapter does not exist, the new name is taken, they do not adapt the same weights, or they
+                hold something that has no sum: biases, other rows of an embedding, running statistics.
         """
         if adapter_name in self.peft_config:
             raise UserError(f"adapter {adapter_name!r} already exists; delete it first or choose another name")
@@ -365,6 +369,10 @@ class FloraModel(BaseTuner):
         if any(place != places[0] for place in places):
             raise UserError(f"the adapters {list(adapters)} do not adapt the same layers, so they have no common sum")
 
+        configs = [cast(FloraConfig, self.peft_config[adapter]) for adapter in adapters]
+        held_in_full = whole.config_of_sum(configs)
+        whole.check_sum(self.model, adapters)
+
         forms: dict[tuple[str, str], Tucker] = {}
         layers = self._layers_with(adapters[0])
         for path, layer in layers.items():
@@ -375,7 +383,8 @@ class FloraModel(BaseTuner):
                 with torch.no_grad():
                     forms[path, weight] = concatenate([delta.form for delta in deltas], scales)
 
-        config = cast(FloraConfig, copy.deepcopy(self.peft_config[adapters[0]]))
+        config = copy.deepcopy(configs[0])
+        vars(config).update(held_in_full)
         config.r, config.alpha, config.scale, config.scale_pattern, config.init_weights = 8, None, 1.0, {}, True
         names = {layer: name for name, layer in named_layers(self.model)}
         config.rank_pattern = {
@@ -386,6 +395,8 @@ class FloraModel(BaseTuner):
         layers = self._layers_with(adapter_name)
         for (path, weight), form in forms.items():
             _copy_form(layers[path].delta(adapter_name, weight).form, form)
+
+        whole.write_sum(self.model, list(zip(adapters, weights, strict=True)), adapter_name)
 
     def swap_adapter(self, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
         """Copies the tensors of a saved adapter into a live one, in place: nothing is rebuilt or recompiled.

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+
+# Attributes that every module has; its children are among them.
+TORCHS_OWN = vars(nn.Module()).keys()
 
 
 class Place(NamedTuple):
@@ -17,14 +20,75 @@ class Place(NamedTuple):
     parent: nn.Module
     name: str
 
+    def put(self, module: nn.Module) -> None:
+        """Puts another module there."""
+        setattr(self.parent, self.name, module)
 
-def places_of(model: nn.Module) -> dict[int, list[Place]]:
-    """The places of each module that stands in several, by its id: nnU-Net's blocks do, weights and all."""
-    places: dict[int, list[Place]] = {}
+
+class Reference(NamedTuple):
+    """Where a module is held beside the tree: in a list or dict, or in the plain attributes of another module."""
+
+    holder: Any
+    key: Any
+
+    def put(self, module: nn.Module) -> None:
+        """Puts another module there."""
+        self.holder[self.key] = module
+
+
+class Row(NamedTuple):
+    """Where a module is held in a tuple, which is replaced as a whole.
+
+    Attributes:
+        holder: of the tuple: a list or dict, or the attributes of a module.
+        key: of the tuple there.
+        index: of the module in the tuple.
+    """
+
+    holder: Any
+    key: Any
+    index: int
+
+    def put(self, module: nn.Module) -> None:
+        """Puts another module there."""
+        row = list(self.holder[self.key])
+        row[self.index] = module
+        self.holder[self.key] = tuple(row)
+
+
+def places_of(model: nn.Module) -> dict[int, list[Place | Reference | Row]]:
+    """The places of each module that is held in several, by its id.
+
+    nnU-Net's blocks stand twice in the tree, weights and all. The pyramids of MaskFormer and UperNet run their layers
+    from a list, which the tree does not show.
+    """
+    places: dict[int, list[Place | Reference | Row]] = {}
+    seen: set[int] = set()
     for parent in model.modules():
         for name, child in parent._modules.items():
             places.setdefault(id(child), []).append(Place(parent, name))
+
+        attributes = vars(parent)
+        for name in attributes.keys() - TORCHS_OWN:
+            for module, reference in _references(attributes, name, seen):
+                places.setdefault(id(module), []).append(reference)
+
     return {key: found for key, found in places.items() if len(found) > 1}
+
+
+def _references(holder: Any, key: Any, seen: set[int]) -> Iterator[tuple[nn.Module, Reference | Row]]:
+    """The modules that an entry of a list or dict holds, in lists, tuples and dicts inside it too."""
+    value = holder[key]
+    if isinstance(value, nn.Module):
+        yield value, Reference(holder, key)
+
+    if type(value) is tuple:
+        yield from ((item, Row(holder, key, index)) for index, item in enumerate(value) if isinstance(item, nn.Module))
+    elif isinstance(value, (list, dict)) and id(value) not in seen:
+        seen.add(id(value))
+
+        for inner in list(value) if isinstance(value, dict) else range(len(value)):
+            yield from _references(value, inner, seen)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -167,12 +168,14 @@ def at_rest(model: nn.Module) -> Iterator[None]:
     training = {module: module.training for module in model.modules()}
     buffers = {buffer: buffer.detach().clone() for buffer in model.buffers()}
     trained = {value: value.requires_grad for value in model.parameters()}
-    python = random.getstate()
+    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = sorted({value.device.index for value in trained if value.is_cuda})
 
     try:
         with torch.random.fork_rng(devices):
             torch.manual_seed(0)
+            random.seed(0)
+            np.random.seed(0)  # noqa: NPY002
             model.train()
 
             for module in model.modules():
@@ -182,6 +185,7 @@ def at_rest(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         random.setstate(python)
+        np.random.set_state(arrays)  # noqa: NPY002
 
         for module, mode in training.items():
             module.training = mode
@@ -230,7 +234,11 @@ def collect(
 
     # Gradients that the caller has accumulated are put back afterwards. Within, the model runs as it would train, but
     # for dropout and moving statistics, and without its adapters: the gradient is that of the frozen weights.
+    # What is accumulated already would be added to what a batch gives.
     kept = {value: value.grad for value in model.parameters()}
+    for value in kept:
+        value.grad = None
+
     count = sum(len(each.batches) for each in passes)
     bar = tqdm(total=count, desc="start: gradients", unit="batch", disable=None, leave=False)
 
