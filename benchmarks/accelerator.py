@@ -318,16 +318,18 @@ def measure(name: str, modes: Sequence[str], asked: Any, found: dict[str, Any], 
         run.models[method], run.steps[method] = model, training_step(model, inputs)
     del base
 
-    for mode in modes:
-        if mode == "captured" and not cuda:
-            continue
-        time_mode(mode, run, methods)
-        save()
-    run.models.clear(), run.steps.clear()
-    torch.compiler.reset()
-    gc.collect()
-    if cuda:
-        torch.cuda.empty_cache()
+    try:
+        for mode in modes:
+            if mode == "captured" and not cuda:
+                continue
+            time_mode(mode, run, methods)
+            save()
+    finally:
+        run.models.clear(), run.steps.clear()
+        torch.compiler.reset()
+        gc.collect()
+        if cuda:
+            torch.cuda.empty_cache()
 
 
 def _line(name: str, found: dict[str, Any]) -> dict[str, Any]:
@@ -349,8 +351,9 @@ def time_mode(mode: str, run: Run, methods: dict[str, Any]) -> None:
     if mode == "compiled":
         for model in run.models.values():
             compiled(model, run.row)
-    if mode == "captured":
-        steps = {method: captured(step) for method, step in steps.items()}
+    steps = ready(steps, mode, methods)
+    if not steps:
+        raise RuntimeError("; ".join(f"{name}: {values['failed'][mode]}" for name, values in methods.items()))
 
     budget = BUDGET.shortened() if asked.quick else BUDGET
     times = clock.interleave(steps, budget, asked.seed, torch.cuda.synchronize if cuda else None)
@@ -359,8 +362,21 @@ def time_mode(mode: str, run: Run, methods: dict[str, Any]) -> None:
         if cuda and mode != "captured":
             methods[method]["peak"][mode] = peak(steps[method])
     if asked.profile and cuda and mode == "eager":
-        for method in ("full", "flora"):
+        for method in steps.keys() & {"full", "flora"}:
             methods[method]["kernels"] = kernels(steps[method])
+
+
+def ready(steps: Mapping[str, clock.Step], mode: str, methods: dict[str, Any]) -> dict[str, clock.Step]:
+    """The steps after their first run, captured where asked for; what fails is noted with its method and left out."""
+    found: dict[str, clock.Step] = {}
+    for method, step in steps.items():
+        try:
+            step()
+            found[method] = captured(step) if mode == "captured" else step
+        except Exception as error:  # one method that fails must not take the others along
+            methods[method].setdefault("failed", {})[mode] = f"{type(error).__name__}: {error}"[:2000]
+
+    return found
 
 
 def summary(found: Mapping[str, Any]) -> str:
@@ -369,12 +385,20 @@ def summary(found: Mapping[str, Any]) -> str:
     for line in [*found["models"], *found["rows"]]:
         for mode in MODES:
             ours = {name: values["ms"].get(mode) for name, values in line.get("methods", {}).items()}
-            if not ours or any(value is None for value in ours.values()):
+            if not ours.get("frozen"):
                 continue
             frozen = statistics.median(ours["frozen"]["raw"])
-            ratios = "".join(f"{ours[name]['median'] / frozen:>8.3f}" for name in METHODS[1:])
+            ratios = "".join(
+                f"{ours[name]['median'] / frozen:>8.3f}" if ours.get(name) else f"{'-':>8}" for name in METHODS[1:]
+            )
             peaks = [line["methods"][name]["peak"].get(mode) or 0 for name in METHODS]
             sizes = " ".join(f"{size / 2**20:.0f}" for size in peaks)
             lines.append(f"{line['case']:<20}{mode:<10}{frozen:>10.2f}{ratios}  {sizes}")
     lines += [f"failed: {name}: {why[:200]}" for name, why in found.get("failed", {}).items()]
+    lines += [
+        f"failed: {line['case']}, {name}, {mode}: {why[:200]}"
+        for line in [*found["models"], *found["rows"]]
+        for name, values in line.get("methods", {}).items()
+        for mode, why in values.get("failed", {}).items()
+    ]
     return "\n".join([*lines, *found.get("not_run", [])])

@@ -8,10 +8,12 @@ The decisions of the library are those of a GPU, or those of a CPU.
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -211,11 +213,52 @@ def under(method: str, block: Any) -> Any:
     return get_peft_model(block, config).train().base_model.model
 
 
-def decisions(method: str) -> Any:
-    """The context in which a method runs: a GPU's decisions on CPU tensors, unless a CPU's are asked for."""
-    from benchmarks import gpu_branch
+@contextmanager
+def decisions(method: str) -> Iterator[None]:
+    """Within, a method runs with a GPU's decisions on CPU tensors, unless a CPU's are asked for."""
+    if method == "flora-cpu":
+        yield
+        return
 
-    return nullcontext() if method == "flora-cpu" else gpu_branch.taken()
+    from benchmarks import gpu_branch
+    from flora.layers import device
+
+    own = device.product
+    with gpu_branch.taken():
+        device.product = partial(unrounded, own, product_op())
+        try:
+            yield
+        finally:
+            device.product = own
+
+
+def unrounded(own: Any, product: Any, left: Any, right: Any, dtype: Any, scale: float = 1.0) -> Any:
+    """A product in half precision that returns its float32 sums: one call of torch's on a GPU, and of ours here."""
+    import torch
+
+    if left.device.type != "cpu" or left.dtype == torch.float32 or dtype != torch.float32:
+        return own(left, right, dtype, scale)
+
+    found = product(left, right)
+
+    return found if scale == 1 else scale * found
+
+
+@functools.cache
+def product_op() -> Any:
+    """The operation that stands for ``aten::mm.dtype``, which torch has for GPUs only."""
+    import torch
+
+    def product(left: Any, right: Any) -> Any:
+        return torch.mm(left.float(), right.float())
+
+    def shape(left: Any, right: Any) -> Any:
+        return left.new_empty(left.shape[0], right.shape[1], dtype=torch.float32)
+
+    torch.library.define("benchmarks::product", "(Tensor left, Tensor right) -> Tensor")
+    torch.library.impl("benchmarks::product", "default", product)
+    torch.library.register_fake("benchmarks::product", shape)
+    return torch.ops.benchmarks.product
 
 
 def count(name: str, method: str, dtype: str) -> dict[str, Any]:

@@ -229,7 +229,7 @@ CHECKS = [
         reason=ONE_LAYER,
     ),
     Check(
-        "The same, the compiled step replayed as a CUDA graph",
+        "The same, the eager step replayed as a CUDA graph",
         "gpu",
         LINEAR,
         times("flora", "frozen", "captured"),

@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from flora import FloraConfig
 from flora.layers import summed
 from flora.tucker.form import Tucker
 
@@ -76,6 +79,39 @@ def test_the_sum_in_half_precision_is_rounded_without_bias() -> None:
     assert torch.allclose(core.grad, torch.full_like(core, 0.5 * 131 * 127), rtol=1e-6)
 
 
+HALF_WAYS = {  # the layer, the way
+    "summed": (lambda: nn.Linear(13, 17), "summed"),
+    "summed, stored the other way": (lambda: Conv1D(17, 13), "summed"),
+    "beside": (lambda: nn.Linear(13, 17), "beside"),
+}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", HALF_WAYS)
+def test_a_compiled_linear_layer_in_half_precision(name: str, autocast: bool) -> None:
+    """Its output and gradients are those without a compiler; those of the adapter are in float32."""
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    build, way = HALF_WAYS[name]
+    base = nn.Sequential(build()).to(torch.float32 if autocast else torch.bfloat16)
+    config = FloraConfig(r=[5, 3], target_modules=["0"], way=way, scale=-0.7, init_weights=False)
+    model = get_peft_model(base, config)  # type: ignore[arg-type]
+    x = torch.randn(2, 7, 13, dtype=base[0].weight.dtype, requires_grad=True)
+
+    def step(run: Any) -> list[torch.Tensor]:
+        trained = [x, *(value for value in model.parameters() if value.requires_grad)]
+        with torch.autocast("cpu", enabled=autocast):
+            out = run(x)
+        assert out.dtype == torch.bfloat16
+        return [out.detach(), *torch.autograd.grad(out.float().square().sum(), trained)]
+
+    expected, found = step(model), step(torch.compile(model, backend="aot_eager", fullgraph=True))
+
+    assert {value.dtype for value in found[2:]} == {torch.float32}
+    for value, other in zip(found, expected, strict=True):
+        assert (value - other).abs().max() <= 0.01 * other.abs().max()
+
+
 # ---- kernels -------------------------------------------------------------------------------------------------------
 
 
@@ -100,7 +136,7 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, int]] = {
     "images": (images, (12, 8, 8), "float32", 10),
     "volumes": (volumes, (12, 4, 4, 4), "float32", 3),
     "tokens": (tokens, (16, 24), "float32", 5),
-    "tokens in half precision": (tokens, (16, 24), "bfloat16", 6),
+    "tokens in half precision": (tokens, (16, 24), "bfloat16", 5),
 }
 
 
@@ -122,10 +158,12 @@ def check(found: dict[str, Any]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler
-def test_graphs_for_other_batches_and_their_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["images", "tokens in half precision"])
+def test_graphs_for_other_batches_and_their_devices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One for the first batch, one for all others, and no number of the CPU between those of the device."""
-    monkeypatch.setitem(compiled.ROWS, "images", lambda: (images(), [(12, 8, 8)]))
-    assert compiled.traced("images", "flora", "float32", compiled.BATCHES) == AS_IT_SHOULD
+    build, size, dtype, _ = SMALL[name]
+    monkeypatch.setitem(compiled.ROWS, name, lambda: (build(), [size]))
+    assert compiled.traced(name, "flora", dtype, compiled.BATCHES) == AS_IT_SHOULD
 
 
 AS_IT_SHOULD = {"graphs_by_batch": [1, 0, 1, 0], "devices": ["meta"]}

@@ -93,6 +93,11 @@ def is_exporting() -> bool:
     return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
+def is_compiled() -> bool:
+    """Whether a compiler traces the model that takes operations of this library as they are."""
+    return torch.compiler.is_dynamo_compiling() and not is_exporting()
+
+
 def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
     """A backward that computes in the dtypes of its tensors also where it is called under autocast."""
 

@@ -36,6 +36,9 @@ class Operation(Protocol):
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output."""
 
+    def run_wide(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The same in plain operations, with a weight that may have a wider dtype than the input."""
+
     def gradients(self, grad: Tensor, x: Tensor, weight: Tensor, wants_x: bool) -> tuple[Tensor | None, Tensor]:
         """The gradients of the input, None where it is not wanted, and of the weight, from that of the output."""
 
@@ -139,14 +142,19 @@ _form_in_one_step = call_of(_Formed)
 
 
 def _formed_plain(weight: Tensor, scale: float, core: Tensor, *factors: Tensor | None) -> Tensor:
-    """The same in plain operations.
+    """The same in plain operations."""
+    return _formed_wide(weight, scale, core, *factors).to(weight.dtype)
+
+
+def _formed_wide(weight: Tensor, scale: float, core: Tensor, *factors: Tensor | None) -> Tensor:
+    """The same numbers; those of a half precision are still in float32.
 
     The factors of a kernel's modes stay apart here: as products of matrices a compiler leaves them to the device, where
     their Kronecker product and its gradients would each be kernels that it generates.
     """
     # A weight with one channel, or one pixel, lies in memory the same way in either order.
     if weight.ndim == 4 and weight.shape[1] > 1 and weight[0, 0].numel() > 1:
-        return with_update(weight, _channels_last(weight, core, factors, scale))
+        return _sum_wide(weight, _channels_last(weight, core, factors, scale))
 
     rows = _rows(core, factors, _chain(core, factors).steps)
 
@@ -154,7 +162,7 @@ def _formed_plain(weight: Tensor, scale: float, core: Tensor, *factors: Tensor |
     # of tensors with a mode more it leaves apart, and fuses it with the rounding.
     if weight.dtype in device.HALF:
         update = _update(factors[0], rows[-1], scale).reshape(weight.shape)
-        return with_update(weight.unsqueeze(0), update.unsqueeze(0)).squeeze(0)
+        return _sum_wide(weight.unsqueeze(0), update.unsqueeze(0)).squeeze(0)
 
     return _sum(weight, factors[0], rows[-1], scale)
 
@@ -196,7 +204,7 @@ def run_plain(
     operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None, core: Tensor, factors: Factors, scale: float
 ) -> Tensor:
     """The same in plain operations, for a compiler and for gradients of gradients."""
-    return operation.run(x, _formed_plain(weight, scale, core, *factors).to(x.dtype), bias)
+    return operation.run_wide(x, _formed_wide(weight, scale, core, *factors), bias)
 
 
 def with_update(weight: Tensor, update: Tensor) -> Tensor:
@@ -204,13 +212,20 @@ def with_update(weight: Tensor, update: Tensor) -> Tensor:
 
     The gradient passes the rounding by.
     """
+    return _sum_wide(weight, update).to(weight.dtype)
+
+
+def _sum_wide(weight: Tensor, update: Tensor) -> Tensor:
+    """The same numbers; those of a half precision are still in float32."""
     if weight.dtype not in device.HALF:
         return (weight + update).to(weight.dtype)
+
     # Rounding has no useful gradient. ``total + (rounded - exact)`` has the value of the rounded sum, and the gradient
     # of the sum, because the bracket is a constant to autograd.
     total = weight.float() + update.float()
     exact = total.detach()
-    return (total + (device.rounded(exact, weight.dtype) - exact)).to(weight.dtype)
+
+    return total + (device.rounded(exact, weight.dtype) - exact)
 
 
 class _Summed(torch.autograd.Function):

@@ -34,6 +34,10 @@ class Geometry(NamedTuple):
         """
         return torch.convolution(x, weight, bias, *self)
 
+    def run_wide(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The same with a weight that may have a wider dtype."""
+        return self.run(x, weight.to(x.dtype), bias)
+
     def gradients(self, grad: Tensor, x: Tensor, weight: Tensor, wants_x: bool) -> tuple[Tensor | None, Tensor]:
         """Of the input, None where it is not wanted, and of the weight."""
         # Torch gives both gradients in one call. Where it is slow on the kernel's, that one is computed apart.

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flora.layers import device, plain, summed
-from flora.layers.gate import again, call_of, is_exporting, prepare, without_autocast
+from flora.layers.gate import again, call_of, is_compiled, prepare, without_autocast
 from flora.layers.linear import compiled
 from flora.layers.linear.products import gradients_of_products, products, sum_of_weights
 from flora.layers.planning import Choice
@@ -35,6 +35,12 @@ class Product(NamedTuple):
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer: x (..., in) -> (..., out)."""
         return F.linear(x, weight.t() if self.transposed else weight, bias)
+
+    def run_wide(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The same with a weight that may have a wider dtype, which its gradient then has under a compiler."""
+        if weight.dtype != torch.float32 or x.dtype not in device.HALF or not is_compiled():
+            return self.run(x, weight.to(x.dtype), bias)
+        return compiled.dense(x, weight.t() if self.transposed else weight, bias)
 
     def gradients(self, grad: Tensor, x: Tensor, weight: Tensor, wants_x: bool) -> tuple[Tensor | None, Tensor]:
         """Of the input, None where it is not wanted, and of the weight."""
@@ -107,8 +113,7 @@ def _small(
 ) -> Tensor | None:
     # A compiler is given the layer as one operation. Whatever else watches gets separate operations.
     if not fused:
-        traced = torch.compiler.is_dynamo_compiling() and not is_exporting() and not weight.requires_grad
-        if not traced:
+        if not is_compiled() or weight.requires_grad:
             return None
         return compiled.linear(weight, bias, form, scale, x)
 
