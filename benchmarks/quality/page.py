@@ -425,9 +425,11 @@ def tried(notes: Sequence[Mapping[str, Any]], found: Found) -> list[str]:
         return []
 
     told = (
-        "Validation scores of single trainings, ahead of the runs above; the test sets were not touched for them. "
-        "Ranks were chosen where the gradient is, unless a row says otherwise. What became the rule: steps of at most "
-        "0.01, and equal ranks."
+        "Validation scores, ahead of the runs above; the test sets were not touched for them. Ranks were chosen where "
+        "the gradient is, unless a row says otherwise. Differences are paired by seed. What became the rule: steps of "
+        "at most 0.01, and equal ranks. What became an option: the weights of the norms, by `all-norm`. They gain on "
+        "CIFAR, whose norms are batch norms, and LoRA gains from them too. The hippocampus and spoken digits have no "
+        "norms with weights."
     )
 
     return ["## What was tried", told, *_equal_ranks(untuned(found)), _markdown(notes)]
