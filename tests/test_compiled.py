@@ -166,6 +166,24 @@ def test_graphs_for_other_batches_and_their_devices(name: str, monkeypatch: pyte
     assert compiled.traced(name, "flora", dtype, compiled.BATCHES) == AS_IT_SHOULD
 
 
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+@pytest.mark.parametrize("name", [pytest.param("images", marks=pytest.mark.slow), "tokens in half precision"])
+def test_a_training_step_is_whole_where_it_is_to_be_captured(name: str) -> None:
+    """In the mode that replays CUDA graphs: one graph each way, and nothing in it that cannot be captured."""
+    build, size, dtype, _ = SMALL[name]
+    model = compiled.under("flora", build().to(getattr(torch, dtype)))
+    graphs: list[Any] = []
+    torch.compiler.reset()
+    run = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+
+    without_caches = torch._inductor.config.patch(force_disable_caches=True)
+    with compiled.generated_only(graphs), without_caches, compiled.decisions("flora"):
+        compiled.step(run, [size], dtype)
+
+    assert len(graphs) == 2
+    assert not any(graph.uncapturable for graph in graphs)
+
+
 AS_IT_SHOULD = {"graphs_by_batch": [1, 0, 1, 0], "devices": ["meta"]}
 
 
