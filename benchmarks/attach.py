@@ -1,4 +1,4 @@
-"""How long does attaching to a model of a billion parameters take, and what does saving an adapter cost?"""
+"""How long does attaching take, to a model of a billion parameters and to many layers? What does saving cost?"""
 
 from __future__ import annotations
 
@@ -21,6 +21,13 @@ from flora.comparison import memory
 RANK = 8
 REPEATS = 7
 SIZES = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_key_value_heads": 4}
+KINDS: tuple[Callable[[], nn.Module], ...] = (
+    lambda: nn.Linear(64, 32),
+    lambda: nn.Conv1d(16, 32, 3),
+    lambda: nn.Conv2d(16, 32, 3),
+    lambda: nn.Conv3d(8, 16, 3),
+    lambda: nn.ConvTranspose2d(16, 8, 2),
+)
 CONFIGS: dict[str, Callable[[], Any]] = {
     "flora": lambda: flora.FloraConfig(r=RANK, target_modules="all-linear"),
     "lora": lambda: LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear"),
@@ -44,7 +51,21 @@ def measure(options: Options) -> dict[str, Any]:
             for what in ("attach", "save"):
                 result[f"{what}_ms"] = clock.summary(result.pop(what))
             result["saves_without_base_weights"] = saves_without_base_weights(name)
-    return {"parameters": size, "dtype": "bfloat16", "rank": RANK, "methods": found}
+        many = many_layers(options.quick)
+    return {"parameters": size, "dtype": "bfloat16", "rank": RANK, "methods": found, "many": many}
+
+
+def many_layers(quick: bool) -> dict[str, Any]:
+    """Times of attaching FLoRA to many small layers of several kinds."""
+    count, times = 50 if quick else 500, []
+    for repeat in range(2 if quick else REPEATS + 1):
+        model = nn.Sequential(*(KINDS[at % len(KINDS)]() for at in range(count)))
+        config = flora.FloraConfig(r=4, target_modules="all")
+        taken = clock.seconds(lambda: get_peft_model(model, config))  # noqa: B023
+        if repeat:  # the first round is warm-up
+            times.append(taken)
+
+    return {"layers": count, "attach_ms": clock.summary(times)}
 
 
 def llama(layers: int, device: str = "cpu") -> nn.Module:

@@ -122,7 +122,13 @@ def _attach(result: Row) -> list[str]:
     text = (
         f"A Llama of {result['parameters']:,} parameters in {result['dtype']}, all linear layers, r = {result['rank']}."
     )
-    return ["## Attaching and saving", text, tables.attach(result)]
+    parts = ["## Attaching and saving", text, tables.attach(result)]
+    many = result.get("many")
+    if many is not None:
+        middle = many["attach_ms"]["median"]
+        parts.append(f"FLoRA on {many['layers']} small layers of five kinds is attached in {middle:,.0f} ms.")
+
+    return parts
 
 
 def _compiled(result: Row) -> list[str]:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from flora.comparison import compare as module
 from flora.comparison import trial
-from flora.comparison.compare import compare
+from flora.comparison.compare import NOTICES, _each_notice_once, compare
 from flora.comparison.matching import match_ranks
 from flora.comparison.methods import METHODS
 from flora.comparison.probe import probe_head
@@ -347,6 +347,17 @@ def test_the_page_tells_of_a_head_that_was_trained_first(cache: None, tmp_path: 
     told = "Before every method the head alone was trained for 1.5 epochs, on the frozen base."
     assert (told in comparison_notes(plain), told in comparison_notes(probed)) == (False, True)
     assert plain["rows"][0]["values"] != probed["rows"][0]["values"]
+
+
+def test_what_every_training_would_say_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    with _each_notice_once():
+        for notices in 2 * NOTICES:
+            notices.warning("%s weights are new", 3)
+        NOTICES[0].warning("%s weights are new", 5)
+    NOTICES[0].warning("%s weights are new", 3)
+
+    told = [record.getMessage() for record in caplog.records if "weights are new" in record.getMessage()]
+    assert told == [f"{count} weights are new" for count in (3, 5, 3)]
 
 
 def test_an_adapter_that_its_own_library_cannot_merge_is_told(cache: None, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_the_form_holds_the_live_parameters() -> None:
 def test_ranks_that_do_not_fit_the_shape_are_refused(ranks: tuple[int, ...]) -> None:
     with pytest.raises(ValueError) as caught:
         TuckerDelta((11, 7), ranks)
-    text = f"ranks {ranks} do not fit the shape (11, 7): one from 1 to the size per dimension"
+    text = f"ranks {ranks} do not fit the shape (11, 7); give one from 1 to the size per dimension"
     assert str(caught.value) == text
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModel, EvalPrediction
 
+from flora.data import volume_files
 from flora.data.samples import locate
 from flora.data.volume_files import Pair, Reading, Volumes, batch_of
 from flora.data.volume_unet import VolumeUNet, VolumeUNetConfig
@@ -78,6 +79,28 @@ def test_image_and_labels_stay_together(tmp_path: Path) -> None:
         seen.add(tuple(item["labels"].flatten().tolist()))
         assert torch.equal(item["labels"], patches[index]["labels"])
     assert len(seen) > 1
+
+
+@pytest.mark.parametrize("room", [0, 5000, 2**20])
+def test_volumes_are_read_again_only_where_there_is_no_room(
+    tmp_path: Path, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes 7 * 5 * 11 * (4 + 8) bytes, so that one of the two fits into 5,000."""
+    pairs = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        pairs.append(pair(tmp_path / name, np.random.default_rng(1).normal(size=(7, 5, 11)), np.zeros((7, 5, 11))))
+
+    read: list[Pair] = []
+    own = volume_files.read_pair
+    monkeypatch.setattr(volume_files, "KEPT", room)
+    monkeypatch.setattr(volume_files, "read_pair", lambda each, how: read.append(each) or own(each, how))
+
+    drawn = Volumes(pairs, Reading(1, 3), [4, 4, 4], patches=2, stream=5)
+    samples = [drawn[index] for index in (*range(4), *range(4))]
+    assert len(read) == {0: 8, 5000: 5, 2**20: 2}[room]
+    for first, second in zip(samples[:4], samples[4:], strict=True):
+        assert torch.equal(first["pixel_values"], second["pixel_values"])
 
 
 def test_in_a_batch_volumes_are_in_the_middle_of_the_largest() -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
+import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 import flora
@@ -55,6 +59,21 @@ def test_a_mixtral_of_47b_on_the_meta_device() -> None:
     assert len(flora_layers(model)) == 32 * 2
     per_expert = 32 * experts * 16 * (2 * inner + hidden + hidden + inner)  # LoRA: two factors for each expert
     assert trainable < per_expert / 7
+
+
+@pytest.mark.slow
+def test_attaching_to_500_layers_takes_less_than_two_seconds() -> None:
+    """Of processor time, on models of five kinds of layers; the better of two, because the first also imports."""
+    kinds = [(nn.Linear, 2), (nn.Conv1d, 3), (nn.Conv2d, 3), (nn.Conv3d, 3), (nn.ConvTranspose2d, 2)]
+    taken = []
+    for _ in range(2):
+        layers = [kind(16, 32, size) if kind is not nn.Linear else kind(64, 32) for kind, size in 100 * kinds]
+        start = time.process_time()
+        model = get_peft_model(nn.Sequential(*layers), flora.FloraConfig(r=4, target_modules="all"))
+        taken.append(time.process_time() - start)
+        assert len(flora_layers(model)) == 500
+
+    assert min(taken) < 2
 
 
 def test_attention_and_experts_together() -> None:

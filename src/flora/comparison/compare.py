@@ -41,12 +41,14 @@ from flora.runs.settings import Settings
 from flora.runs.training import measure
 from flora.storage.atomic import check_target, claim, clear_parts, read_json, staged, write_json, write_text
 from flora.storage.replacing import check_replaceable
-from flora.tuner.statistics import logger as notices
+from flora.tuner.statistics import logger
 
 # The method whose first adapter is kept, ready to load.
 KEPT = "flora"
 # How many seeds the learning rate is chosen on.
 SEARCH_SEEDS = 3
+# Who tells of batch norms that keep their statistics, and of new weights of a head.
+NOTICES = (logger, logging.getLogger("transformers.modeling_utils"))
 # How often the grid of learning rates is extended at most.
 EXTENSIONS = 2
 
@@ -224,7 +226,7 @@ def compare(
     folder = settings.output.with_name(f"{settings.output.name}-compare")
     _check_ours(folder)
 
-    with claim(folder) as place:
+    with claim(folder) as place, _each_notice_once():
         clear_parts(folder)
         clear_parts(folder / "runs")
 
@@ -288,7 +290,7 @@ def _compare(bench: Bench, methods: Sequence[str], seeds: Sequence[int], budgets
         Contender(method, budget) for method in methods for budget in (budgets if METHODS[method].matched else [None])
     ]
 
-    with tqdm(unit="run") as bar, _each_notice_once():
+    with tqdm(unit="run") as bar:
         found = _search(bench, contenders, seeds, bar)
         rows = []
         for contender in contenders:
@@ -316,7 +318,7 @@ def _compare(bench: Bench, methods: Sequence[str], seeds: Sequence[int], budgets
 
 @contextmanager
 def _each_notice_once() -> Iterator[None]:
-    """What an adapter says when it is attached, for all trainings together, which would say the same."""
+    """What is said of a base and of an adapter, for all trainings together, which would say the same."""
     said: set[str] = set()
 
     def is_new(record: logging.LogRecord) -> bool:
@@ -327,12 +329,14 @@ def _each_notice_once() -> Iterator[None]:
         said.add(text)
         return True
 
-    notices.addFilter(is_new)
+    for notices in NOTICES:
+        notices.addFilter(is_new)
 
     try:
         yield
     finally:
-        notices.removeFilter(is_new)
+        for notices in NOTICES:
+            notices.removeFilter(is_new)
 
 
 def _search(

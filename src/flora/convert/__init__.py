@@ -20,7 +20,7 @@ from flora.convert.adapter import Adapter, Entry
 from flora.convert.base_model import Base, open_base
 from flora.convert.formats import dense, kohya, lora, native, official
 from flora.convert.report import Report, compare, size_of
-from flora.errors import UserError, WrongTypeError
+from flora.errors import UserError, WrongTypeError, nearest
 from flora.layers.layout import Layout
 from flora.storage.atomic import check_target, staged
 from flora.storage.card import complete_card, results_in
@@ -225,7 +225,8 @@ def _save(
 
 def _check_options(adapter: Adapter, path: Path, format: str, prefix: str | None, mid: bool) -> None:
     if format not in FORMATS or format == "official":
-        raise UserError(f"format is {format!r}, expected one of flora, lora, kohya, dense")
+        near = nearest(format, ("flora", "lora", "kohya", "dense"))
+        raise UserError(f"format is {format!r}, expected one of flora, lora, kohya, dense{near}")
     if format != "kohya" and (prefix is not None or not mid):
         raise UserError(f"prefix and mid belong to the format 'kohya'; leave them out for {format!r}")
     if format not in FOLDERS and path.suffix != ".safetensors":

@@ -59,7 +59,10 @@ def find_files(root: Path) -> dict[str, tuple[Path, Path]]:
     for split, folder in split_paths(root).items():
         files = sorted(folder.glob("*.json"))
         if len(files) != 1:
-            raise UserError(f"{folder} has {len(files)} JSON files, expected one with the boxes of its images")
+            raise UserError(
+                f"{folder} has {len(files)} JSON files, expected one with the boxes of its images, in COCO's format; "
+                "put it there, or the others elsewhere"
+            )
 
         found[split] = (files[0], folder)
 

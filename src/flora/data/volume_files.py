@@ -27,6 +27,8 @@ from flora.errors import UserError
 
 NIFTI = (".nii", ".nii.gz")
 MOST_VOXELS = 2**30
+# Bytes of volumes that a data set keeps in memory, in each process that reads it.
+KEPT = 2**28
 # How far the grids of an image and its labels may lie apart, in the unit of the file.
 NEAR = 1e-3
 
@@ -211,13 +213,15 @@ class Volumes(Dataset[dict[str, Tensor]]):
     ) -> None:
         self.pairs, self.reading, self.size = pairs, reading, size
         self.patches, self.stream, self.foreground = patches, stream, foreground
+        self.kept: dict[Pair, tuple[Tensor, Tensor]] = {}
+        self.room = KEPT
 
     def __len__(self) -> int:
         return len(self.pairs) * self.patches
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """A sample: ``pixel_values``, shape (channels, *size), and ``labels``, shape (*size,)."""
-        image, labels = read_pair(self.pairs[index % len(self.pairs)], self.reading)
+        image, labels = self._read(self.pairs[index % len(self.pairs)])
 
         if callable(self.size):
             size = self.size(labels.shape)
@@ -229,6 +233,19 @@ class Volumes(Dataset[dict[str, Tensor]]):
 
         # A label takes one byte.
         return with_margins({"pixel_values": image, "labels": labels.to(torch.uint8)}, size)
+
+    def _read(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        """The pair; those that are read first are kept for the epochs that follow, as many as there is room for."""
+        if pair in self.kept:
+            return self.kept[pair]
+
+        found = read_pair(pair, self.reading)
+        size = sum(tensor.nbytes for tensor in found)
+        if size <= self.room:
+            self.kept[pair] = found
+            self.room -= size
+
+        return found
 
     def _patch(
         self, image: Tensor, labels: Tensor, size: Sequence[int], random: np.random.Generator

@@ -122,7 +122,10 @@ class Expression:
             self.compiled = regex.compile(pattern)
         except (regex.error, RecursionError) as error:
             reason = _fault(self.shown) or error
-            raise UserError(f"{field} has {self.shown!r}, which is not a regular expression: {reason}") from None
+            raise UserError(
+                f"{field} has {self.shown!r}, which is not a regular expression: {reason}; "
+                "put a backslash before a letter that stands for itself"
+            ) from None
 
     def match(self, name: str) -> regex.Match[str] | None:
         """The match at the beginning of a name.

@@ -213,9 +213,11 @@ def refusal(module: nn.Module) -> str | None:
     found = find_layer(module)
     if found is None:
         kinds = ", ".join(cls.__name__ for cls in LAYERS)
-        return (
-            f"{type(module).__name__} is not in the table of layers ({kinds}); name its parameters in target_parameters"
-        )
+        remedy = "name its parameters in target_parameters"
+        if next(module.parameters(recurse=False), None) is None:
+            remedy = "it has no weights of its own, so leave it out, or name layers inside it"
+
+        return f"{type(module).__name__} is not in the table of layers ({kinds}); {remedy}"
 
     for name in found[1].weights(module):
         owner, leaf = module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]

@@ -111,7 +111,10 @@ def read_parts(task: Task) -> dict[str, list[Item[Example]]]:
 def local_parts(root: Path) -> dict[str, list[Item[Example]]]:
     """The pairs of a folder laid out as ADE20K is."""
     if root.is_dir() and not (root / "images").is_dir():
-        raise UserError(f"{root} has no folder `images`, with a folder `annotations` of PNG label maps beside it")
+        raise UserError(
+            f"{root} has no folder `images`; put the images into {root / 'images'}, and a PNG label map of the same "
+            f"name for each into {root / 'annotations'}"
+        )
 
     found = {}
     for split, folder in split_paths(root / "images").items():

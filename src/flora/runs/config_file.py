@@ -131,9 +131,8 @@ class Config:
                 raise UserError(f"{self.path}: {' '.join(str(error).split())}") from None
 
             value = _lookup(self.values, key)
-            raise UserError(
-                f"{self.place_of(key)}: {key} is {_short(value)}, expected {_type_name(key, groups)}"
-            ) from None
+            expected = f"{_type_name(key, groups)}{_about(key, groups)}"
+            raise UserError(f"{self.place_of(key)}: {key} is {_short(value)}, expected {expected}") from None
 
 
 @lru_cache(maxsize=32)
@@ -296,6 +295,18 @@ def _type_name(key: str, groups: Mapping[str, Any]) -> str:
             names.append(_plain_name(choice))
 
     return " or ".join(dict.fromkeys(names))
+
+
+def _about(key: str, groups: Mapping[str, Any]) -> str:
+    """What a setting is, where its field says so: the first sentence of that."""
+    group, _, name = key.rpartition(".")
+    kind = groups.get(group)
+    if kind is None or not is_dataclass(kind):
+        return ""
+
+    told = next((str(item.metadata.get("help", "")) for item in fields(kind) if item.name == name), "")
+    sentence = " ".join(told.split()).partition(". ")[0].rstrip(".")
+    return sentence and f" ({sentence})"
 
 
 def _plain_name(kind: Any) -> str:

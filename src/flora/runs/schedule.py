@@ -45,7 +45,9 @@ def check_schedule(arguments: TrainingArguments) -> None:
     if arguments.max_steps == 0 or arguments.max_steps < -1:
         raise UserError(f"training.max_steps is {arguments.max_steps}, expected 1 or more; -1 counts epochs instead")
     if arguments.max_steps == -1 and not arguments.num_train_epochs > 0:
-        raise UserError(f"training.num_train_epochs is {arguments.num_train_epochs:g}, expected above 0")
+        raise UserError(
+            f"training.num_train_epochs is {arguments.num_train_epochs:g}, expected above 0; a part of an epoch is 0.5"
+        )
 
     for name, least in LEAST.items():
         given = getattr(arguments, name, None)

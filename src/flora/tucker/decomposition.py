@@ -74,7 +74,10 @@ def decompose(tensor: Tensor, ranks: Ranks, *, sweeps: int = 50, tolerance: floa
     ranks = resolve(tensor.shape, ranks, name="tensor")
 
     if not torch.isfinite(tensor).all():
-        raise UserError(f"cannot decompose a tensor of shape {tuple(tensor.shape)} with NaN or infinite entries")
+        raise UserError(
+            f"cannot decompose a tensor of shape {tuple(tensor.shape)} with NaN or infinite entries; give one that is "
+            "finite"
+        )
 
     if tensor.dtype == torch.float64:
         work = tensor.detach()

@@ -81,7 +81,9 @@ class TuckerDelta(nn.Module):
                 f"ranks is {ranks}, expected one rank per dimension of {sizes}; FloraConfig(r=...) takes one int"
             )
         if len(ranks) != len(sizes) or any(not 1 <= rank <= size for rank, size in zip(ranks, sizes, strict=True)):
-            raise UserError(f"ranks {tuple(ranks)} do not fit the shape {sizes}: one from 1 to the size per dimension")
+            raise UserError(
+                f"ranks {tuple(ranks)} do not fit the shape {sizes}; give one from 1 to the size per dimension"
+            )
 
         # A mode whose rank is its size has no factor: a square one would add parameters and reach nothing new.
         self.core = nn.Parameter(torch.empty(*ranks, device=device, dtype=dtype))

@@ -162,9 +162,11 @@ class FloraConfig(PeftConfig):
         if self.r is None:
             raise WrongTypeError("r must be an int or a list with one rank per dimension, got None")
         if not self.inference_mode and (self.scale == 0 or self.alpha == 0):
-            raise UserError("scale and alpha must not be 0: the adapter would change nothing and learn nothing")
+            raise UserError(
+                "scale and alpha must not be 0: the adapter would change nothing and learn nothing; 1 is usual"
+            )
         if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+            raise UserError(f"dropout must be at least 0 and below 1, got {self.dropout}; 0 turns it off")
         if self.layers_pattern and self.layers_to_transform is None:
             raise UserError("layers_pattern needs layers_to_transform, which says which of the layers to adapt")
 
@@ -224,9 +226,15 @@ class FloraConfig(PeftConfig):
             check_number(self.budget, "budget")
 
             if not self.budget > 0:
-                raise UserError(f"budget must be a fraction below 1 or a count from 1, got {self.budget}")
+                raise UserError(
+                    f"budget must be a fraction below 1 or a count from 1, got {self.budget}; 0.01 is one percent of "
+                    "the model's parameters"
+                )
             if self.budget > 1 and self.budget != int(self.budget):
-                raise UserError(f"budget above 1 is a count of parameters and must be whole, got {self.budget}")
+                raise UserError(
+                    f"budget above 1 is a count of parameters and must be whole, got {self.budget}; for a part of the "
+                    "model give a fraction such as 0.015"
+                )
 
         listed = isinstance(self.r, list) or any(isinstance(rank, list) for rank in self.rank_pattern.values())
         if self.alpha is not None and (listed or self.budget is not None):

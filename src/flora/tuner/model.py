@@ -202,7 +202,7 @@ class FloraModel(BaseTuner):
         """PEFT merges nothing for a name that it does not know, and says nothing."""
         unknown = sorted(set(adapter_names or ()) - set(self.peft_config))
         if unknown:
-            raise UserError(f"adapter_names has unknown adapters {unknown}; there are {sorted(self.peft_config)}")
+            raise UserError(f"adapter_names has unknown adapters {unknown}; give some of {sorted(self.peft_config)}")
 
     def _check_merge(self, adapter_names: list[str] | None) -> None:
         for layer in self._layers():
@@ -303,7 +303,7 @@ class FloraModel(BaseTuner):
 
         unknown = sorted(set(names) - {BASE, *self.peft_config})
         if unknown:
-            raise UserError(f"adapter_names has unknown adapters {unknown}; there are {sorted(self.peft_config)}")
+            raise UserError(f"adapter_names has unknown adapters {unknown}; give some of {sorted(self.peft_config)}")
 
         beams = kwargs.get("num_beams") or 1
         repeated = [name for name in names for _ in range(beams)]

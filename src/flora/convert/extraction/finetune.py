@@ -155,7 +155,8 @@ def extract(
             )
 
         raise UserError(
-            f"{tuned} does not differ from {base} in any weight that is decomposed; there is nothing to extract"
+            f"{tuned} does not differ from {base} in any weight that is decomposed, so there is nothing to extract; "
+            "give the base model first and its fine-tune second"
         )
 
     return result
@@ -168,7 +169,9 @@ def check_request(rank: Ranks | None, energy: float | None, budget: int | None) 
         got = " and ".join(given) or "none"
         raise UserError(f"give exactly one of rank, energy and budget (--rank, --energy, --budget), got {got}")
     if energy is not None and not 0 < energy <= 1:
-        raise UserError(f"energy is the fraction of the squared norm to keep, above 0 and at most 1, got {energy}")
+        raise UserError(
+            f"energy is the fraction of the squared norm to keep, above 0 and at most 1, got {energy}; 0.9 is usual"
+        )
     if budget is not None and budget < 1:
         raise UserError(f"budget is a number of parameters, at least 1, got {budget}")
 

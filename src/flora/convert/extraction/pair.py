@@ -43,14 +43,15 @@ class Pair:
         if missing:
             raise UserError(
                 f"{self.tuned.path} lacks {len(missing)} tensors of {self.base.path} (first: {missing[0]}); it is not "
-                "a fine-tune of that model, or was saved under other names"
+                "a fine-tune of that model, or has other names; give the model that it was fine-tuned from"
             )
 
         for name in self.base:
             if self.base.shape(name) != self.tuned.shape(name):
                 raise UserError(
                     f"{name} has shape {self.base.shape(name)} in {self.base.path} and {self.tuned.shape(name)} in "
-                    f"{self.tuned.path}; it is not a fine-tune of that model (was the vocabulary resized?)"
+                    f"{self.tuned.path}; it is not a fine-tune of that model, or was resized; give the "
+                    "model that it was fine-tuned from, resized alike"
                 )
 
     @cached_property

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 
-from flora.errors import UserError
+from flora.errors import UserError, nearest
 from flora.storage.atomic import cache_folder, staged_folder
 from flora.storage.progress import hidden_bars
 
@@ -51,7 +51,8 @@ def locate(where: str) -> str:
     file, _, maker = name.partition("/")
 
     if name not in sample_names():
-        raise UserError(f"{where!r} is not a sample; there are {', '.join(sample_names())}")
+        near = nearest(name, sample_names())
+        raise UserError(f"{where!r} is not a sample; there are {', '.join(sample_names())}{near}")
 
     module = _module(file)
     version = hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()[:8]

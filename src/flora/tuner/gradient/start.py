@@ -337,7 +337,12 @@ def _fresh_weights(model: nn.Module, adapter_name: str | None) -> list[AdaptedWe
     name = adapter_name or getattr(model, "active_adapter", "default")
     weights = adapted_weights(model, cast("str", name))
     if not weights:
-        raise UserError(f"the model has no FLoRA adapter {name!r}; attach one with get_peft_model first")
+        there = ", ".join(sorted(getattr(model, "peft_config", ())))
+        if there:
+            remedy = f"give adapter_name one of {there}"
+        else:
+            remedy = "attach one with get_peft_model first"
+        raise UserError(f"the model has no FLoRA adapter {name!r}; {remedy}")
 
     for adapted in weights:
         if adapted.layer.merged:
