@@ -180,6 +180,12 @@ def test_the_website_has_every_page_and_every_public_name() -> None:
     assert sorted(described) == sorted(flora.__all__)
 
 
+def test_tables_that_can_be_unfolded_are_tables_on_the_website_too() -> None:
+    pages = [page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md")]
+    assert any("<details markdown>" in page for page in pages)
+    assert "md_in_html" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+
+
 @pytest.mark.slow
 def test_the_website_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs")
