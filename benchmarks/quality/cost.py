@@ -1,5 +1,7 @@
 """What the start from the gradient costs: its time in training steps, its peak memory against theirs.
 
+Time is the processor's, on one thread, so that other work on the machine does not count.
+
 ``python -m benchmarks.quality.cost --data FOLDER --model FOLDER [--tasks cifar,...]`` writes a line for each task to
 ``benchmarks/results/quality/cost.json``.
 """
@@ -15,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from benchmarks.quality.pairs import OURS
@@ -34,7 +37,7 @@ class Cost(NamedTuple):
     """Of something that was run once.
 
     Attributes:
-        seconds: it took.
+        seconds: of the processor that it took.
         peak: bytes that the process held at most meanwhile.
     """
 
@@ -61,9 +64,9 @@ def costs(settings: Any, recipe: Any, method: str, scratch: Path) -> tuple[Cost,
 
 def _cost(action: Callable[[], object]) -> Cost:
     with watch_growth() as growth:
-        before, began = resident("VmRSS"), time.perf_counter()
+        before, began = resident("VmRSS"), time.process_time()
         action()
-        return Cost(time.perf_counter() - began, before + (growth() or 0))
+        return Cost(time.process_time() - began, before + (growth() or 0))
 
 
 def measured(task: str, data: str, model: str) -> dict[str, Any]:
@@ -94,6 +97,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=words, default=TASKS)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
     known = {}
     if COSTS.is_file():
         known = {row["task"]: row for row in read_json(COSTS)}

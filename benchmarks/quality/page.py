@@ -386,7 +386,7 @@ def costs(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         for row in rows
     ]
     told = (
-        "What it costs, with the choice of the ranks and the attaching of the adapter, on one thread "
+        "What it costs, with the attaching of the adapter, in the processor's time on one thread "
         "(`python -m benchmarks.quality.cost`):"
     )
 
