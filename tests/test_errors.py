@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from flora import FloraConfig
+from flora.errors import nearest_path
 
 X = torch.randn(2, 3, 11, 13, generator=torch.Generator().manual_seed(0))
 WEIGHTS = "adapter_model.safetensors"
@@ -230,3 +231,16 @@ def test_the_whole_file_loads(saved: Path) -> None:
     model = network()
     expected = model(X)
     assert torch.equal(PeftModel.from_pretrained(model, str(saved))(X), expected)
+
+
+def test_what_is_near_is_not_asked_of_a_folder_that_may_not_be_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "photos").mkdir()
+    assert nearest_path(tmp_path / "photoz") == f"; did you mean {str(tmp_path / 'photos')!r}?"
+
+    def refuse(path: Path) -> Iterator[Path]:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert nearest_path(tmp_path / "photoz") == ""

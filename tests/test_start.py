@@ -433,6 +433,32 @@ def test_a_layer_without_gradient_gets_no_rank_and_is_left_out_by_its_whole_name
     assert "base_model.model.a.conv" in names
 
 
+@pytest.mark.parametrize(("others", "budget"), [("beside", 120), ("alone", 100)])
+def test_raw_parameters_stay_where_a_layer_gets_no_rank(others: str, budget: int) -> None:
+    """The gradient of one layer has no leading direction, so that its first ranks are worth the least."""
+    torch.manual_seed(0)
+    stack = nn.Module()
+    stack.register_parameter("experts", nn.Parameter(torch.randn(3, 7, 5)))
+    parts = {"stack": stack, "flat": nn.Linear(40, 40)}
+    if others == "beside":
+        parts["last"] = nn.Linear(7, 7)
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        rows, wide = batch
+        found = torch.einsum("bi,eoi->bo", rows, inner["stack"].experts)
+        if "last" in inner:
+            found = inner["last"](found)
+        return found.square().mean() + (inner["flat"](wide) * wide.roll(1, 0)).mean()
+
+    data = [(torch.randn(6, 5), torch.randn(400, 40)) for _ in range(4)]
+    config = flora.FloraConfig(budget=budget, target_modules="all-linear", target_parameters=["stack.experts"])
+    adapted = flora.adapt(nn.ModuleDict(parts), config, data, loss=loss, choose_ranks=True)
+    kept = {layer.name for layer in named_layers(adapted)}
+    assert kept == {"stack", *parts} - {"flat"}
+    assert sum(value.numel() for value in adapted.parameters() if value.requires_grad) <= budget
+
+
 @pytest.mark.parametrize("second", [math.nan, math.inf, 1.0, 1.25], ids=str)
 def test_no_larger_step_is_tried_after_one_that_does_not_lower_the_loss(
     second: float, monkeypatch: pytest.MonkeyPatch

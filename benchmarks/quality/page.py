@@ -266,8 +266,7 @@ def origin(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     listed = "\n".join(f"* {count} trainings: {place}" for place, count in told.items())
     if any(line["commit"].startswith(AWAY) for line in lines):
         return [listed, AWAY_NOTE, RENAMED_NOTE]
-
-    return [listed]
+    return [listed, RENAMED_NOTE]
 
 
 def untuned(found: Found) -> dict[tuple[str, str], Cell]:

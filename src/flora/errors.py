@@ -141,10 +141,13 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 def nearest_path(path: Path) -> str:
     """``"; did you mean 'photos'?"`` where something of nearly this name is beside it."""
-    if not path.parent.is_dir():
+    try:
+        names = [other.name for other in path.parent.iterdir()]
+    except OSError:
+        # There is no such folder, or it may not be listed.
         return ""
 
-    near = difflib.get_close_matches(path.name, [other.name for other in path.parent.iterdir()], n=1, cutoff=0.75)
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)
     if near:
         return f"; did you mean {str(path.parent / near[0])!r}?"
 

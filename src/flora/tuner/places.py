@@ -42,17 +42,17 @@ class Row(NamedTuple):
     Attributes:
         holder: of the tuple: a list or dict, or the attributes of a module.
         key: of the tuple there.
-        index: of the module in the tuple.
+        position: of the module in the tuple.
     """
 
     holder: Any
     key: Any
-    index: int
+    position: int
 
     def put(self, module: nn.Module) -> None:
         """Puts another module there."""
         row = list(self.holder[self.key])
-        row[self.index] = module
+        row[self.position] = module
         self.holder[self.key] = tuple(row)
 
 

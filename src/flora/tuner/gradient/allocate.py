@@ -89,7 +89,8 @@ def write_ranks(config: FloraConfig, allocation: Allocation, weights: Sequence[A
     }
     config.budget = None
     if allocation.left_out:
-        # Plain names would also hold for longer ones that end so.
-        kept_modules = {each.module for each in weights if each.name not in allocation.left_out}
-        config.target_modules = {exact_pattern(module) for module in kept_modules}
+        # Plain names would also hold for longer ones that end so. Raw parameters stay in ``target_parameters``.
+        layers = [each for each in weights if not isinstance(each.layer, ParamWrapper)]
+        kept_layers = {exact_pattern(each.module) for each in layers if each.name not in allocation.left_out}
+        config.target_modules = kept_layers or None
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
