@@ -346,6 +346,8 @@ def traced(name: str, method: str, dtype: str, batches: Sequence[int]) -> dict[s
 
 def row(name: str, dtype: str) -> dict[str, Any]:
     """A row of the result. A CPU's decisions are asked for in float32, and LoRA's layers where they are fewer."""
+    from benchmarks import results
+
     layers = layers_of(ROWS[name]()[0])
     methods = {}
     for method in METHODS:
@@ -357,7 +359,8 @@ def row(name: str, dtype: str) -> dict[str, Any]:
             methods[method] |= traced(name, method, dtype, BATCHES)
 
         print(f"{name}, {dtype}, {method}: {methods[method]}", flush=True)
-    return {"case": name, "dtype": dtype, "methods": methods}
+
+    return {"case": name, "dtype": dtype, "commit": results.commit(), "methods": methods}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

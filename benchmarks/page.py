@@ -142,7 +142,12 @@ def _compiled(result: Row) -> list[str]:
         "No graph breaks, a second step compiles nothing, other batch sizes share one more graph, and no graph writes "
         "into its inputs (statistics of norms aside) or computes on the CPU, which would keep it from being captured."
     )
-    return ["## Under a compiler", text, tables.compiled(result["rows"]), *([rest] if whole else [])]
+    half = (
+        "In bfloat16 a layer asks for one kernel for the sum of W and dW with its rounding, and a convolution for one "
+        "more: its gradient comes in bfloat16 and is widened before it is projected. LoRA widens an input once for "
+        "all layers that share it."
+    )
+    return ["## Under a compiler", text, tables.compiled(result["rows"]), half, *([rest] if whole else [])]
 
 
 def _host(result: Row) -> list[str]:

@@ -240,6 +240,6 @@ def compiled(rows: Sequence[Row]) -> str:
     for row in rows:
         found = [row["methods"].get(name) for name in shown]
         cells = [DASH if method is None else f"{method['kernels']} + {method['operations']}" for method in found]
-        lines.append([row["case"], row["dtype"], *cells])
-    heads = [NAMES["flora"], MODEL_NAMES["flora-same"], "FLoRA, a CPU's decisions", "LoRA"]
+        lines.append([row["case"], row["dtype"], *cells, row["commit"][:7]])
+    heads = [NAMES["flora"], MODEL_NAMES["flora-same"], "FLoRA, a CPU's decisions", "LoRA", "commit"]
     return markdown(lines, ["block", "dtype", *heads])

@@ -17,8 +17,8 @@ from flora.comparison.authors import AuthorsScheme
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # the benchmarks are no package of the distribution
-NAMES = "clock counts grid layers ledger methods page ratios results tables verdicts"
-clock, counts, grid, layers, ledger, methods, page, ratios, results, tables, verdicts = (
+NAMES = "accelerator clock counts grid layers ledger methods page ratios results tables verdicts"
+accelerator, clock, counts, grid, layers, ledger, methods, page, ratios, results, tables, verdicts = (
     importlib.import_module(f"benchmarks.{name}") for name in NAMES.split()
 )
 
@@ -175,6 +175,17 @@ def test_the_rows_of_a_gpu_run_anywhere(tmp_path: Path) -> None:
         assert row["methods"].keys() == {"frozen", "full", "flora", "lora"}
         assert all(method["ms"]["eager"]["median"] > 0 for method in row["methods"].values())
     assert len(found["rows"]) == len(found["models"]) == 1
+
+
+def test_a_method_that_fails_leaves_the_others() -> None:
+    def broken() -> None:
+        raise RuntimeError("no such kernel")
+
+    methods: dict[str, Any] = {"flora": {}, "lora": {}}
+    steps = accelerator.ready({"lora": broken, "flora": lambda: None}, "eager", methods)
+
+    assert steps.keys() == {"flora"}
+    assert methods == {"flora": {}, "lora": {"failed": {"eager": "RuntimeError: no such kernel"}}}
 
 
 @pytest.mark.parametrize("script", ["run.py", "gpu.py"])
