@@ -504,6 +504,22 @@ def test_a_weighted_sum_where_the_model_has_a_base_layer_of_its_own() -> None:
         torch.testing.assert_close(found, 0.5 * one - 1.5 * two, msg=name)
 
 
+@pytest.mark.parametrize("merge", [True, False])
+def test_a_layer_in_two_places_one_of_them_named_base_layer(merge: bool) -> None:
+    torch.manual_seed(0)
+    shared = nn.Linear(5, 5)
+    first, second = nn.ModuleDict({"base_layer": shared}), nn.ModuleDict({"other": shared})
+    base = nn.ModuleDict({"first": first, "second": second})
+    model = get_peft_model(base, flora.FloraConfig(r=2, target_modules="all", init_weights=False))
+    expected = shared.weight.detach().clone()
+    if merge:
+        expected += named_layers(model)[0].layer.get_delta_weight("default").detach()
+
+    plain = model.merge_and_unload() if merge else model.unload()
+    assert plain["first"]["base_layer"] is plain["second"]["other"] is shared
+    torch.testing.assert_close(shared.weight.detach(), expected)
+
+
 @pytest.mark.filterwarnings("ignore:the adapter has more parameters than the weight")
 def test_a_weighted_sum_of_adapters_is_exact() -> None:
     model = adapted()
