@@ -428,7 +428,8 @@ def tried(notes: Sequence[Mapping[str, Any]], found: Found) -> list[str]:
         "the gradient is, unless a row says otherwise. Differences are paired by seed. What became the rule: steps of "
         "at most 0.01, and equal ranks. What became an option: the weights of the norms, by `all-norm`. They gain on "
         "CIFAR, whose norms are batch norms, and LoRA gains from them too. The hippocampus and spoken digits have no "
-        "norms with weights."
+        "norms with weights. Not built: magnitudes, which gain on CIFAR and are behind on both kinds of digits in the "
+        "mean; and ranks that move in training, where no gain is beyond its interval."
     )
 
     return ["## What was tried", told, *_equal_ranks(untuned(found)), _markdown(notes)]
