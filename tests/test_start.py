@@ -6,6 +6,7 @@ import copy
 import math
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -482,3 +483,34 @@ def test_a_weight_gets_at_most_a_few_times_its_share() -> None:
     share = count_params(shape, equal)
     assert 3 * share < count_params(shape, ranks["flat"]) <= MOST * share
     assert ranks["sharp"][0] == 1
+
+
+def test_a_sketch_without_gradients_takes_part_in_what_the_processes_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the others would wait for it; the slow tests have two processes."""
+    said: list[tuple[str, tuple[int, ...]]] = []
+
+    def record(what: str, value: Tensor) -> Tensor:
+        said.append((what, tuple(value.shape)))
+        return value
+
+    monkeypatch.setattr(sketches, "is_distributed", lambda: True)
+    monkeypatch.setattr(sketches, "process_number", lambda: 0)
+    for name in ("add_up", "of_first_process", "gather"):
+        monkeypatch.setattr(sketches, name, partial(record, name))
+
+    # What the other process has is added to the zeros of this one.
+    monkeypatch.setattr(sketches, "add_up", lambda value: record("add_up", value.add_(torch.eye(*value.shape))))
+    exchanged = []
+    for count in (2, 0):
+        sketch = sketches.Sketch((211, 7), 3, batches=2, seed=5, device=torch.device("cpu"))
+        said.clear()
+        for batch in range(count):
+            sketch.add_to_ranges(torch.randn(211, 7), batch)
+        sketch.close_ranges()
+        for batch in range(count):
+            sketch.add(torch.randn(211, 7), batch)
+        assert (sketch.directions() is None) == (count == 0)
+        exchanged.append(list(said))
+
+    assert exchanged[0] == exchanged[1]
+    assert [what for what, _ in exchanged[0]] == ["add_up", "of_first_process", "gather", "gather"]
