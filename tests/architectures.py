@@ -67,6 +67,10 @@ VISION = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32,
     "patch_size": 8,
 }  # fmt: skip
+PYRAMID = {
+    "model_type": "swin", "image_size": 64, "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2],
+    "window_size": 2, "patch_size": 4, "out_features": ["stage1", "stage2", "stage3", "stage4"],
+}  # fmt: skip
 STAGES = {"depths": [1, 1], "hidden_sizes": [8, 16], "num_stages": 2, "embedding_size": 8, "layer_type": "basic"}
 SHIFTED = {"image_size": 32, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2}
 SPEECH = {
@@ -276,6 +280,18 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "siglip": Architecture(
         partial(by_config, "SiglipModel", config="SiglipConfig", text_config=ENCODER, vision_config=VISION), clip
+    ),
+    # Models that run layers from lists beside their tree.
+    "upernet": Architecture(
+        partial(by_config, "UperNetForSemanticSegmentation", config="UperNetConfig", backbone_config=PYRAMID,
+                hidden_size=8, auxiliary_channels=8, auxiliary_in_channels=32, num_labels=3),
+        partial(image, 64),
+    ),
+    "mask2former": Architecture(
+        partial(by_config, "Mask2FormerForUniversalSegmentation", config="Mask2FormerConfig", backbone_config=PYRAMID,
+                feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=24, encoder_layers=1,
+                decoder_layers=2, num_attention_heads=2, dim_feedforward=24, num_queries=5),
+        partial(image, 64),
     ),
     # Sound.
     "wav2vec2": speech("wav2vec2"),

@@ -116,6 +116,23 @@ def test_whole_tensors_replace_and_new_ones_are_added(tmp_path: Path) -> None:
         stream_merged(tmp_path / "base", adapter, tmp_path / "other-head")
 
 
+def test_the_base_models_own_tensor_beside_its_change_is_not_a_replacement(tmp_path: Path) -> None:
+    """PEFT saves the frozen embedding beside a LoRA on it."""
+    base = build("gpt2")
+    save_model(base, tmp_path / "base")
+    name = "transformer.wte.weight"
+    adapter = random_adapter(base, lambda key, value: key == name)
+    own = base.state_dict()[name]
+    adapter.extras = {name: own.clone()}
+    stream_merged(tmp_path / "base", adapter, tmp_path / "out")
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())["weight_map"]
+    merged = load_file(tmp_path / "out" / index[name])[name]
+    assert torch.allclose(merged, own + adapter.weights[name].dense(), atol=1e-6)
+    adapter.extras = {name: own + 1}
+    with pytest.raises(ValueError, match="both changed by an adapter and replaced by another tensor"):
+        stream_merged(tmp_path / "base", adapter, tmp_path / "other")
+
+
 def test_bad_input_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, out = tmp_path / "base", tmp_path / "out"
     save_model(build("gpt2"), base)

@@ -22,6 +22,8 @@ from transformers import (
     PreTrainedModel,
     Speech2TextConfig,
     Speech2TextForConditionalGeneration,
+    VitDetConfig,
+    VitDetModel,
     Wav2Vec2BertConfig,
     Wav2Vec2BertForCTC,
 )
@@ -281,6 +283,22 @@ def test_a_base_whose_files_do_not_fit_its_class_is_named(tmp_path: Path) -> Non
     path = tmp_path / "base/model.safetensors"
     save_file({**load_file(path), "bert.embeddings.LayerNorm.bias": torch.ones(1, 12)}, path, {"format": "pt"})
     with pytest.raises(ValueError, match="the files in .*base cannot be loaded as a BertForMaskedLM"):
+        merge(tmp_path / "adapter", tmp_path / "out", base=str(tmp_path / "base"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_whose_config_is_not_taken_back_is_named(tmp_path: Path) -> None:
+    """transformers writes configs that it refuses itself, with a stage that the model has not, for example."""
+    fields = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+
+    def build() -> nn.Module:
+        return VitDetModel(VitDetConfig(**fields))
+
+    randomised(build()).save_pretrained(tmp_path / "base")
+    adapt(tmp_path / "base", build, tmp_path / "adapter", target_modules=["qkv"])
+    path = tmp_path / "base/config.json"
+    path.write_text(path.read_text().replace('"stage1"\n', '"stage12"\n'))
+    with pytest.raises(ValueError, match="cannot be loaded as a VitDetModel: out_features must be a subset"):
         merge(tmp_path / "adapter", tmp_path / "out", base=str(tmp_path / "base"))
     assert not (tmp_path / "out").exists()
 

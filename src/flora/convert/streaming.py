@@ -211,7 +211,16 @@ class _Plan:
                 )
 
             if key in self._owner:
-                raise UserError(f"{name} is both changed and replaced; leave one of them out")
+                # PEFT saves the frozen embedding beside the adapter on it.
+                old = self.source.get(key)
+                if torch.equal(part.to(old.dtype), old):
+                    continue
+
+                raise UserError(
+                    f"{name} is both changed by an adapter and replaced by another tensor than {self.source.path} has; "
+                    "give the base model with that tensor (its embedding may have been resized), or leave it out "
+                    "(flora convert --drop-extras)"
+                )
 
             self.replaced[key] = part
 

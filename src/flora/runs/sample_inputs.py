@@ -26,8 +26,8 @@ def random_inputs(model: PreTrainedModel) -> dict[str, Any]:
 
     try:
         inputs = _inputs(name, config, random)
-    except AttributeError as error:
-        # A config of another kind than those with this input usually have.
+    except (AttributeError, TypeError) as error:
+        # A config of another kind than those with this input usually have, or one that leaves a size open.
         raise UserError(f"the config of {type(model).__name__} does not say how large {name!r} is ({error})") from None
 
     if inputs is None:
