@@ -169,6 +169,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": causal("qwen3"),
     "gemma2": causal("gemma2"),
     "gemma3": causal("gemma3_text"),
+    "gemma3n": causal(
+        "gemma3n_text", intermediate_size=[24] * 5, num_hidden_layers=5, hidden_size_per_layer_input=4,
+        vocab_size_per_layer_input=61, altup_num_inputs=2, laurel_rank=4, num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        activation_sparsity_pattern=[0.0] * 5,
+    ),
     "phi": causal("phi"),
     "phi3": causal("phi3"),
     "gpt2": causal("gpt2", n_positions=64),
@@ -280,6 +286,20 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "siglip": Architecture(
         partial(by_config, "SiglipModel", config="SiglipConfig", text_config=ENCODER, vision_config=VISION), clip
+    ),
+    "d-fine": Architecture(
+        partial(
+            by_config, "DFineForObjectDetection", config="DFineConfig", encoder_hidden_dim=16, d_model=16,
+            encoder_in_channels=[12, 16, 24], decoder_in_channels=[16] * 3, feat_strides=[8, 16, 32],
+            encoder_layers=1, decoder_layers=2, encoder_ffn_dim=24, decoder_ffn_dim=24, encoder_attention_heads=2,
+            decoder_attention_heads=2, num_queries=5, num_denoising=0, hidden_expansion=0.5, backbone_config={
+                "model_type": "hgnet_v2", "stem_channels": [3, 8, 8], "stage_in_channels": [8, 8, 12, 16],
+                "stage_mid_channels": [8] * 4, "stage_out_channels": [8, 12, 16, 24], "stage_num_blocks": [1] * 4,
+                "stage_numb_of_layers": [2] * 4, "embedding_size": 8, "hidden_sizes": [8, 12, 16, 24],
+                "depths": [1] * 4, "out_features": ["stage2", "stage3", "stage4"],
+            },
+        ),
+        partial(image, 64),
     ),
     # Models that run layers from lists beside their tree.
     "upernet": Architecture(

@@ -209,6 +209,18 @@ def test_writing_through_it_is_refused(write: Callable[[Any], object]) -> None:
     assert torch.equal(layer.weight.clone(), read)
 
 
+def test_a_limit_that_a_weight_keeps_to_writes_nothing() -> None:
+    """As Gemma 3n limits the coefficients of its alternating updates in every step of training."""
+    layer = mixer().base_model.model.qkv
+    values = layer.weight.detach().clone()
+    most = float(values.abs().max())
+    for limited in (layer.weight.data.clamp_(-most, most), layer.weight.detach().clamp_max_(most)):
+        assert torch.equal(limited.clone(), values)
+    with pytest.raises(RuntimeError, match="leave the layer out"):
+        layer.weight.data.clamp_(-most / 2, most / 2)
+    assert torch.equal(layer.weight.detach().clone(), values)
+
+
 def test_a_part_of_it_has_its_gradient_and_an_array_of_it_is_read_only() -> None:
     layer = mixer().base_model.model.qkv
     parts = layer.weight.chunk(3)

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, onload_layer
@@ -32,6 +32,7 @@ from flora.tuner.selection import Selection
 from flora.tuner.statistics import release_statistics, settle_statistics
 from flora.tuner.watching import stop_watching, watch
 
+Found = TypeVar("Found")
 # The word of the config for the biases of adapted layers.
 BIAS_OF_LAYERS = "tucker_only"
 
@@ -442,6 +443,10 @@ class FloraModel(BaseTuner):
             return partial(_if_implemented, found)
         return found
 
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        """PEFT's own; to a model without embeddings, such as a detector whose heads are tied, none are tied."""
+        return _if_implemented(super()._get_module_names_tied_with_embedding) or []
+
     @classmethod
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: FloraConfig, adapter_name: str, *args: Any, **kwargs: Any
@@ -501,7 +506,7 @@ def _called(module: nn.Module, args: Any) -> None:
     """A hook that does nothing: that a module has one keeps torch's fast paths from going round it."""
 
 
-def _if_implemented(ask: Callable[[], nn.Module | None]) -> nn.Module | None:
+def _if_implemented(ask: Callable[[], Found]) -> Found | None:
     try:
         return ask()
     except NotImplementedError:

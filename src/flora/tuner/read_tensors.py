@@ -16,7 +16,8 @@ from flora.errors import UserError
 
 NOT_TO_BE_WRITTEN = (
     "the weight of an adapted layer was written to through the layer, where it is W plus the update of the adapters, "
-    "formed for this reading; write to the base layer's (layer.get_base_layer()), or merge first"
+    "formed for this reading; write to the base layer's (layer.get_base_layer()), or merge first; where the model "
+    "itself writes in training, leave the layer out (exclude_modules)"
 )
 
 
@@ -65,6 +66,12 @@ class Reading(Tensor):
 
             args[0]._form, args[0]._formed = args[0]._rescale(factor), None
             return args[0]
+
+        # Gemma 3n limits some weights in training. Where they keep to the limits, nothing is written.
+        if func in LIMITING and isinstance(args[0], Reading):
+            values = args[0].plain()
+            if torch.equal(func(values.clone(), *args[1:], **(kwargs or {})), values):
+                return args[0]
 
         # Everything else works on the formed values. A result that shares their memory is a reading again, so that
         # writing into it is refused as well.
@@ -139,6 +146,14 @@ RESCALING = (
     torch.ops.aten.mul_.Scalar,
     torch.ops.aten.div_.Tensor,
     torch.ops.aten.div_.Scalar,
+)
+
+
+LIMITING = (
+    torch.ops.aten.clamp_.default,
+    torch.ops.aten.clamp_.Tensor,
+    torch.ops.aten.clamp_min_.default,
+    torch.ops.aten.clamp_max_.default,
 )
 
 
