@@ -95,6 +95,19 @@ def test_steps_to_the_score_of_lora() -> None:
     assert "Steps to LoRA" not in render(LINES)
 
 
+def test_the_gain_of_the_start_at_each_rate() -> None:
+    usual = [{**line("flora", seed, 0.4), "learning_rate": rate} for rate in (0.001, 0.01) for seed in range(3)]
+    ours = [{**line("flora-gradient", seed, 0.5), "learning_rate": 0.001} for seed in range(3)]
+    page = " ".join(render([*LINES, *usual, *ours]).split())
+    assert "| 0.001 | +0.100 ± 0.000, n=3 |" in page
+    assert "other learning rates" not in render(LINES)
+
+
+def test_what_cannot_be_is_told_once_for_each_reason() -> None:
+    refused = [{**line("oft", 0, 0.0), "task": task, "refused": "no layer"} for task in ("cifar", "digits", "cifar")]
+    assert "* OFT: no layer (4-D; depthwise)" in render([*LINES, *refused])
+
+
 def test_what_each_part_adds() -> None:
     ranks = [line("flora-ranks", seed, value + 0.01) for seed, value in enumerate(OURS)]
     page = " ".join(render([*LINES, *ranks]).split())
