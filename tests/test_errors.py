@@ -106,7 +106,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"budget": 9, "target_modules": ["conv1"]},
         ValueError,
-        "budget of 9 parameters is below 36, the cost of rank 1 on the 1 targeted weights; raise the budget, lower",
+        "budget of 9 parameters is below 36, the cost of rank 1 on the 1 targeted weight; raise the budget, lower",
     ),
 ]
 
