@@ -248,6 +248,7 @@ def unrounded(own: Any, product: Any, left: Any, right: Any, dtype: Any, scale: 
 def product_op() -> Any:
     """The operation that stands for ``aten::mm.dtype``, which torch has for GPUs only."""
     import torch
+    from torch import library
 
     def product(left: Any, right: Any) -> Any:
         return torch.mm(left.float(), right.float())
@@ -255,9 +256,10 @@ def product_op() -> Any:
     def shape(left: Any, right: Any) -> Any:
         return left.new_empty(left.shape[0], right.shape[1], dtype=torch.float32)
 
-    torch.library.define("benchmarks::product", "(Tensor left, Tensor right) -> Tensor")
-    torch.library.impl("benchmarks::product", "default", product)
-    torch.library.register_fake("benchmarks::product", shape)
+    library.define("benchmarks::product", "(Tensor left, Tensor right) -> Tensor")
+    library.impl("benchmarks::product", "default", product)
+    library.register_fake("benchmarks::product", shape)
+
     return torch.ops.benchmarks.product
 
 
