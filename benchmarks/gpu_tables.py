@@ -9,6 +9,17 @@ from benchmarks.tables import DASH, MIB, NAMES, markdown
 from benchmarks.verdicts import Row
 
 SHOWN = ("frozen", "full", "flora", "lora")
+TITLES = {  # of the rows, in words
+    "convnext": "ConvNeXt-V2-Large",
+    "unet": "diffusion U-Net",
+    "unet3d": "3-D U-Net",
+    "resnet": "ResNet-50",
+    "llama": "two Mixtral blocks with experts",
+    "linear-4096-4096": "Linear 4096 -> 4096",
+    "linear-4096-1024": "Linear 4096 -> 1024",
+    "linear-4096-14336": "Linear 4096 -> 14336",
+    "linear-768-3072": "Linear 768 -> 3072",
+}
 MODES = {
     "eager": "The host prepares each kernel, and the device is waited for after each step.",
     "compiled": "The blocks of the model under `torch.compile`; the host still launches each kernel.",
@@ -24,10 +35,24 @@ def section(result: Row) -> list[str]:
         parts.append(f"The commit is {result['commit_note']}.")
     parts += ["Where FLoRA loses:", "\n".join(losses(rows)) or "Nowhere."]
     for mode, meaning in MODES.items():
-        parts += [f"### {mode.capitalize()}", meaning, times(rows, mode)]
+        timed = [row for row in rows if _is_timed(row, mode)]
+        missing = [title(row) for row in rows if not _is_timed(row, mode)]
+
+        parts += [f"### {mode.capitalize()}", meaning, times(timed, mode)]
+        if missing:
+            parts.append(f"Not measured: {', '.join(missing)}.")
         if mode != "captured":
-            parts += ["Peak memory of a step, MiB:", peaks(rows, mode)]
+            parts += ["Peak memory of a step, MiB:", peaks(timed, mode)]
     return parts
+
+
+def title(row: Row) -> str:
+    """What the row measured, in words."""
+    return TITLES.get(row["case"], row["case"])
+
+
+def _is_timed(row: Row, mode: str) -> bool:
+    return mode in row.get("methods", {}).get("frozen", {}).get("ms", {})
 
 
 def losses(rows: Sequence[Row]) -> list[str]:
@@ -35,7 +60,7 @@ def losses(rows: Sequence[Row]) -> list[str]:
     lines = []
     for row in rows:
         for mode in MODES:
-            if mode not in row.get("methods", {}).get("frozen", {}).get("ms", {}):
+            if not _is_timed(row, mode):
                 continue
             behind = [
                 f"{times:.2f} times {NAMES[name]}"
@@ -43,7 +68,7 @@ def losses(rows: Sequence[Row]) -> list[str]:
                 if (times := ratio(row, "flora", name, mode=mode)) is not None and times > limit
             ]
             if behind:
-                lines.append(f"* {row['case']}, {mode}: {' and '.join(behind)}")
+                lines.append(f"* {title(row)}, {mode}: {' and '.join(behind)}")
     return lines
 
 
@@ -51,29 +76,19 @@ def times(rows: Sequence[Row], mode: str) -> str:
     """The frozen step in milliseconds, the others relative to it."""
     lines = []
     for row in rows:
-        if "skipped" in row:
-            lines.append([row["case"], row["skipped"], *[DASH] * len(SHOWN)])
-            continue
-        if mode not in row["methods"]["frozen"]["ms"]:
-            lines.append([row["case"], "not measured", *[DASH] * len(SHOWN)])
-            continue
         frozen = row["methods"]["frozen"]["ms"][mode]["median"]
         others = [ratio(row, name, "frozen", mode=mode) for name in SHOWN[1:]]
         cells = [f"{times:.2f}" if times else DASH for times in others]
         size = f"{row['size']}, r = {row['rank']}"
         if mode == "compiled" and "compiled_part" in row:
             size = f"{size}, {row['compiled_part']}"
-        lines.append([row["case"], size, f"{frozen:.2f}", *cells])
+        lines.append([title(row), size, f"{frozen:.2f}", *cells])
     return markdown(lines, ["what", "input", "frozen, ms", *(NAMES[name] for name in SHOWN[1:])])
 
 
 def peaks(rows: Sequence[Row], mode: str) -> str:
     """Peak memory of a step."""
-    lines = [
-        [row["case"], *(_peak(row["methods"].get(name, {}), mode) for name in SHOWN)]
-        for row in rows
-        if "skipped" not in row
-    ]
+    lines = [[title(row), *(_peak(row["methods"].get(name, {}), mode) for name in SHOWN)] for row in rows]
     return markdown(lines, ["what", *(NAMES[name] for name in SHOWN)])
 
 

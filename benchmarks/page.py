@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import gpu_tables, plots, results, tables
 from benchmarks.verdicts import Row, slow_choices, verdicts
-from flora.report.comparison import comparison_notes, comparison_table
-from flora.report.plots import quality_against_parameters
 
 DOCS = results.ROOT / "docs"
 HEAD = """# Benchmarks
 
-Written by `make bench` from the files in [benchmarks/results](../benchmarks/results), not by hand.
+Time and memory, written by `make bench` from the files in [benchmarks/results](../benchmarks/results). Scores are on
+their own page: [quality at equal parameters](quality.md).
 
-A *step* is the forward and the backward to the input and to what a method trains, in float32; there is no optimiser in
-it. The limit of every adapter is the *frozen* layer's own step, so times are given relative to it. Within every repeat
-the methods take turns in an order drawn anew, and a ratio of two methods is taken within each repeat, where both met
-the same machine; figures are medians over the repeats, ± is half the interquartile range. One thread is the headline.
-With one thread the processor time of the process is read beside the wall clock; the two part where other work holds the
-machine.
+A *step* is the forward and the backward to the input and to what a method trains, without an optimiser; in float32, but
+for the sections that name bfloat16. No adapter can be faster than the *frozen* layer's own step, so times are given
+relative to it. In every repeat the methods take turns in a new random order. A ratio of two methods is taken within
+each repeat, where both met the same machine. Figures are medians over the repeats, ± is half the interquartile range.
+The headline is one thread; there the processor time of the process is read beside the wall clock, and the two differ
+where other work used the machine.
 
-*FLoRA* is what `get_peft_model` gives, *summed* and *beside* are its two ways by themselves. *LoRA, equal
-parameters* has the rank whose parameters are nearest to FLoRA's. *authors' scheme* is our own writing of it: dW formed
-at every forward, and a second full-size run of the layer with it. Adapters start from random values, so that no zero is
-ever a short cut.
+*FLoRA* is what `get_peft_model` gives, *summed* and *beside* are two of its ways by themselves. *LoRA, equal
+parameters* has the rank whose parameters are nearest to FLoRA's. *authors' scheme* is our implementation of it: dW
+formed at every forward, and a second full-size run of the layer with it. Adapters start from random values, so that no
+multiplication by zero is skipped.
 """
 
 
@@ -47,10 +45,6 @@ def write(folder: Path, out: Path) -> list[Path]:
     if "layers" in found:
         written.append(out / "benchmarks.png")
         plots.step_times(found["layers"]["rows"], written[1])
-    for question in QUALITY.keys() & found.keys():
-        written.append(out / f"{question}.png")
-        result = found[question]
-        quality_against_parameters(written[-1], result["rows"], result["metric"], TITLES[question])
     return written
 
 
@@ -80,7 +74,7 @@ def _layers(result: Row) -> list[str]:
     slow = slow_choices(rows)
     chosen = [f"* {name}: {times:.2f} times the better path." for name, times in slow.items()]
     parts = ["## One layer", "![step times](benchmarks.png)", tables.times(rows, threads[0])]
-    parts += ["Dashes:", "\n".join(tables.refusals(rows))]
+    parts += ["What the dashes stand for:", "\n".join(tables.refusals(rows))]
     parts += ["### FLoRA row by row", tables.per_row(rows)]
     parts += ["Rows where the chosen path is more than a tenth slower than the better one:"]
     parts += ["\n".join(chosen) if chosen else "None."]
@@ -168,51 +162,6 @@ def _is_one_graph(method: Row) -> bool:
     return unbroken and sum(method.get("graphs_by_batch", ())) <= 2 and "cpu" not in method.get("devices", ())
 
 
-def _quality(title: str, text: str, result: Row) -> list[str]:
-    metric, task = result["metric"], result["question"]
-    file = f"{task.removeprefix('quality-')}.yaml"
-    return [
-        f"## Quality: {title}",
-        f"{text} Config: [{file}](../benchmarks/quality/{file}).",
-        comparison_table(result["rows"], metric),
-        f"![{metric} against trainable parameters]({task}.png)",
-        "\n".join(f"* {note}" for note in comparison_notes(result)),
-        TUNED,
-        "The runs were made while the code was being finished, from commit 2f6ff8d on; the commit above is that of the "
-        "checkout when the report was written, not of every run.",
-        "The runs shared two cores with each other and with other work, one thread each, so of their times and memory "
-        "only large differences tell something; the tables above are measured for that.",
-    ]
-
-
-TUNED = (
-    "FLoRA had more tuning than the others: its default start was changed after its validation scores on the CIFAR and "
-    "SST-2 tasks with the first seed had been seen, and the scales 1 and 4 were tried there (CIFAR took 4, SST-2 2 in "
-    "between, the hippocampus 4 unseen). The authors' scheme has FLoRA's scale, other adapters alpha / r = 2. No test "
-    "score was used for that."
-)
-TITLES = {  # of the pictures: which data, and what is adapted
-    "quality-cifar": "CIFAR-10, 4-D convolutions",
-    "quality-hippocampus": "hippocampus, 5-D convolutions",
-    "quality-sst2": "SST-2, text",
-}
-QUALITY = {
-    "quality-cifar": (
-        "4-D convolutions",
-        "A ResNet-20 trained on CIFAR-10 (270,000 parameters) is adapted to inverted, blurred JPEG copies from 20 "
-        "images of each class, 60 steps.",
-    ),
-    "quality-hippocampus": (
-        "5-D convolutions",
-        "A 3-D U-Net of MONAI (35,000 parameters, trained on 120 MRI volumes) is adapted to inverted contrast with "
-        "another gamma and noise from 8 volumes, 80 steps. Only FLoRA adapts the transposed convolutions.",
-    ),
-    "quality-sst2": (
-        "text",
-        "MiniLM-L6 (22.7 million parameters), trained for sentence similarity, learns sentiment from 128 short "
-        "sentences of SST-2, 48 steps.",
-    ),
-}
 SECTIONS: dict[str, Any] = {
     "layers": _layers,
     "counts": _counts,
@@ -221,5 +170,4 @@ SECTIONS: dict[str, Any] = {
     "compiled": _compiled,
     "host": _host,
     "gpu": gpu_tables.section,
-    **{question: partial(_quality, *texts) for question, texts in QUALITY.items()},
 }

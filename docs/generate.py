@@ -17,6 +17,7 @@ from flora import LAYERS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(ROOT))  # for the package of the benchmarks
 PAGES = [ROOT / "README.md", ROOT / "docs" / "index.md", ROOT / "docs" / "recipes.md"]
 REPOSITORY: str | None = None  # the public address of the repository, once it has one: then README's links are absolute
 
@@ -71,32 +72,7 @@ def digits_table() -> str:
 
 
 def quality_table() -> str:
-    """Each task at equal parameters: where there are such results, with one learning rate and the defaults for all.
-
-    Otherwise, from the older comparisons, each task at its smallest budget.
-    """
-    if any((RESULTS / "quality").glob("*.jsonl")):
-        return _untuned_quality()
-
-    shown = ("flora", "lora", "dora", "lycoris", "full")
-    lines = [
-        "| task | parameters | " + " | ".join(NAMES[name] for name in shown) + " |",
-        "|---|---|" + "---|" * len(shown),
-    ]
-    for name, task in TASKS.items():
-        report = read(name)
-        budget = min(report["budgets"])
-        rows = {row["method"]: row for row in report["rows"] if row["budget"] in (budget, None)}
-        cells = [task, f"{budget:,}", *(_score(rows.get(method, {})) for method in shown)]
-        lines.append(f"| {' | '.join(cells)} |")
-    seeds = len(read(next(iter(TASKS)))["seeds"])
-    lines += ["", f"Mean and standard deviation over {seeds} seeds; learning rates are chosen on validation."]
-    return "\n".join(lines)
-
-
-def _untuned_quality() -> str:
     """The table of the quality page for one learning rate and all defaults."""
-    sys.path.insert(0, str(ROOT))
     from benchmarks.quality import page
     from benchmarks.quality.pairs import at_rate, cells
     from benchmarks.quality.run import RATE, stored
@@ -114,12 +90,10 @@ def _untuned_quality() -> str:
     return f"{table}\n\n{note}"
 
 
-def _score(row: dict[str, Any]) -> str:
-    return f"{row['mean']:.3f} ± {row['std']:.3f}" if "mean" in row else "-"
-
-
 def gpu_table() -> str:
     """FLoRA's step relative to LoRA's and to full fine-tuning's, every row and mode; bold where FLoRA loses."""
+    from benchmarks.gpu_tables import title
+
     report = read("gpu")
     rows = [row for row in [*report["models"], *report["rows"]] if "methods" in row]
 
@@ -127,7 +101,7 @@ def gpu_table() -> str:
     lines = [f"| FLoRA's step relative to | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
     for row in rows:
         cells = [_relative(figure) for other in OTHERS for figure in _against(row, other)]
-        lines.append(f"| {CASES.get(row['case'], row['case'])}, {row['size']} | {' | '.join(cells)} |")
+        lines.append(f"| {title(row)}, {row['size']} | {' | '.join(cells)} |")
 
     versions = report["versions"]
     lines += [
@@ -143,7 +117,6 @@ def gpu_table() -> str:
 
 def _against(row: dict[str, Any], other: str) -> list[float | None]:
     """FLoRA's time over that of another method in each mode, then its peak memory over the other's."""
-    sys.path.insert(0, str(ROOT))
     from benchmarks.ratios import ratio
 
     times = [ratio(row, "flora", other, mode=mode) for mode in MODES]
@@ -173,29 +146,11 @@ def read(name: str) -> dict[str, Any]:
 
 MODES = {"eager": "eager", "compiled": "`torch.compile`", "captured": "CUDA graph"}
 OTHERS = {"lora": "LoRA", "full": "full"}  # whom FLoRA is held against on a GPU
-CASES = {  # the names of the GPU's rows, in words
-    "convnext": "ConvNeXt-V2-Large",
-    "unet": "diffusion U-Net",
-    "unet3d": "3-D U-Net",
-    "resnet": "ResNet-50",
-    "llama": "two Mixtral blocks with experts",
-    "linear-4096-4096": "Linear 4096 -> 4096",
-    "linear-4096-1024": "Linear 4096 -> 1024",
-    "linear-4096-14336": "Linear 4096 -> 14336",
-    "linear-768-3072": "Linear 768 -> 3072",
-}
 NAMES = {
     "frozen": "head only",
     "flora": "**FLoRA**",
     "lora": "LoRA",
-    "dora": "DoRA",
-    "lycoris": "LyCORIS LoCon, Tucker",
     "full": "full fine-tuning",
-}
-TASKS = {
-    "quality-cifar": "images (inverted, blurred CIFAR-10 with ResNet-20), accuracy",
-    "quality-hippocampus": "volumes (hippocampus MRI, 3-D U-Net), Dice",
-    "quality-sst2": "text (SST-2 with a 22 M encoder), accuracy",
 }
 TABLES: dict[str, Callable[[], str]] = {
     "layers": layer_table,

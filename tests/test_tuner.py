@@ -729,6 +729,17 @@ def test_a_budget_is_spent_and_recorded() -> None:
         adapted(budget=20)
 
 
+@pytest.mark.parametrize("extra", [{"bias": "all"}, {"bias": "tucker_only"}, {"modules_to_save": ["head"]}])
+def test_what_is_trained_in_full_comes_on_top_of_a_budget(extra: dict[str, Any]) -> None:
+    model = adapted(budget=350, **{"modules_to_save": None, **extra})
+
+    trained = {name: value.numel() for name, value in model.named_parameters() if value.requires_grad}
+    updates = sum(count for name, count in trained.items() if ".tucker_" in name)
+
+    assert 300 < updates <= 350
+    assert sum(trained.values()) > updates
+
+
 def test_tied_weights_are_refused_or_left_out() -> None:
     base = llama(tie_word_embeddings=True)
     before = set(base.state_dict())

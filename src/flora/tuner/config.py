@@ -76,8 +76,9 @@ class FloraConfig(PeftConfig):
         scale_pattern: the same for ``scale``.
         fold: regular expression or suffix of a weight's (or module's) name -> how it is seen as an N-d tensor, in
             einops' notation: ``{"qkv": "(three heads dim) in, three=3 heads=12"}``; ranks are then those of that space.
-        budget: trainable parameters to spend on the adapter, a fraction of the model's below 1, a count from 1; ranks
-            are solved per weight and written into ``rank_pattern``.
+        budget: parameters to spend on the updates, a fraction of the model's below 1, a count from 1; ranks are solved
+            per weight and written into ``rank_pattern``. What is trained in full comes on top: ``bias``,
+            ``modules_to_save``, ``trainable_token_indices``.
         layout: weight -> kind, axes and groups where name and shape do not tell them, for conversion to other formats;
             filled in when the adapter is put into a model.
         way: how a layer runs: "summed" (once, with W + s dW), "beside" (the layer itself, and small products beside
@@ -124,7 +125,7 @@ class FloraConfig(PeftConfig):
         default_factory=dict, metadata={"help": "Regular expression or suffix -> einops pattern of the N-d view."}
     )
     budget: float | int | None = field(
-        default=None, metadata={"help": "Trainable parameters to spend: a fraction below 1, a count from 1."}
+        default=None, metadata={"help": "Parameters to spend on the updates: a fraction below 1, a count from 1."}
     )
     layout: dict[str, dict[str, Any]] | None = field(
         default=None,
