@@ -12,8 +12,8 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from flora_arguments import asks_for_keys, how_to_go_on, parse, quiet_bars
@@ -375,10 +375,28 @@ def main(argv: list[str] | None = None) -> int:
     if not sys.stderr.isatty():
         quiet_bars()
 
-    # PEFT reads an attribute that transformers has renamed; users of the command cannot change that.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-    warnings.formatwarning = _warning_line
+    with _warnings_for_users():
+        return _run(args)
 
+
+@contextmanager
+def _warnings_for_users() -> Iterator[None]:
+    """Within it a warning is one line, and what users of the command cannot change is not warned of."""
+    before = warnings.formatwarning
+
+    with warnings.catch_warnings():
+        # PEFT reads an attribute that transformers has renamed.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        warnings.formatwarning = _warning_line
+
+        try:
+            yield
+        finally:
+            warnings.formatwarning = before
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Runs a verb and turns what goes wrong into one line and an exit code."""
     try:
         code = COMMANDS[args.verb](args)
         sys.stdout.flush()

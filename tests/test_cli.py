@@ -361,8 +361,9 @@ def test_a_warning_is_one_line_without_the_code_behind_it(
     def print_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
         sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
 
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    before = warnings.formatwarning
     monkeypatch.setitem(flora_cli.COMMANDS, "recipes", warns)
     code, out, err = run(capsys, "recipes")
     assert (code, out) == (0, "")
     assert err == "warning: two lines \\x1b[31m\n"
+    assert warnings.formatwarning is before

@@ -271,6 +271,63 @@ def test_a_module_that_is_held_beside_the_tree_is_adapted_there_too(hold: Any, t
     assert torch.equal(model.unload()(x), fresh(x))
 
 
+@pytest.mark.parametrize("hold", HELD.values(), ids=HELD)
+def test_a_module_to_save_that_is_held_beside_the_tree_is_trained_there_too(hold: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = Pyramid(hold)
+    fresh, x = copy.deepcopy(base), torch.randn(2, 3, 5, 7)
+    model = get_peft_model(base, flora.FloraConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
+    saved = model.base_model.model.get_submodule("1").modules_to_save["default"]
+    with torch.no_grad():
+        saved.weight.mul_(3)
+    out = model(x)
+
+    dense = copy.deepcopy(fresh)
+    dense.get_submodule("1").weight.data *= 3
+    assert torch.allclose(out, dense(x), atol=1e-6)
+    assert not torch.allclose(out, fresh(x), atol=1e-3)
+    out.square().sum().backward()
+    assert saved.weight.grad.abs().sum() > 0
+
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(copy.deepcopy(fresh), tmp_path)(x), out)
+    assert torch.allclose(copy.deepcopy(model).merge_and_unload()(x), out, atol=1e-6)
+    model.add_adapter("other", flora.FloraConfig(r=3, target_modules=["0"], modules_to_save=["1"]))
+    model.set_adapter("other")
+    assert torch.equal(model(x), fresh(x))
+    model.set_adapter("default")
+    assert torch.equal(model(x), out)
+    assert torch.equal(model.unload()(x), dense(x))
+
+
+def test_token_rows_of_an_embedding_beside_the_tree_are_trained_there_too() -> None:
+    torch.manual_seed(0)
+    base = Lookup()
+    fresh, ids = copy.deepcopy(base), torch.tensor([[1, 4, 2]])
+    model = get_peft_model(
+        base, flora.FloraConfig(r=1, target_modules=["mix"], trainable_token_indices={"tokens": [4, 6]})
+    )
+    rows = model.base_model.model.tokens.token_adapter.trainable_tokens_delta["default"]
+    with torch.no_grad():
+        rows.add_(2)
+    dense = copy.deepcopy(fresh)
+    dense.tokens.weight.data[[4, 6]] += 2
+    assert torch.allclose(model(ids), dense(ids), atol=1e-6)
+    assert torch.allclose(model.merge_and_unload()(ids), dense(ids), atol=1e-6)
+
+
+class Lookup(nn.Module):
+    """Looks its tokens up in a list that the tree does not show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.mix = nn.Embedding(11, 5), nn.Linear(5, 7)
+        self.held = [self.tokens]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.mix(self.held[0](ids))  # type: ignore[no-any-return]
+
+
 def _another_forward(module: nn.Module) -> None:
     old = module.forward
     module.forward = lambda x: 2 * old(x)  # type: ignore[method-assign]

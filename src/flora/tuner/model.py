@@ -25,7 +25,7 @@ from flora.tuner.elsewhere import guard_optimizers, guard_saving
 from flora.tuner.layer import BASE, FloraLayer, named_layers
 from flora.tuner.merging import check_finite, merged_weights
 from flora.tuner.parameter import ParamWrapper
-from flora.tuner.places import Place, Reference, Row, find_misfit, hidden_from_peft, places_of, under_all_names
+from flora.tuner.places import Place, Places, find_misfit, hidden_from_peft, places_of, put_wrappers, under_all_names
 from flora.tuner.reading import adapter_per_sample
 from flora.tuner.resolution import Resolution
 from flora.tuner.selection import Selection
@@ -49,7 +49,7 @@ class FloraModel(BaseTuner):
 
     prefix = "tucker_"
     # While modules are replaced.
-    _places: dict[int, list[Place | Reference | Row]] = {}
+    _places: Places = {}
     tuner_layer_cls = FloraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
@@ -177,6 +177,7 @@ class FloraModel(BaseTuner):
 
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            put_wrappers(model, self._places)
         finally:
             if self._injecting is not None:
                 vars(config).update(self._injecting.shown)

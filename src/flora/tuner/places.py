@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 # Attributes that every module has; its children are among them.
@@ -20,6 +21,10 @@ class Place(NamedTuple):
     parent: nn.Module
     name: str
 
+    def held(self) -> Any:
+        """What stands there now."""
+        return getattr(self.parent, self.name)
+
     def put(self, module: nn.Module) -> None:
         """Puts another module there."""
         setattr(self.parent, self.name, module)
@@ -31,13 +36,17 @@ class Reference(NamedTuple):
     holder: Any
     key: Any
 
+    def held(self) -> Any:
+        """What is held there now."""
+        return self.holder[self.key]
+
     def put(self, module: nn.Module) -> None:
         """Puts another module there."""
         self.holder[self.key] = module
 
 
-class Row(NamedTuple):
-    """Where a module is held in a tuple, which is replaced as a whole.
+class TupleReference(NamedTuple):
+    """Where a module is held in a tuple beside the tree, which is replaced as a whole.
 
     Attributes:
         holder: of the tuple: a list or dict, or the attributes of a module.
@@ -49,20 +58,28 @@ class Row(NamedTuple):
     key: Any
     position: int
 
+    def held(self) -> Any:
+        """What is held there now."""
+        return self.holder[self.key][self.position]
+
     def put(self, module: nn.Module) -> None:
         """Puts another module there."""
-        row = list(self.holder[self.key])
-        row[self.position] = module
-        self.holder[self.key] = tuple(row)
+        items = list(self.holder[self.key])
+        items[self.position] = module
+        self.holder[self.key] = tuple(items)
 
 
-def places_of(model: nn.Module) -> dict[int, list[Place | Reference | Row]]:
+# The places of each module that has several, by its id.
+Places = dict[int, list[Place | Reference | TupleReference]]
+
+
+def places_of(model: nn.Module) -> Places:
     """The places of each module that is held in several, by its id.
 
     nnU-Net's blocks stand twice in the tree, weights and all. The pyramids of MaskFormer and UperNet run their layers
     from a list, which the tree does not show.
     """
-    places: dict[int, list[Place | Reference | Row]] = {}
+    places: Places = {}
     seen: set[int] = set()
     for parent in model.modules():
         for name, child in parent._modules.items():
@@ -76,19 +93,40 @@ def places_of(model: nn.Module) -> dict[int, list[Place | Reference | Row]]:
     return {key: found for key, found in places.items() if len(found) > 1}
 
 
-def _references(holder: Any, key: Any, seen: set[int]) -> Iterator[tuple[nn.Module, Reference | Row]]:
+def _references(holder: Any, key: Any, seen: set[int]) -> Iterator[tuple[nn.Module, Reference | TupleReference]]:
     """The modules that an entry of a list or dict holds, in lists, tuples and dicts inside it too."""
     value = holder[key]
     if isinstance(value, nn.Module):
         yield value, Reference(holder, key)
 
     if type(value) is tuple:
-        yield from ((item, Row(holder, key, index)) for index, item in enumerate(value) if isinstance(item, nn.Module))
+        for position, item in enumerate(value):
+            if isinstance(item, nn.Module):
+                yield item, TupleReference(holder, key, position)
     elif isinstance(value, (list, dict)) and id(value) not in seen:
         seen.add(id(value))
 
         for inner in list(value) if isinstance(value, dict) else range(len(value)):
             yield from _references(value, inner, seen)
+
+
+def put_wrappers(model: nn.Module, places: Places) -> None:
+    """Puts PEFT's wrappers of ``modules_to_save`` and of token rows wherever their modules still stand bare.
+
+    PEFT puts a wrapper into the places that it finds by name.
+
+    Args:
+        model: with the wrappers.
+        places: of the modules before they were wrapped.
+    """
+    for wrapper in list(model.modules()):
+        if not isinstance(wrapper, AuxiliaryTrainingWrapper):
+            continue
+
+        bare = wrapper.original_module
+        for place in places.get(id(bare), ()):
+            if place.held() is bare and place != Place(wrapper, "original_module"):
+                place.put(wrapper)
 
 
 @contextmanager
