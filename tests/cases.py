@@ -119,6 +119,18 @@ CASES: dict[str, Row] = {
     ),
     "gpt-2 conv1d": Row(lambda: Conv1D(17, 11), x(3, 5, 11), [2, 3]),
     "conv1d": Row(lambda: nn.Conv1d(7, 11, 5, stride=2, padding=3, dilation=2), x(3, 7, 29), [3, 2, 4]),
+    "conv1d, in blocks": Row(
+        lambda: nn.Conv1d(10, 21, 5, padding=2),
+        x(3, 10, 13),
+        [3, 2, 2, 4, 5],
+        {"fold": {"layer": "(a b) (c d) kw, a=3 c=2"}},
+    ),
+    "transposed 2d, in blocks": Row(
+        lambda: nn.ConvTranspose2d(21, 10, 3, stride=2),
+        x(2, 21, 5, 7),
+        [3, 4, 2, 2, 3, 3],
+        {"fold": {"layer": "(a b) (c d) kh kw, a=3 c=2"}},
+    ),
     "conv1d, circular": Row(lambda: nn.Conv1d(7, 11, 5, padding=2, padding_mode="circular"), x(3, 7, 13), [3, 2, 2]),
     "conv1d, weight norm": Row(weight_normed, x(3, 7, 13), [3, 2, 2]),
     "conv2d": Row(lambda: nn.Conv2d(7, 11, (3, 5), stride=(2, 3), padding=(1, 2)), x(2, 7, 13, 17), [5, 3, 2, 4]),

@@ -180,7 +180,12 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"scale_pattern": [1.0]}, TypeError, "scale_pattern must map names or regular expressions to values, got [1.0]"),
     ({"rank_pattern": {3: 2}}, TypeError, "rank_pattern must map names or regular expressions to values, got {3: 2}"),
     ({"fold": {"a": 3}}, TypeError, "fold['a'] must be a text such as '(heads dim) in, heads=12', got 3"),
-    ({"fold": "(a b) c, a=2"}, TypeError, "fold must map names or regular expressions to values, got '(a b) c, a=2'"),
+    (
+        {"fold": "(a b) c, a=2"},
+        TypeError,
+        "fold must map names or regular expressions to values, or be the word 'blocks', got '(a b) c, a=2'",
+    ),
+    ({"fold": "blocks", "alpha": 8}, ValueError, "alpha sets s = alpha / r and needs one int r"),
     ({"dropout": "much"}, TypeError, "dropout must be a number, got 'much' of type str"),
     ({"dropout": float("nan")}, ValueError, "dropout must be a finite number of at most 3.4e+38, got nan"),
     ({"init_weights": "no"}, TypeError, "init_weights must be true or false, got 'no'"),
@@ -210,7 +215,7 @@ def test_a_field_out_of_range_is_refused_by_name(given: dict[str, Any], error: t
 
 
 def test_the_table_of_refusals_is_whole() -> None:
-    assert len(REFUSED) == 55
+    assert len(REFUSED) == 56
 
 
 def test_a_field_that_does_not_exist_raises() -> None:

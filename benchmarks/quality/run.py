@@ -25,7 +25,7 @@ from typing import Any
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
 TASKS = ("cifar", "hippocampus", "spoken", "sst2", "digits", "experts")
-MAIN = ("lora", "lora-gradient", "lycoris", "flora", "flora-gradient", "full", "bitfit")
+MAIN = ("lora", "lora-gradient", "lycoris", "flora", "flora-gradient", "flora-blocks", "full", "bitfit")
 RIVALS = ("rslora", "dora", "pissa", "lora-ga", "eva", "miss", "hira", "oft", "loha", "lokr", "authors")
 GROUPS = {"main": MAIN, "rivals": RIVALS, "all": (*MAIN, *RIVALS, "flora-ranks", "flora-norms", "frozen")}
 RATE = 0.01  # of the setting without tuning

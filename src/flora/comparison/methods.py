@@ -82,6 +82,7 @@ METHODS: dict[str, Method] = {
     "authors": Method("authors' scheme", rivals.authors),
     "flora": Method("FLoRA", starts.flora),
     "flora-gradient": Method("FLoRA, gradient start", starts.flora_gradient),
+    "flora-blocks": Method("FLoRA, gradient start, blocks", starts.flora_blocks),
     "flora-ranks": Method("FLoRA, gradient start and ranks", starts.flora_ranks),
     "flora-norms": Method("FLoRA, gradient start, norms too", starts.flora_norms),
     "full": Method("full fine-tuning", full, matched=False),

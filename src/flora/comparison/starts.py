@@ -27,12 +27,18 @@ from flora.comparison.rivals import (
     targets,
 )
 from flora.errors import BudgetError
+from flora.layers.entries import BLOCKS
 from flora.layers.patterns import exact_pattern
 from flora.runs.training import First
+from flora.tucker.blocks import AXES
 from flora.tucker.form import count_params
 from flora.tuner.config import FloraConfig
+from flora.tuner.gradient.collect import adapted_weights
 from flora.tuner.gradient.start import BATCHES, adapt_and_tell, start
 from flora.tuner.targets import expand
+
+# Why a model is refused that its shapes would leave as ``flora_gradient`` has it.
+NOT_CUT = "no weight is worth cutting into blocks, so that it is FLoRA with the gradient start"
 
 
 def flora(base: nn.Module, request: Request) -> nn.Module:
@@ -46,8 +52,11 @@ def flora(base: nn.Module, request: Request) -> nn.Module:
 
 def flora_gradient(base: nn.Module, request: Request) -> nn.Module:
     """The same ranks, started along the gradient. Raises as :func:`flora` does."""
+    return _begun(flora(base, request), request)
+
+
+def _begun(model: nn.Module, request: Request) -> nn.Module:
     first = request.first_batches()
-    model = flora(base, request)
     request.starts.append(start(model, first.batches, loss=first.loss))
     return model
 
@@ -62,6 +71,16 @@ def flora_ranks(base: nn.Module, request: Request) -> nn.Module:
         return adapted.model
 
     return _within_budget(begin, request)
+
+
+def flora_blocks(base: nn.Module, request: Request) -> nn.Module:
+    """The same with channels in blocks. Raises as :func:`flora` does, and where no weight is worth cutting."""
+    model = flora(base, replace(request, adapter={**request.adapter, "fold": BLOCKS}))
+    folds = [weight.delta.fold for weight in adapted_weights(model, "default")]
+    if not any(fold is not None and fold.axes[: len(AXES)] == AXES for fold in folds):
+        raise RefusedError(NOT_CUT)
+
+    return _begun(model, request)
 
 
 def flora_norms(base: nn.Module, request: Request) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from flora.errors import UserError, WrongTypeError
 from flora.layers.patterns import Patterns
@@ -12,6 +12,8 @@ from flora.tucker.ranks import Ranks, check_request
 
 DEFAULT_RANK = 8
 DEFAULT_SCALE = 1.0
+# The fold that the shapes decide (``tucker/blocks.py``), instead of a table.
+BLOCKS = "blocks"
 # The largest number of float32.
 LARGEST = 3.4e38
 
@@ -40,7 +42,8 @@ class Entries:
         self.alpha: float | None = config.get("alpha")
         self.ranks: Patterns[Ranks] = Patterns(config.get("rank_pattern") or {}, "rank_pattern")
         self.scales: Patterns[float] = Patterns(config.get("scale_pattern") or {}, "scale_pattern")
-        self.folds: Patterns[str] = Patterns(config.get("fold") or {}, "fold")
+        self.in_blocks = config.get("fold") == BLOCKS
+        self.folds: Patterns[str] = Patterns({} if self.in_blocks else config.get("fold") or {}, "fold")
 
     def rank(self, names: Sequence[str]) -> Ranks:
         """The rank request for a weight: of ``rank_pattern``, else ``r``."""
@@ -84,18 +87,16 @@ def check_entries(config: Mapping[str, Any]) -> None:
     if config.get("r") is not None:
         check_request(config["r"])
 
-    for field in ("rank_pattern", "scale_pattern", "fold"):
+    for field in ("rank_pattern", "scale_pattern"):
         _check_table(config.get(field), field)
+
+    _check_folds(config.get("fold"))
 
     for key, rank in (config.get("rank_pattern") or {}).items():
         check_request(rank, f"rank_pattern[{key!r}]")
 
     for key, scale in (config.get("scale_pattern") or {}).items():
         check_number(scale, f"scale_pattern[{key!r}]")
-
-    for key, fold in (config.get("fold") or {}).items():
-        if not isinstance(fold, str):
-            raise WrongTypeError(f"fold[{key!r}] must be a text such as '(heads dim) in, heads=12', got {fold!r}")
 
     for field in ("scale", "alpha"):
         if config.get(field) is not None:
@@ -110,10 +111,21 @@ def check_number(value: object, field: str) -> None:
         raise UserError(f"{field} must be a finite number of at most {LARGEST:g}, got {value}")
 
 
-def _check_table(value: object, field: str) -> None:
+def _check_folds(value: object) -> None:
+    if value == BLOCKS:
+        return
+
+    _check_table(value, "fold", f", or be the word {BLOCKS!r}")
+    for key, fold in (cast("Mapping[str, object]", value) or {}).items():
+        if not isinstance(fold, str):
+            raise WrongTypeError(f"fold[{key!r}] must be a text such as '(heads dim) in, heads=12', got {fold!r}")
+
+
+def _check_table(value: object, field: str, other: str = "") -> None:
     if value is None:
         return
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise WrongTypeError(
-            f"{field} must map names or regular expressions to values, got {value!r} of type {type(value).__name__}"
+            f"{field} must map names or regular expressions to values{other}, got {value!r} of type "
+            f"{type(value).__name__}"
         )

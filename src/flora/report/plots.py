@@ -15,6 +15,7 @@ MARKERS = "osD^vPX*<>"
 COLOURS = {
     "flora": "#d1495b",
     "flora-gradient": "#ff7f50",
+    "flora-blocks": "#e8590c",
     "flora-ranks": "#f2a25c",
     "flora-norms": "#d9829f",
     "lora": "#3b7dd8",

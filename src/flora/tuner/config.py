@@ -14,7 +14,7 @@ from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
 
 from flora.errors import UserError, WrongTypeError, nearest
-from flora.layers.entries import Entries, check_entries, check_number
+from flora.layers.entries import BLOCKS, Entries, check_entries, check_number
 from flora.layers.layout import layout_from_json
 from flora.storage.card import complete_card
 from flora.storage.tensors import open_tensors
@@ -76,6 +76,8 @@ class FloraConfig(PeftConfig):
         scale_pattern: the same for ``scale``.
         fold: regular expression or suffix of a weight's (or module's) name -> how it is seen as an N-d tensor, in
             einops' notation: ``{"qkv": "(three heads dim) in, three=3 heads=12"}``; ranks are then those of that space.
+            Or "blocks": channels are cut into blocks that share their factors, where the update then has at least twice
+            the rank for the same parameters; the folds and ranks that this comes to are written into the config.
         budget: parameters to spend on the updates, a fraction of the model's below 1, a count from 1; ranks are solved
             per weight and written into ``rank_pattern``. What is trained in full comes on top: ``bias``,
             ``modules_to_save``, ``trainable_token_indices``.
@@ -121,8 +123,9 @@ class FloraConfig(PeftConfig):
     scale_pattern: dict[str, float] = field(
         default_factory=dict, metadata={"help": "Regular expression or suffix -> scale."}
     )
-    fold: dict[str, str] = field(
-        default_factory=dict, metadata={"help": "Regular expression or suffix -> einops pattern of the N-d view."}
+    fold: dict[str, str] | Literal["blocks"] = field(
+        default_factory=dict,
+        metadata={"help": "Regular expression or suffix -> einops pattern of the N-d view; or 'blocks'."},
     )
     budget: float | int | None = field(
         default=None, metadata={"help": "Parameters to spend on the updates: a fraction below 1, a count from 1."}
@@ -238,8 +241,10 @@ class FloraConfig(PeftConfig):
                 )
 
         listed = isinstance(self.r, list) or any(isinstance(rank, list) for rank in self.rank_pattern.values())
-        if self.alpha is not None and (listed or self.budget is not None):
-            raise UserError("alpha sets s = alpha / r and needs one int r; with rank lists or a budget, give scale")
+        if self.alpha is not None and (listed or self.budget is not None or self.fold == BLOCKS):
+            raise UserError(
+                "alpha sets s = alpha / r and needs one int r; with rank lists or a budget or fold='blocks', give scale"
+            )
 
     def _check_types(self) -> None:
         for name in ("init_weights", "inference_mode", "freeze_batch_norm"):

@@ -15,6 +15,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from flora.errors import UserError
+from flora.layers.entries import BLOCKS
 from flora.layers.patterns import exact_pattern
 from flora.tucker.form import Tucker, concatenate
 from flora.tuner import targets as find
@@ -93,6 +94,9 @@ class FloraModel(BaseTuner):
 
         if peft_config.budget is not None:
             self._resolution.spend(peft_config.budget, model)
+
+        if peft_config.fold == BLOCKS:
+            self._resolution.cut_into_blocks()
 
         find.warn_unmatched(peft_config, model)
         self._resolution.warn()

@@ -15,6 +15,7 @@ from flora.layers.entries import Entries
 from flora.layers.layout import Layout, is_usual, of_module
 from flora.layers.patterns import exact_pattern, names_of
 from flora.layers.table import weight_shape
+from flora.tucker.blocks import cut
 from flora.tucker.fold import parse_fold
 from flora.tucker.form import count_params
 from flora.tucker.ranks import Ranks, Weight, resolve, solve_budget
@@ -29,6 +30,7 @@ class Resolved:
 
     Attributes:
         names: under which the config may speak of it, the closest first; the first is its full name.
+        axes: the names of its stored dimensions.
         target: shape, ranks, scale, roles and fold.
         layout: what its dimensions mean, where name and shape do not tell.
         rank, scale, fold: the entry of a table of the config that held for it; None where a default did.
@@ -36,6 +38,7 @@ class Resolved:
     """
 
     names: tuple[str, ...]
+    axes: tuple[str, ...]
     target: Target
     layout: Layout | None
     rank: Ranks | None
@@ -122,6 +125,7 @@ class Resolution:
 
         return Resolved(
             names,
+            tuple(axes),
             target,
             layout,
             None if rank is None else rank.value,
@@ -165,6 +169,30 @@ class Resolution:
                 stacklevel=2,
             )
 
+    # ---- blocks ----------------------------------------------------------------------------------------------------
+
+    def cut_into_blocks(self) -> None:
+        """Folds the channels where that is worth it, at no more parameters, unless the user listed the ranks."""
+        for name, found in self.weights.items():
+            target = found.target
+            if target.fold is not None or not isinstance(self.entries.rank(found.names), int):
+                continue
+
+            blocks = cut(target.shape, target.roles, target.ranks)
+            if blocks is None:
+                continue
+
+            pattern = blocks.pattern(found.axes[2:])
+            fold = parse_fold(pattern, target.shape, name)
+            roles = roles_of(found.axes, fold)
+            self.weights[name] = replace(
+                found,
+                target=replace(target, ranks=blocks.ranks, roles=roles, fold=fold),
+                layout=found.layout and replace(found.layout, fold=pattern),
+                rank=list(blocks.ranks),
+                fold=pattern,
+            )
+
     # ---- what is said of it ----------------------------------------------------------------------------------------
 
     def record(self, config: FloraConfig) -> None:
@@ -179,7 +207,8 @@ class Resolution:
         folds = {key: fold for key, found in exact.items() if (fold := found.fold or found.default_fold)}
         config.rank_pattern = {**config.rank_pattern, **ranks}
         config.scale_pattern = {**config.scale_pattern, **scales}
-        config.fold = {**config.fold, **folds}
+        given = {} if isinstance(config.fold, str) else config.fold
+        config.fold = {**given, **folds}
         config.layout = {name: found.layout.to_json() for name, found in self.weights.items() if found.layout}
         config.budget = None
 

@@ -21,6 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from flora.errors import UserError, WrongTypeError, counted
+from flora.layers.entries import BLOCKS
 from flora.tucker.ranks import solve_budget
 from flora.tuner import targets
 from flora.tuner.config import FloraConfig
@@ -250,6 +251,12 @@ def _check_adaptable(base: nn.Module, config: FloraConfig, choose_ranks: bool) -
         raise UserError(
             "ranks are chosen from the gradient within a budget, and the config has none; write "
             "FloraConfig(budget=0.01), a part of the model's parameters, or leave choose_ranks out"
+        )
+
+    if choose_ranks and config.fold == BLOCKS:
+        raise UserError(
+            "fold='blocks' folds weights by their shapes, and the gradient chooses ranks for unfolded ones; leave out "
+            "choose_ranks, or the fold"
         )
 
 
