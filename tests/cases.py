@@ -99,6 +99,31 @@ class StandardisedConv(nn.Conv2d):
         return self._conv_forward(input, (self.weight - mean) / std, self.bias)
 
 
+class OwnLinear(nn.Module):
+    """A linear layer that is no ``nn.Linear`` and calls its sizes channels, as that of PyTorch Geometric."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels) / 3)
+        self.bias = nn.Parameter(torch.randn(out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 3.0 * nn.functional.linear(x, self.weight, self.bias)
+
+
+class Gate(nn.Module):
+    """It states as many outputs as inputs and holds one factor for each of them."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.in_features = self.out_features = features
+        self.weight = nn.Parameter(torch.randn(1, features, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x
+
+
 def renormed() -> nn.Module:
     layer = nn.Embedding(23, 7, max_norm=1.0)
     layer(torch.arange(23))  # its forward shrinks the rows in place, once
@@ -196,6 +221,14 @@ CASES: dict[str, Row] = {
     "batch norm": Row(lambda: nn.BatchNorm2d(7), x(5, 7, 3, 2), [7], factored=False),
     "instance norm": Row(lambda: nn.InstanceNorm2d(7, affine=True), x(5, 7, 3, 2), [7], factored=False),
     "a norm of the model's own": Row(lambda: GemmaRMSNorm(11), x(3, 11), [11], factored=False),
+    "a linear layer of the model's own": Row(lambda: OwnLinear(13, 7), x(3, 5, 13), [2, 3], factored=False),
+    "raw parameter, a gate of stated size": Row(
+        lambda: Gate(7),
+        x(3, 7, 7, 7),
+        [1, 7, 1, 1],
+        {"target_modules": None, "target_parameters": ["layer.weight"]},
+        factored=False,
+    ),
     "experts": Row(
         Experts,
         lambda: (torch.randn(13, 11), torch.arange(13) % 5),

@@ -109,6 +109,30 @@ def test_a_raw_parameter_inside_a_saved_module_is_trained_in_full(tmp_path: Path
     torch.testing.assert_close(merged(x), loaded(x))
 
 
+class WithSettings(Net):
+    """Its state holds its settings beside the tensors, as that of neuraloperator's networks does."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"modes": 4}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        assert state == {"modes": 4}
+
+
+def test_a_model_whose_state_is_more_than_tensors_loads_its_adapter(tmp_path: Path) -> None:
+    model = get_peft_model(WithSettings(), FloraConfig(r=2, target_modules=["body"], init_weights=False))
+    model.save_pretrained(tmp_path)
+    x = torch.randn(4, 3)
+    assert torch.equal(PeftModel.from_pretrained(WithSettings(), tmp_path)(x), model(x))
+
+
+def test_a_model_without_a_layer_of_the_table_is_told_what_it_can_name() -> None:
+    with pytest.raises(ValueError, match=r"matches nothing: .*named in target_parameters; .* could be meant: 0\.w$"):
+        get_peft_model(nn.Sequential(Experts()), FloraConfig(r=2, target_modules="all"))
+    with pytest.raises(ValueError, match=r"Experts is not in the table.*; name its parameters \(w\) in target_param"):
+        get_peft_model(nn.Sequential(Experts()), FloraConfig(r=2, target_modules=["0"]))
+
+
 def test_resolving_changes_the_config_by_exact_names_only() -> None:
     """Defaults are not written, patterns stay as the user wrote them, and a second model takes the same config."""
     config = FloraConfig(r=2, target_modules=["body", "head"], scale_pattern={"he.*": 3.0}, rank_pattern={"body": 3})

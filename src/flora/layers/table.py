@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
@@ -178,7 +179,8 @@ LAYERS: dict[type[nn.Module], Layer] = {
 def find_layer(module: nn.Module) -> tuple[type[nn.Module], Layer] | None:
     """The row for a module and the type it is listed under (a subclass is found by its base), or None.
 
-    Norms of a model's own, such as ``LlamaRMSNorm``, have the row of ``nn.RMSNorm``.
+    Norms and linear layers of a model's own have the rows of ``nn.RMSNorm`` and ``nn.Linear``: ``LlamaRMSNorm``, or
+    the ``Linear`` of PyTorch Geometric. They run as shells.
     """
     for cls in type(module).__mro__:
         if cls in LAYERS:
@@ -186,20 +188,35 @@ def find_layer(module: nn.Module) -> tuple[type[nn.Module], Layer] | None:
 
     if _is_norm(module):
         return nn.RMSNorm, _NORM
+    if _is_linear(module):
+        return nn.Linear, LAYERS[nn.Linear]
 
     return None
 
 
 def _is_norm(module: nn.Module) -> bool:
     """Whether a class that calls itself a norm holds one scale for each channel, and at most a shift beside it."""
-    weight = module._parameters.get("weight")
-    return (
-        "norm" in type(module).__name__.lower()
-        and weight is not None
-        and weight.ndim == 1
-        and module._parameters.keys() <= {"weight", "bias"}
-        and not module._modules
-    )
+    if "norm" not in type(module).__name__.lower() or not _holds_only_a_weight(module):
+        return False
+    return module._parameters["weight"].ndim == 1  # type: ignore[union-attr]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a class that calls itself linear holds one matrix of the shape that it states, and at most a bias."""
+    if "linear" not in type(module).__name__.lower() or not _holds_only_a_weight(module) or module._buffers:
+        return False
+
+    weight, own = module._parameters["weight"], vars(module)
+    sizes = (own.get("out_features", own.get("out_channels")), own.get("in_features", own.get("in_channels")))
+
+    if is_lazy(weight):
+        return True
+    return weight.is_floating_point() and tuple(weight.shape) == sizes  # type: ignore[union-attr]
+
+
+def _holds_only_a_weight(module: nn.Module) -> bool:
+    own = module._parameters
+    return own.get("weight") is not None and own.keys() <= {"weight", "bias"} and not module._modules
 
 
 def parameter(module: nn.Module, name: str) -> Tensor:
@@ -213,8 +230,9 @@ def refusal(module: nn.Module) -> str | None:
     found = find_layer(module)
     if found is None:
         kinds = ", ".join(cls.__name__ for cls in LAYERS)
-        remedy = "name its parameters in target_parameters"
-        if next(module.parameters(recurse=False), None) is None:
+        leaves = ", ".join(name for name, _ in module.named_parameters(recurse=False))
+        remedy = f"name its parameters ({leaves}) in target_parameters"
+        if not leaves:
             remedy = "it has no weights of its own, so leave it out, or name layers inside it"
 
         return f"{type(module).__name__} is not in the table of layers ({kinds}); {remedy}"
@@ -239,7 +257,7 @@ def refusal(module: nn.Module) -> str | None:
                 "torch.nn.utils.parametrizations instead, or remove the norm first"
             )
 
-        if isinstance(owner._parameters[leaf], nn.parameter.UninitializedParameter):
+        if is_lazy(owner._parameters[leaf]):
             return f"its {name} has no shape yet (lazy module); run one forward through the model first"
 
     return None
@@ -251,9 +269,10 @@ def weight_shape(module: nn.Module, name: str) -> tuple[int, ...]:
     if hasattr(weight, "ds_shape"):
         return tuple(weight.ds_shape)
 
-    if name == "weight" and hasattr(module, "out_features") and hasattr(module, "in_features"):
-        stated: tuple[int, int] = (module.out_features, module.in_features)  # type: ignore[assignment]
-        if weight.numel() != math.prod(stated):
+    # Only a linear layer has the shape that it states: a gate of as many outputs as inputs holds a vector.
+    if name == "weight" and (isinstance(module, nn.Linear) or not (weight.is_floating_point() or weight.is_complex())):
+        stated = (getattr(module, "out_features", 0), getattr(module, "in_features", 0))
+        if all(stated) and weight.numel() != math.prod(stated):
             return stated
 
     return tuple(weight.shape)

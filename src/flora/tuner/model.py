@@ -468,7 +468,9 @@ class FloraModel(BaseTuner):
         warn_if_merged(model, adapter_name, state_dict, cls.prefix)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         remapped = under_all_names(model, FloraLayer, remapped)
-        misfit = find_misfit({key: value.shape for key, value in model.state_dict().items()}, remapped, cls.prefix)
+        # Besides tensors, a model's state may hold what its modules save of themselves, as neuraloperator's do.
+        shapes = {key: value.shape for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+        misfit = find_misfit(shapes, remapped, cls.prefix)
         if misfit:
             tuner = getattr(model, "base_model", None)
             if isinstance(tuner, cls):

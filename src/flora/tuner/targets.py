@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, NoMatchingPeftModuleError
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
+from torch.nn.parameter import is_lazy
 from transformers import PreTrainedModel
 
 from flora.errors import UserError
@@ -98,7 +99,7 @@ def expand(shorthand: str, model: nn.Module) -> set[str]:
     if not names:
         raise NoMatchingPeftModuleError(
             f"target_modules={shorthand!r} matches nothing: {type(model).__name__} has no layer of kind "
-            f"{' or '.join(kinds)} that can be adapted outside its head"
+            f"{' or '.join(kinds)} that can be adapted outside its head{_own_weights(model)}"
         )
 
     return list_of(names, [name for name, _ in model.named_modules() if name not in names])
@@ -224,6 +225,24 @@ def explain_no_match(config: FloraConfig, model: nn.Module) -> None:
     end = "" if near.endswith("?") else "."
     raise NoMatchingPeftModuleError(
         f"Target modules {said} not found in the base model {type(model).__name__}{near}{end} {remedy}"
+    )
+
+
+def _own_weights(model: nn.Module) -> str:
+    """The weights that a model holds outside the layers of the table, as ``target_parameters`` names them."""
+    names = [
+        f"{name}.{leaf}"
+        for name, module in modules_of(model)
+        for leaf, value in module.named_parameters(recurse=False)
+        if name and row_for(module) is None and value.requires_grad and not is_lazy(value) and value.ndim > 1
+    ]
+    if not names:
+        return ""
+
+    rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return (
+        f". Weights that modules of other classes hold are named in target_parameters; here these could be meant: "
+        f"{', '.join(names[:5])}{rest}"
     )
 
 
