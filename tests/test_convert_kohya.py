@@ -208,7 +208,10 @@ MISLEADING = [
         "lora_te1_out and lora_te2_out are both out.w",
     ),
     (up_and_down("lora_unet_out", 0, out=3), r"out.weight has shape \(7, 5\) in the base model and \(3, 5\)"),
-    ({**up_and_down("lora_unet_out", 0), "lora_unet_out.alpha": torch.ones(2)}, "alpha has shape .2,., expected one"),
+    (
+        {**up_and_down("lora_unet_out", 0), "lora_unet_out.alpha": torch.ones(2)},
+        "alpha has shape .2,. and numbers of type torch.float32, expected one real number",
+    ),
     ({}, "has no tensors|is not an adapter"),
 ]
 

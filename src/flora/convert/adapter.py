@@ -26,6 +26,9 @@ class Entry:
         scale: the constant s; the change is ``scale * form``.
         layout: what the dimensions of the stored weight mean, or None when the files do not say.
 
+    Raises:
+        ValueError: the fold of the layout has another number of dimensions than the form.
+
     Examples:
         >>> import torch
         >>> entry = Entry(Tucker(torch.ones(2, 3), (torch.ones(5, 2), None)), scale=0.5)
@@ -36,6 +39,14 @@ class Entry:
     form: Tucker
     scale: float = 1.0
     layout: Layout | None = None
+
+    def __post_init__(self) -> None:
+        modes, dims = sum(self.groups_of_modes), self.form.core.ndim
+        if self.layout is not None and modes != dims:
+            raise UserError(
+                f"the fold {self.layout.fold!r} has {modes} dimensions, and the core has {dims} "
+                f"{tuple(self.form.core.shape)}; copy the weights and adapter_config.json again, from one save"
+            )
 
     @property
     def groups_of_modes(self) -> tuple[int, ...]:
@@ -111,7 +122,7 @@ class Adapter:
 
                 numbers = given[key] if key is not None else given
 
-                if not isinstance(numbers, list) or rows.ndim != 2 or len(numbers) != len(rows):
+                if not isinstance(numbers, list) or rows.ndim != 2 or len(set(numbers)) != len(rows):
                     raise UserError(
                         f"{name} holds {rows.shape[:1].numel()} rows, and trainable_token_indices of the config is "
                         f"{given}; copy adapter_config.json and the weights again, from one save"

@@ -90,16 +90,35 @@ def dense_change(name: str, entry: Entry) -> Tensor:
     """The dense change of a weight, for formats that hold nothing smaller.
 
     Raises:
-        UserError: the machine has not the memory for it.
+        UserError: the machine has not the memory for it, or its type of numbers not the range.
     """
-    needed = math.prod(entry.shape) * entry.form.core.element_size()
+    stored = entry.form.core.dtype
+    # Sums of half-precision numbers are made in float32.
+    dtype = torch.promote_types(stored, torch.float32)
+    needed = math.prod(entry.shape) * dtype.itemsize
     if needed > _memory():
         raise UserError(
             f"the dense change of {name}, of shape {entry.shape}, has {size(needed)}, more than the memory of "
             "this machine; write a format that keeps the factors (--to flora or --to lora)"
         )
 
-    return entry.dense()
+    return narrow(name, in_dtype(entry, dtype).dense(), stored)
+
+
+def narrow(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """One part of a change as it is written: the scale is in it, which can make it too large for its numbers.
+
+    Raises:
+        UserError: it is.
+    """
+    made = value.to(dtype)
+    if not torch.isfinite(made).all():
+        raise UserError(
+            f"{name}: its change, with the scale in it, is too large for {dtype}; save the adapter in a "
+            "wider type first (model.float() before save_pretrained), or write --to flora, which keeps the scale apart"
+        )
+
+    return made
 
 
 def _memory() -> float:

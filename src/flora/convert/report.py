@@ -91,8 +91,13 @@ def compare(source: Adapter, written: Adapter) -> tuple[float, float, str]:
         found = _difference(entry, written.weights[name])
         dtype = entry.form.core.dtype
         if not found.relative <= ROUNDING.get(dtype, ROUNDING[torch.float32]).weight:
+            remedy = REPORT
+            # What is lost is about as small as the smallest numbers of this type.
+            if found.largest < 100 * torch.finfo(dtype).tiny:
+                remedy = f"the change is too small for {dtype}; save the adapter in float32 first (model.float())"
+
             raise UserError(
-                f"{name}: the written file differs from the source by {found.relative:.1e}; nothing was kept; {REPORT}"
+                f"{name}: the written file differs from the source by {found.relative:.1e}; nothing was kept; {remedy}"
             )
 
         largest = max(largest, found.largest)

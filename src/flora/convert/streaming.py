@@ -27,7 +27,7 @@ from flora.layers.names import TOKEN_ROWS
 from flora.storage.atomic import staged, write_json
 from flora.storage.checkpoint import Checkpoint
 from flora.storage.replacing import MODEL
-from flora.storage.tensors import DTYPES, read_object, stream_tensors
+from flora.storage.tensors import DTYPES, read_object, stored_as, stream_tensors
 from flora.tucker.form import Tucker, mode_product
 
 TORCH_DTYPES = {stored: dtype for dtype, stored in DTYPES.items()}
@@ -260,7 +260,7 @@ class _Plan:
         """Name, dtype and shape of what goes into a file: what was there, and new tensors in the last one."""
         listed = [(key, self.source.dtype(key), self.source.shape(key)) for key in self.source.shards[file]]
         if file == self.last:
-            listed += [(key, DTYPES[value.dtype], tuple(value.shape)) for key, value in self.new.items()]
+            listed += [(key, stored_as(value.dtype), tuple(value.shape)) for key, value in self.new.items()]
         return listed
 
     def tensor(self, key: str) -> Tensor:
@@ -273,11 +273,11 @@ class _Plan:
         old = self.source.get(key)
 
         if key in self.replaced:
-            return self.replaced[key].to(old.dtype)
+            return _as_stored(self.replaced[key], key, old.dtype)
 
         if key in self.rows:
             rows = self.rows[key]
-            return old.index_copy(0, rows.numbers, rows.values.to(old.dtype))
+            return old.index_copy(0, rows.numbers, _as_stored(rows.values, key, old.dtype))
 
         return old
 
@@ -303,6 +303,22 @@ class _Plan:
                 )
 
         return written
+
+
+def _as_stored(value: Tensor, key: str, dtype: torch.dtype) -> Tensor:
+    """A tensor that takes the place of the base model's, in its type of numbers; what that cannot hold is refused."""
+    made = value
+    if value.is_complex() == dtype.is_complex:
+        made = value.to(dtype)
+
+    exact = dtype.is_floating_point or dtype.is_complex or torch.equal(made.to(value.dtype), value)
+    if made.dtype != dtype or not exact or not torch.isfinite(made).all():
+        raise UserError(
+            f"{key} is {dtype} in the base model, which cannot hold the numbers of type {value.dtype} that the adapter "
+            "has in its place; nothing was written; give the base model that the adapter was trained on"
+        )
+
+    return made
 
 
 def _remedy(base: Tensor, stored: torch.dtype) -> str:

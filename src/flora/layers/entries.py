@@ -8,9 +8,10 @@ from typing import Any, cast
 
 from flora.errors import UserError, WrongTypeError
 from flora.layers.patterns import Patterns
-from flora.tucker.ranks import Ranks, check_request
+from flora.tucker.ranks import Ranks, check_rank, check_request
 
 DEFAULT_RANK = 8
+DEFAULT_KERNEL_RANK = 2
 DEFAULT_SCALE = 1.0
 # The fold that the shapes decide (``tucker/blocks.py``), instead of a table.
 BLOCKS = "blocks"
@@ -22,8 +23,8 @@ class Entries:
     """The fields of a config that speak of single weights, checked and ready to be asked.
 
     Args:
-        config: ``r``, ``scale``, ``alpha``, ``rank_pattern``, ``scale_pattern`` and ``fold``, as ``FloraConfig`` or the
-            ``adapter_config.json`` of a file has them; what is missing has its default.
+        config: ``r``, ``kernel_r``, ``scale``, ``alpha``, ``rank_pattern``, ``scale_pattern`` and ``fold``, as
+            ``FloraConfig`` or the ``adapter_config.json`` of a file has them; what is missing has its default.
 
     Raises:
         UserError, WrongTypeError: a field has a value that cannot be used; the message names it.
@@ -38,6 +39,7 @@ class Entries:
         check_entries(config)
         given = config.get("r")
         self.r: Ranks = DEFAULT_RANK if given is None else given
+        self.kernel_r: int | None = config.get("kernel_r", DEFAULT_KERNEL_RANK)
         self.given_scale: float | None = config.get("scale")
         self.alpha: float | None = config.get("alpha")
         self.ranks: Patterns[Ranks] = Patterns(config.get("rank_pattern") or {}, "rank_pattern")
@@ -86,6 +88,8 @@ def check_entries(config: Mapping[str, Any]) -> None:
     """Raises a UserError that names the field unless the values of the fields can be used."""
     if config.get("r") is not None:
         check_request(config["r"])
+    if config.get("kernel_r") is not None:
+        check_rank(config["kernel_r"], "kernel_r")
 
     for field in ("rank_pattern", "scale_pattern"):
         _check_table(config.get(field), field)
@@ -98,9 +102,19 @@ def check_entries(config: Mapping[str, Any]) -> None:
     for key, scale in (config.get("scale_pattern") or {}).items():
         check_number(scale, f"scale_pattern[{key!r}]")
 
-    for field in ("scale", "alpha"):
-        if config.get(field) is not None:
-            check_number(config[field], field)
+    _check_scale(config.get("scale"), config.get("alpha"))
+
+
+def _check_scale(scale: object, alpha: object) -> None:
+    for field, value in (("scale", scale), ("alpha", alpha)):
+        if value is not None:
+            check_number(value, field)
+
+    if scale is not None and alpha is not None:
+        raise UserError(
+            f"scale={scale} and alpha={alpha} are both given; scale is the constant s itself, alpha sets s = alpha / "
+            "r: give one of them"
+        )
 
 
 def check_number(value: object, field: str) -> None:

@@ -64,12 +64,16 @@ def layout_from_json(name: str, entry: object) -> Layout:
     """
     if isinstance(entry, Mapping) and isinstance(entry.get("kind"), str) and isinstance(entry.get("axes"), list):
         groups, place, fold = entry.get("groups", 1), entry.get("place", 0), entry.get("fold")
-        if isinstance(groups, int) and isinstance(place, int) and isinstance(fold, (str, type(None))):
+        if _is_count(groups) and isinstance(place, int) and isinstance(fold, (str, type(None))):
             return Layout(entry["kind"], tuple(map(str, entry["axes"])), groups, fold, place)
 
     raise UserError(
         f"the recorded layout of {name} is {entry!r}, expected a kind and a list of axes; the file was edited"
     )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def from_shape(name: str, shape: tuple[int, ...]) -> Layout:

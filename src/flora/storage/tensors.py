@@ -202,8 +202,11 @@ def check_finite(tensors: Mapping[str, Tensor], source: Path | str) -> None:
         # Of 8 bits, which torch cannot ask.
         if value.is_floating_point() and value.element_size() == 1:
             value = value.float()
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise UserError(f"{source}: {key} has NaN or infinite entries; the training that wrote it diverged")
+        if (value.is_floating_point() or value.is_complex()) and not torch.isfinite(value).all():
+            raise UserError(
+                f"{source}: {key} has NaN or infinite entries; the training that wrote it diverged; "
+                "take an earlier checkpoint"
+            )
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -239,7 +242,7 @@ def read_note(metadata: Mapping[str, str], key: str, path: Path) -> dict[str, An
     return note
 
 
-def check_form_tensors(tensors: Mapping[str, Tensor], source: Path) -> None:
+def check_form_tensors(tensors: Mapping[str, Tensor], source: Path | str) -> None:
     """Checks that tensors can be cores and factors.
 
     Raises:
@@ -247,9 +250,26 @@ def check_form_tensors(tensors: Mapping[str, Tensor], source: Path) -> None:
     """
     for key, value in tensors.items():
         if value.dtype not in (*DTYPES, torch.complex64, torch.complex128):
-            raise UserError(f"{source}: {key} has numbers of type {value.dtype}; an adapter is stored in float")
+            raise UserError(
+                f"{source}: {key} has numbers of type {value.dtype}, expected float32, bfloat16 or another float of 16 "
+                "bits or more; save the adapter in one of these (model.float() before save_pretrained)"
+            )
         if not 0 < value.ndim <= MOST_DIMS or not value.numel():
-            raise UserError(f"{source}: {key} has the shape {tuple(value.shape)}, which no part of an adapter has")
+            raise UserError(
+                f"{source}: {key} has the shape {tuple(value.shape)}, which no part of an adapter has; copy "
+                "the file again"
+            )
+
+
+def stored_as(dtype: torch.dtype) -> str:
+    """What safetensors calls a type of numbers.
+
+    Raises:
+        UserError: it has no name for it.
+    """
+    if dtype not in _NAMES:
+        raise UserError(f"{dtype} is a type of numbers that a safetensors file cannot hold; save the tensor in float32")
+    return _NAMES[dtype]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

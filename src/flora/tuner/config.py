@@ -19,7 +19,6 @@ from flora.layers.layout import layout_from_json
 from flora.storage.card import complete_card
 from flora.storage.tensors import open_tensors
 from flora.tucker.initialize import INITIALIZERS
-from flora.tucker.ranks import check_rank
 from flora.tuner.selection import Selection
 
 WAYS = ("auto", "summed", "beside")
@@ -154,9 +153,6 @@ class FloraConfig(PeftConfig):
 
         check_entries(vars(self))
 
-        if self.kernel_r is not None:
-            check_rank(self.kernel_r, "kernel_r")
-
         self._check_spending()
         self._check_types()
         one_of(self.init, INITIALIZERS, "init")
@@ -219,13 +215,7 @@ class FloraConfig(PeftConfig):
         one_of(self.way, WAYS, "way")
 
     def _check_spending(self) -> None:
-        """``scale`` and ``alpha``, ``budget`` and rank lists: what cannot stand together."""
-        if self.scale is not None and self.alpha is not None:
-            raise UserError(
-                f"scale={self.scale} and alpha={self.alpha} are both given; scale is the constant s itself, alpha sets "
-                "s = alpha / r: give one of them"
-            )
-
+        """``budget``, and what cannot stand beside ``alpha``."""
         if self.budget is not None:
             check_number(self.budget, "budget")
 

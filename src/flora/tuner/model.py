@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from flora.errors import UserError
 from flora.layers.entries import BLOCKS
 from flora.layers.patterns import exact_pattern
+from flora.storage.tensors import check_finite as check_finite_file
+from flora.storage.tensors import check_form_tensors
 from flora.tucker.form import Tucker, concatenate
 from flora.tuner import targets as find
 from flora.tuner import whole
@@ -26,7 +28,16 @@ from flora.tuner.elsewhere import guard_optimizers, guard_saving
 from flora.tuner.layer import BASE, FloraLayer, named_layers
 from flora.tuner.merging import check_finite, merged_weights
 from flora.tuner.parameter import ParamWrapper
-from flora.tuner.places import Place, Places, find_misfit, hidden_from_peft, places_of, put_wrappers, under_all_names
+from flora.tuner.places import (
+    Place,
+    Places,
+    find_misfit,
+    find_missing,
+    hidden_from_peft,
+    places_of,
+    put_wrappers,
+    under_all_names,
+)
 from flora.tuner.reading import adapter_per_sample
 from flora.tuner.resolution import Resolution
 from flora.tuner.selection import Selection
@@ -469,18 +480,35 @@ class FloraModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         remapped = under_all_names(model, FloraLayer, remapped)
         # Besides tensors, a model's state may hold what its modules save of themselves, as neuraloperator's do.
-        shapes = {key: value.shape for key, value in model.state_dict().items() if isinstance(value, Tensor)}
-        misfit = find_misfit(shapes, remapped, cls.prefix)
-        if misfit:
+        own = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+        try:
+            _check_loaded(own, remapped, cls.prefix, adapter_name, zero=config.init_weights)
+        except UserError:
             tuner = getattr(model, "base_model", None)
             if isinstance(tuner, cls):
                 tuner._take_out(adapter_name)
 
-            raise UserError(
-                f"the adapter does not fit this base model: {misfit}; load it on the model it was trained on"
-            )
+            raise
 
         return remapped
+
+
+def _check_loaded(
+    own: Mapping[str, Tensor], given: Mapping[str, Tensor], prefix: str, adapter: str, *, zero: bool
+) -> None:
+    """Checks the tensors of a file, of which PEFT asks nothing but their names, before it puts them into a model."""
+    misfit = find_misfit(own, given, prefix)
+    if misfit:
+        raise UserError(f"the adapter does not fit this base model: {misfit}; load it on the model it was trained on")
+
+    missing = find_missing(own, given, prefix, adapter, zero=zero)
+    if missing:
+        raise UserError(f"the adapter's file lacks {missing}; it is incomplete, copy it again")
+
+    ours = {key: value for key, value in given.items() if f".{prefix}" in key and not value.is_meta}
+    check_form_tensors(ours, "the adapter's file")
+    check_finite_file(ours, "the adapter's file")
 
 
 def _hide_from_peft(config: FloraConfig, sites: Sequence[find.Site]) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -174,15 +173,46 @@ def under_all_names(model: nn.Module, kind: type[nn.Module], state: Mapping[str,
     return found
 
 
-def find_misfit(own: Mapping[str, torch.Size], given: Mapping[str, Tensor], prefix: str) -> str | None:
-    """What is wrong with the first tensor that has no place in the model, or another shape there; None if all fit."""
+def find_misfit(own: Mapping[str, Tensor], given: Mapping[str, Tensor], prefix: str) -> str | None:
+    """What is wrong with the first tensor that has no place in the model, or is another one there; None if all fit."""
     for key, value in given.items():
         layer, found, tensor = key.removeprefix("base_model.model.").partition(f".{prefix}")
         if found and key not in own:
             return f"it has {tensor!r} for the layer {layer!r}, which the base model lacks or adapts with other ranks"
 
-        if found and own[key] != value.shape:
-            here = f"of shape {tuple(value.shape)} in the file, but the base model needs {tuple(own[key])}"
+        if found and own[key].shape != value.shape:
+            here = f"of shape {tuple(value.shape)} in the file, but the base model needs {tuple(own[key].shape)}"
             return f"{layer!r} has {tensor!r} {here}"
+
+        if found and own[key].is_complex() != value.is_complex():
+            return f"{layer!r} has {tensor!r} as {value.dtype} in the file, but the base model needs {own[key].dtype}"
+
+    return None
+
+
+def find_missing(own: Iterable[str], given: Iterable[str], prefix: str, adapter: str, *, zero: bool) -> str | None:
+    """The first tensor of an adapter that the model has and a file lacks, or None.
+
+    PEFT leaves what it lacks as the start made it. A weight with none of its tensors in the file may stay so, where it
+    starts from no change; one with a part of them would compute with random numbers.
+
+    Args:
+        own: the keys of the model.
+        given: those of the file.
+        prefix: of the tensors of our layers.
+        adapter: its name in the model.
+        zero: whether weights start from no change.
+    """
+    held = set(given)
+    weights: dict[str, list[str]] = {}
+    for key in own:
+        stem, found, _ = key.rpartition(f".{adapter}.")
+        if found and stem.rpartition(".")[2].startswith(prefix):
+            weights.setdefault(stem, []).append(key)
+
+    for keys in weights.values():
+        lacking = [key for key in keys if key not in held]
+        if lacking and not (zero and len(lacking) == len(keys)):
+            return lacking[0]
 
     return None

@@ -80,7 +80,6 @@ class Resolution:
 
     def __init__(self, config: FloraConfig, sites: Iterable[Site]) -> None:
         self.entries = Entries(vars(config))
-        self.kernel_r = config.kernel_r
         self.weights: dict[str, Resolved] = {}
         for site in sites:
             layouts = of_module(site.module)
@@ -117,7 +116,7 @@ class Resolution:
 
         rank = self.entries.ranks.find(names)
         scale = self.entries.scales.find(names)
-        ranks = resolve(sizes, self.entries.rank(names), self.kernel_r, axes=shown, roles=roles, name=names[0])
+        ranks = resolve(sizes, self.entries.rank(names), self.entries.kernel_r, axes=shown, roles=roles, name=names[0])
         target = Target(shape, ranks, self.entries.scale(names), roles, fold)
 
         if layout is not None:
@@ -157,7 +156,7 @@ class Resolution:
         free = self.open_weights(budget, model)
         if not free.weights:
             return
-        for name, ranks in solve_budget(free.weights, free.budget, self.kernel_r).items():
+        for name, ranks in solve_budget(free.weights, free.budget, self.entries.kernel_r).items():
             found = self.weights[name]
             self.weights[name] = replace(found, target=replace(found.target, ranks=ranks), rank=list(ranks))
 

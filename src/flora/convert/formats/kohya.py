@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from flora.convert.adapter import Adapter, Entry
-from flora.convert.arithmetic import dense_change
-from flora.convert.formats.pairs import pad, split, trim
+from flora.convert.arithmetic import dense_change, narrow
+from flora.convert.formats.pairs import columns, pad, split, trim
 from flora.errors import UserError
 from flora.layers.layout import Layout, layout_from_json
 from flora.layers.names import GIVE_BASE
@@ -80,7 +80,10 @@ def write(adapter: Adapter, path: Path, *, prefix: str = "lycoris", mid: bool = 
 
         owners[stem] = name
         parts = _parts(name, entry, adapter.layout(name), mid)
-        tensors.update({f"{stem}.{part}": value.to(entry.form.core.dtype) for part, value in parts.items()})
+        for part, value in parts.items():
+            # A rank above 256 is not always a number of bfloat16.
+            dtype = torch.float32 if part == "alpha" else entry.form.core.dtype
+            tensors[f"{stem}.{part}"] = narrow(name, value, dtype)
 
         if "diff" in parts:
             remarks.append(f"{name}: the dense change as .diff (LyCORIS, ComfyUI)")
@@ -242,6 +245,11 @@ def _entry(stem: str, parts: Mapping[str, Tensor], layout: Layout) -> Entry:
 
     if "diff" in parts:
         diff = parts["diff"]
+        if more := sorted(parts.keys() - {"diff", "alpha"}):
+            raise UserError(
+                f"{stem} has diff and {more[0]}, and programs differ in which of the two they take; leave one out"
+            )
+
         return Entry(Tucker(diff, (None,) * diff.ndim), 1.0, layout)
 
     missing = [part for part in ("lora_up.weight", "lora_down.weight") if part not in parts]
@@ -251,26 +259,29 @@ def _entry(stem: str, parts: Mapping[str, Tensor], layout: Layout) -> Entry:
     up, down, mid = parts["lora_up.weight"], parts["lora_down.weight"], parts.get("lora_mid.weight")
     rank = down.shape[0]
     alpha = parts.get("alpha", torch.tensor(0.0))
-    if alpha.numel() != 1:
-        raise UserError(f"{stem}.alpha has shape {tuple(alpha.shape)}, expected one number; the file was edited")
+    if alpha.numel() != 1 or alpha.is_complex():
+        raise UserError(
+            f"{stem}.alpha has shape {tuple(alpha.shape)} and numbers of type {alpha.dtype}, expected one real number; "
+            "the file was edited"
+        )
 
     scale = float(alpha) / rank if float(alpha) else 1.0
 
-    if (
-        up.ndim < 2
-        or down.ndim < 2
-        or up.shape[1] != rank
-        or (mid is not None and tuple(mid.shape[:2]) != (rank, rank))
-    ):
-        raise UserError(f"{stem}: lora_up {tuple(up.shape)} and lora_down {tuple(down.shape)} do not fit each other")
+    matrix = columns(up)
+    fits = min(up.ndim, down.ndim) >= 2 and up.shape[1] == rank and matrix is not None
+    if mid is not None:
+        fits = fits and tuple(mid.shape[:2]) == (rank, rank) and columns(down) is not None
+    if not fits:
+        shapes = ", ".join(f"{part.removesuffix('.weight')} {tuple(value.shape)}" for part, value in parts.items())
+        raise UserError(f"{stem}: {shapes} do not fit each other; the file is mixed up, copy or download it again")
 
     if mid is not None:
-        form = Tucker(mid, (up.reshape(up.shape[:2]), down.reshape(rank, -1).T, *(None,) * (mid.ndim - 2)))
+        form = Tucker(mid, (matrix, columns(down.transpose(0, 1)), *(None,) * (mid.ndim - 2)))
     else:
         if _is_pointwise(down, layout):
             down = down.reshape(*down.shape[:2], *(1,) * (len(layout.axes) - 2))
 
-        form = Tucker(down, (up.reshape(up.shape[:2]), *(None,) * (down.ndim - 1)))
+        form = Tucker(down, (matrix, *(None,) * (down.ndim - 1)))
 
     return Entry(trim(form), scale, layout)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from flora.convert.adapter import Adapter, Entry
-from flora.convert.formats.adapter_config import read_config
-from flora.convert.formats.native import lone_biases, saved_modules
-from flora.convert.formats.pairs import join_stack, pad, split, split_stack, swap, trim
+from flora.convert.arithmetic import narrow
+from flora.convert.formats.adapter_config import naming, read_config, warn_of_lost_modules
+from flora.convert.formats.native import lone_biases, saved_modules, whole_tensors
+from flora.convert.formats.pairs import columns, join_stack, pad, split, split_stack, swap, trim
 from flora.errors import UserError
 from flora.layers.axes import KERNELS
 from flora.layers.entries import DEFAULT_RANK, check_number
@@ -114,7 +115,7 @@ def write(adapter: Adapter, folder: Path) -> list[str]:
         dtype = adapter.weights[name].form.core.dtype
         stem = PREFIX + _stem(name, layouts)
         for key, value in _tensors(pair, rank).items():
-            tensors[f"{stem}.{key}"] = value.to(dtype)
+            tensors[f"{stem}.{key}"] = narrow(name, value, dtype)
 
     folder.mkdir()
     note = {name: layout.to_json() for name, layout in layouts.items()}
@@ -266,7 +267,7 @@ def read(path: Path, layouts: Mapping[str, Layout] | None = None) -> Adapter:
         layouts = {name: layout_from_json(name, value) for name, value in noted.items()}
 
     wrapped = wrapped_modules(tensors)
-    ups, downs, extras = _sort(tensors, wrapped)
+    ups, downs, others = _sort(tensors)
     for pair in (ups, downs):
         check_form_tensors(pair, path / WEIGHTS)
 
@@ -276,23 +277,31 @@ def read(path: Path, layouts: Mapping[str, Layout] | None = None) -> Adapter:
             f"{path / WEIGHTS}: {f'{odd[0]} lacks lora_A or lora_B' if odd else 'it has no lora_A and lora_B'}"
         )
 
-    weights = {}
-    scales = _Scales(config)
+    with naming(path):
+        scales = _Scales(config)
+
+    weights: dict[str, Entry] = {}
     stems = {stem: module_of(stem.lstrip("*"), wrapped) for stem in sorted(ups)}
     for stem in stems:
         name, layout = _identify(stem, stems, config, layouts, downs[stem].ndim)
+        if name in weights:
+            raise UserError(f"{path / WEIGHTS} has two pairs for {name}; the file was edited, copy it again")
+
         weights[name] = _join(name, ups[stem], downs[stem], layout, scales)
+
+    extras = whole_tensors(others, wrapped, path)
+    warn_of_lost_modules(config, extras, path)
 
     return Adapter(weights, extras, config)
 
 
 def _sort(
-    tensors: Mapping[str, Tensor], wrapped: Collection[str]
+    tensors: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """Module path (an embedding's marked by a leading ``*``) -> lora_B and lora_A; and the other tensors."""
     ups: dict[str, Tensor] = {}
     downs: dict[str, Tensor] = {}
-    extras = {}
+    others = {}
     for key, value in tensors.items():
         path = key.removeprefix(PREFIX)
         for suffix, sink, mark in (
@@ -307,10 +316,9 @@ def _sort(
         else:
             if ".lora_" in path:
                 raise UserError(f"{key} is not a tensor of plain LoRA; merge this adapter with PEFT instead")
-            if ".original_module." not in key:
-                extras[module_of(key, wrapped)] = value
+            others[key] = value
 
-    return ups, downs, extras
+    return ups, downs, others
 
 
 def _identify(
@@ -406,9 +414,10 @@ def _join(name: str, up: Tensor, down: Tensor, layout: Layout, scales: _Scales) 
             form if layout.axes == ("expert", "out", "in") else swap(form, 1, 2), scale, replace(layout, fold=None)
         )
 
-    if up.ndim < 2 or down.ndim < 2 or up.shape[1] != down.shape[0]:
+    if up.ndim < 2 or down.ndim < 2 or up.shape[1] != down.shape[0] or columns(up) is None:
         raise UserError(
-            f"{name}: lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)} do not fit; the file is mixed up"
+            f"{name}: lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)} do not fit; the file is mixed up, "
+            "copy it again"
         )
 
     # The scale is alpha over the rank of the config, so another rank than the tensors' would be another change.
@@ -418,7 +427,7 @@ def _join(name: str, up: Tensor, down: Tensor, layout: Layout, scales: _Scales) 
             "files again, from one save"
         )
 
-    form = Tucker(down, (up.reshape(up.shape[:2]), *(None,) * (down.ndim - 1)))
+    form = Tucker(down, (columns(up), *(None,) * (down.ndim - 1)))
 
     if layout.kind == "embedding" or _is_transposed(layout):
         form = swap(form, 0, 1)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flora.convert.adapter import Adapter, Entry
-from flora.convert.formats.adapter_config import read_config
+from flora.convert.formats.adapter_config import naming, read_config, warn_of_lost_modules
 from flora.errors import UserError
+from flora.layers.axes import roles_of
 from flora.layers.entries import Entries
 from flora.layers.layout import Layout, from_shape, is_raw, layout_from_json
 from flora.layers.names import PREFIX, TOKEN_ROWS, check_prefix, in_file, module_of, nested, wrapped_modules
@@ -30,7 +32,9 @@ from flora.storage.tensors import (
     read_tensors,
     write_tensors,
 )
+from flora.tucker.fold import parse_fold
 from flora.tucker.form import Tucker, mode_product
+from flora.tucker.ranks import resolve
 
 _KEY = re.compile(r"(?:(?P<module>.*)\.)?tucker_(?P<weight>[^.]+)\.(?P<part>core|factor_(?P<mode>\d+))")
 # The one adapted weight of a layer that is not the layer's own, and its name in a file.
@@ -62,32 +66,68 @@ def read(path: Path) -> Adapter:
     check_form_tensors({key: value for key, value in tensors.items() if _KEY.search(key)}, path / WEIGHTS)
     wrapped = wrapped_modules(tensors)
     parts: dict[str, dict[str, Tensor]] = {}
-    extras: dict[str, Tensor] = {}
+    others: dict[str, Tensor] = {}
     names: dict[str, tuple[str, ...]] = {}
+    stems = set()
     for key, value in tensors.items():
         found = _KEY.fullmatch(key.removeprefix(PREFIX))
         if found is None:
-            # bias="all" also saves the frozen twin of a module in modules_to_save.
-            if ".original_module." not in key:
-                extras[module_of(key, wrapped)] = value
-
+            others[key] = value
             continue
 
         leaf = _ATTENTION_OUT if found["weight"] == _ATTENTION_OUT_KEY else found["weight"]
 
         spoken = names_of(module_of(found["module"] or "", wrapped), leaf)
         names[spoken[0]] = spoken
-        parts.setdefault(spoken[0], {})[found["part"]] = value
+        stems.add(key.removesuffix(found["part"]))
+        add_once(parts.setdefault(spoken[0], {}), found["part"], value, f"{path / WEIGHTS}: {key}")
 
     if not parts:
         raise UserError(
-            f"{path / WEIGHTS} has no Tucker tensors (keys with '.tucker_<weight>.core'); it is empty or not ours"
+            f"{path / WEIGHTS} has no Tucker tensors (keys with '.tucker_<weight>.core'); it begins with "
+            f"{next(iter(tensors), 'nothing')!r}; save the adapter with model.save_pretrained(folder)"
         )
 
-    entries = Entries(config)
+    for key in others:
+        if any(key.startswith(stem) for stem in stems):
+            raise UserError(
+                f"{path / WEIGHTS}: {key} is no part of an adapter that this version knows (core, factor_0, ...); "
+                "update flora-peft if a newer version wrote it, else copy the file again"
+            )
+
+    with naming(path):
+        entries = Entries(config)
+
     weights = {name: _entry(names[name], tensors, entries, recorded) for name, tensors in sorted(parts.items())}
+    extras = whole_tensors(others, wrapped, path)
+    warn_of_lost_modules(config, extras, path)
 
     return Adapter(weights, extras, config)
+
+
+def whole_tensors(tensors: Mapping[str, Tensor], wrapped: Collection[str], folder: Path) -> dict[str, Tensor]:
+    """What a file holds beside its adapter: the name in the base model -> what takes its place.
+
+    Args:
+        tensors: of the file, by key, without those of the adapter.
+        wrapped: where the file has PEFT's wrappers.
+        folder: of the adapter, for messages.
+    """
+    found: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        # bias="all" also saves the frozen twin of a module in modules_to_save.
+        if ".original_module." not in key:
+            add_once(found, module_of(key, wrapped), value, f"{folder / WEIGHTS}: {key}")
+
+    return found
+
+
+def add_once(found: dict[str, Tensor], name: str, value: Tensor, about: str) -> None:
+    """Raises a UserError if the file has two tensors for one name: either could be the right one."""
+    # PEFT saves the bias of a module that is trained whole twice where bias="all".
+    if name in found and not torch.equal(found[name], value):
+        raise UserError(f"{about} stands there twice, with other numbers; the file was edited, copy it again")
+    found[name] = value
 
 
 def _entry(
@@ -101,16 +141,47 @@ def _entry(
     core = parts["core"]
     modes = {int(part.removeprefix("factor_")): value for part, value in parts.items() if part != "core"}
     if modes and max(modes) >= core.ndim:
-        raise UserError(f"{name} has factor_{max(modes)} but a core of {core.ndim} dimensions {tuple(core.shape)}")
-
-    try:
-        form = Tucker(core, tuple(modes.get(mode) for mode in range(core.ndim)))
-    except ValueError as error:
-        raise UserError(f"{name}: {error}") from None
+        raise UserError(
+            f"{name} has factor_{max(modes)} but a core of {core.ndim} dimensions {tuple(core.shape)}; the file is "
+            "mixed up, copy it again"
+        )
 
     is_inner = name == f"{names[-1]}.{_ATTENTION_OUT}"
 
-    return Entry(form, entries.scale(names), _layout(names, form, entries, recorded, is_inner=is_inner))
+    try:
+        form = Tucker(core, tuple(modes.get(mode) for mode in range(core.ndim)))
+        layout = _layout(names, form, entries, recorded, is_inner=is_inner)
+        entry = Entry(form, entries.scale(names), layout)
+        expected = _ranks(entry, names, entries)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+
+    # The scale can be alpha over the rank of the config, so with another rank than the tensors' it would be another.
+    if expected != form.ranks:
+        raise UserError(
+            f"{name} has the shape {form.shape} and the ranks {form.ranks} in {WEIGHTS}, and by {CONFIG} it would have "
+            f"the ranks {expected}; copy both files again, from one save"
+        )
+
+    return entry
+
+
+def _ranks(entry: Entry, names: tuple[str, ...], entries: Entries) -> tuple[int, ...]:
+    """The ranks that the config gives a weight of this shape; those it has where it is not known what its modes are."""
+    wanted, layout = entries.rank(names), entry.layout
+
+    if not isinstance(wanted, int):
+        return tuple(wanted)
+    if layout is None or len(layout.axes) != len(entry.shape):
+        return entry.ranks
+
+    fold = None
+    if layout.fold is not None:
+        fold = parse_fold(layout.fold, entry.shape, names[0])
+
+    roles = roles_of(layout.axes, fold)
+
+    return resolve(entry.form.shape, wanted, entries.kernel_r, roles=roles, name=names[0])
 
 
 def _layout(

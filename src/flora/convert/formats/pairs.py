@@ -94,6 +94,16 @@ def trim(form: Tucker) -> Tucker:
     return Tucker(core, tuple(factors))
 
 
+def columns(part: Tensor) -> Tensor | None:
+    """A matrix that may be stored as a convolution of size 1; None if its kernel is larger.
+
+    shape: (size, R) or (size, R, 1, ...) -> (size, R)
+    """
+    if part.shape[2:].numel() != 1:
+        return None
+    return part.reshape(part.shape[:2])
+
+
 def pad(tensor: Tensor, dim: int, size: int) -> Tensor:
     """Zeros appended along ``dim`` up to ``size``."""
     if tensor.shape[dim] == size:
