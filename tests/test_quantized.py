@@ -114,6 +114,16 @@ def test_output_is_the_base_layers_and_the_factored_change(build: Callable[[], N
 
 
 @each_kind
+def test_hooks_of_the_base_layer_stand_around_the_adapted_one(build: Callable[[], Net]) -> None:
+    model = adapted(build)
+    plain = model(2 * x())
+    base = model.base_model.model.layer.get_base_layer()
+    base.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    base.register_forward_hook(lambda module, args, out: 3 * out)
+    assert torch.allclose(model(x()), 3 * plain, atol=1e-5)
+
+
+@each_kind
 def test_gradients_reach_the_adapter(build: Callable[[], Net]) -> None:
     model = adapted(build).train()
     model(x()).square().sum().backward()

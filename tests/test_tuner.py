@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_model_status, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
@@ -397,6 +398,46 @@ def test_what_stands_around_a_layer_stands_around_the_adapted_one(around: str, k
         for value, ours in zip(layer.delta("default").parameters(), found, strict=True):
             assert ours is not None
             assert torch.allclose(value.grad, ours, atol=1e-9), name
+
+
+# Torch's own, where a hook of the backward breaks a graph.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("kind", ["linear", pytest.param("conv", marks=pytest.mark.slow)])
+def test_hooks_stand_around_an_adapted_layer_under_a_compiler(kind: str) -> None:
+    """All of them at once: outputs and gradients of a copy whose weights are W + s dW."""
+    torch.manual_seed(0)
+    build, shape = HOOKED[kind]
+    base = build().double()
+    dense = copy.deepcopy(base)
+    x = torch.randn(shape, dtype=torch.float64)
+    model = get_peft_model(base, flora.FloraConfig(r=2, target_modules="all", init_weights=False))
+    for name, layer in layers(model).items():
+        owner = dense.get_submodule(name.removeprefix("base_model.model."))
+        owner.weight.data += layer.get_delta_weight("default").detach()
+        for around in (around for around in AROUND if not around.startswith("another")):
+            AROUND[around](owner)
+            AROUND[around](layer.get_base_layer())
+
+    torch._dynamo.reset()
+    found, wanted = x.clone().requires_grad_(), x.clone().requires_grad_()
+    out, exact = torch.compile(model, backend="aot_eager")(found), dense(wanted)
+    assert torch.allclose(out, exact, rtol=1e-9, atol=1e-9)
+    out.square().sum().backward()
+    exact.square().sum().backward()
+    assert torch.allclose(found.grad, wanted.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_hooks_stand_around_an_adapted_layer_whose_base_is_offloaded() -> None:
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(7, 11)), torch.randn(13, 7)
+    model = get_peft_model(base, flora.FloraConfig(r=2, target_modules="all", init_weights=False))
+    layer = model.base_model.model[0].get_base_layer()
+    AROUND["before"](layer)
+    AROUND["after"](layer)
+    out = model(x)
+    cpu_offload(layer, execution_device=torch.device("cpu"))
+    assert layer.weight.is_meta
+    assert torch.allclose(model(x), out, atol=1e-5)
 
 
 def test_a_hook_is_given_the_layer_itself_and_an_adapter_for_each_sample_runs_between_hooks() -> None:

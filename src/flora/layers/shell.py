@@ -89,6 +89,11 @@ def has_hooks(module: nn.Module) -> bool:
 
 def run_between_hooks(module: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """``run(*args, **kwargs)`` as the forward of the module: its hooks see, and may change, inputs and outputs."""
+    if torch.compiler.is_compiling():
+        # A compiler cannot follow hooks of the backward, of any module: they break its graph.
+        breaks = module._backward_hooks or module._backward_pre_hooks
+        return (_untraced_between_hooks if breaks else _traced_between_hooks)(module, run, args, kwargs)
+
     # torch runs the hooks of the object that it is called on: a shell whose forward is ``run``. The hooks are given the
     # module itself, which they may know it by.
     stand_in: nn.Module = object.__new__(type(module))
@@ -100,6 +105,38 @@ def run_between_hooks(module: nn.Module, run: Callable[..., Any], *args: Any, **
     object.__setattr__(stand_in, "__dict__", start)
 
     return stand_in(*args, **kwargs)
+
+
+def _traced_between_hooks(
+    module: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The same in the steps of torch's own call, which a compiler can follow; it makes no object of another class."""
+    for key, hook in module._forward_pre_hooks.items():
+        if key in module._forward_pre_hooks_with_kwargs:
+            changed = hook(module, args, kwargs)
+            if changed is not None:
+                args, kwargs = changed
+        else:
+            changed = hook(module, args)
+            if changed is not None:
+                args = changed if isinstance(changed, tuple) else (changed,)
+
+    out = run(*args, **kwargs)
+
+    for key, hook in module._forward_hooks.items():
+        named = (kwargs,) if key in module._forward_hooks_with_kwargs else ()
+        changed = hook(module, args, *named, out)
+        if changed is not None:
+            out = changed
+
+    return out
+
+
+@torch.compiler.disable
+def _untraced_between_hooks(
+    module: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    return run_between_hooks(module, run, *args, **kwargs)
 
 
 def _with(hook: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:

@@ -83,9 +83,17 @@ def adapted_output(layer: AdaptedLayer, active: list[str], *args: Any, **kwargs:
 
 def _between_hooks(layer: AdaptedLayer, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """``run(*args, **kwargs)``; hooks of the base layer see, and may change, what the layer is given and returns."""
-    if has_hooks(layer.base_layer) and readable(layer):
+    if has_hooks(layer.base_layer) and not _is_in_parts(layer):
         return run_between_hooks(layer.base_layer, run, *args, **kwargs)
     return run(*args, **kwargs)
+
+
+def _is_in_parts(layer: AdaptedLayer) -> bool:
+    """Whether the weight is sharded, so that it is whole only while hooks of the base layer itself have gathered it."""
+    base = layer.base_layer
+    if hasattr(base.weight, SHARDED):
+        return True
+    return not (readable(layer) or weights_are_elsewhere(base) or layer.quantization_backend is not None)
 
 
 # ---- which way -----------------------------------------------------------------------------------------------------
@@ -218,10 +226,10 @@ def _strides(base: Any) -> tuple[bool, int]:
 def readable(layer: AdaptedLayer) -> bool:
     """Whether the weight is an ordinary tensor in its place and may be read.
 
-    An offloaded, sharded or quantised base layer has to be called as a module; so has one with hooks under a compiler.
+    An offloaded, sharded or quantised base layer has to be called as a module.
     """
     base = layer.base_layer
-    if weights_are_elsewhere(base) or (torch.compiler.is_compiling() and has_hooks(base)):
+    if weights_are_elsewhere(base):
         return False
 
     weight = base.weight
@@ -288,10 +296,10 @@ def _beside(choice: Choice, layer: AdaptedLayer, active: list[str], *args: Any, 
 
 
 def _base_output(layer: AdaptedLayer, *args: Any, **kwargs: Any) -> Any:
-    """What the base layer gives; its hooks, if it has any, run around this already where the weight is readable."""
-    if readable(layer):
-        return layer.base_layer.forward(*args, **kwargs)
-    return layer.base_layer(*args, **kwargs)
+    """What the base layer gives; its hooks, if it has any, run around this already unless they gather the weight."""
+    if _is_in_parts(layer):
+        return layer.base_layer(*args, **kwargs)
+    return layer.base_layer.forward(*args, **kwargs)
 
 
 def _drops(layer: AdaptedLayer, adapter: str) -> bool:
