@@ -109,6 +109,47 @@ def test_a_raw_parameter_inside_a_saved_module_is_trained_in_full(tmp_path: Path
     torch.testing.assert_close(merged(x), loaded(x))
 
 
+class Asking(nn.Module):
+    """It looks at the class of what it runs, as GPSConv of PyTorch Geometric and Parakeet's subsampling do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2)
+        self.steps = nn.ModuleList([nn.Linear(6, 7), nn.Tanh(), nn.Bilinear(7, 7, 5)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.attention, nn.MultiheadAttention):
+            x, _ = self.attention(x, x, x)
+        return self.run(x)
+
+    def run(self, x: Tensor) -> Tensor:
+        for step in self.steps:
+            if isinstance(step, (nn.Bilinear, nn.LSTM)):
+                x = step(x, x)
+            else:
+                x = step(x)
+        return x
+
+
+def test_a_layer_whose_parent_asks_for_its_class_is_left_out() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(Asking()).eval()
+    x = torch.randn(3, 2, 6)
+    expected = base(x)
+    with pytest.warns(
+        UserWarning, match="Asking asks whether it is of the class (MultiheadAttention|Bilinear)"
+    ) as seen:
+        model = get_peft_model(base, FloraConfig(r=2, target_modules="all"))
+    assert len(seen) == 2
+    assert [name for name, module in model.named_modules() if isinstance(module, FloraLayer)] == [
+        "base_model.model.0.steps.0"
+    ]
+    assert torch.equal(model(x), expected)
+
+    with pytest.warns(UserWarning, match="Target 0.steps.2: the forward of Asking asks"):
+        get_peft_model(nn.Sequential(Asking()), FloraConfig(r=2, target_modules=["steps.2"]))
+
+
 class WithSettings(Net):
     """Its state holds its settings beside the tensors, as that of neuraloperator's networks does."""
 

@@ -19,6 +19,7 @@ from flora.layers.patterns import exact_pattern
 from flora.layers.table import Layer, parameter, refusal, weight_shape
 from flora.tuner.adapted import AdaptedLayer, row_for
 from flora.tuner.config import FloraConfig
+from flora.tuner.questions import question_about
 from flora.tuner.selection import Names, Selection, ends_of, list_of
 
 SHORTHANDS = {
@@ -87,6 +88,8 @@ def expand(shorthand: str, model: nn.Module) -> set[str]:
         reason = refusal_for(module)
         if reason is None and any(id(parameter(module, weight)) in tied for weight in row.weights(module)):
             reason = "the weight is tied to another module's"
+        if reason is None:
+            reason = question_about(name, module, model)
 
         if reason is None:
             names.add(name)
@@ -156,6 +159,10 @@ def find_sites(config: FloraConfig, model: nn.Module, selection: Selection) -> l
 
     sites += _raw_sites(config, model, selection)
     _check_ties(sites, model)
+
+    for site in sites:
+        if question := question_about(site.name, site.module, model):
+            warnings.warn(f"Target {site.name}: {question}; exclude it (exclude_modules)", stacklevel=2)
 
     return sites
 
