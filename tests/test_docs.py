@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PYTHON_BLOCKS = {  # by page; a page that is not named has none
-    "README.md": 1, "choosing.md": 6, "index.md": 6, "llms.md": 2, "own_network.md": 5, "volumes.md": 2,
+    "README.md": 1, "choosing.md": 6, "index.md": 7, "llms.md": 2, "own_network.md": 5, "volumes.md": 2,
 }  # fmt: skip
 LANGUAGES = {"python", "console", "bibtex"}  # of the console blocks, the commands of flora are parsed
 

@@ -10,6 +10,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
+import flora
 from flora import FloraConfig
 from launches import step
 
@@ -49,6 +50,37 @@ def test_launches_beyond_the_frozen_layer(name: str, dtype: torch.dtype) -> None
     most = (MOST_LINEAR if name.startswith("linear") else MOST_CONV)[dtype]
     assert sum(more.values()) <= most, {key: count for key, count in more.items() if count}
     assert sum(more.values()) >= 5
+
+
+LAYERS = 8
+PREPARED = {torch.float32: 23, torch.bfloat16: 28}  # of all layers together, whatever their number
+
+
+class Copies(nn.ModuleList):
+    """Layers on the same input; the sum of their outputs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([layer(x) for layer in self]).sum(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["1-D", "3x3", "3x3x3", "1x3x3", "transposed, 2x2", "depthwise, 7x7", "stem"])
+def test_launches_of_prepared_layers_do_not_grow_with_their_number(name: str, dtype: torch.dtype) -> None:
+    build, size = ROWS[name]
+    found = []
+    for layers in (LAYERS, 2 * LAYERS):
+        with torch.device("meta"):
+            x = torch.empty(size, dtype=dtype, requires_grad=True)
+            frozen = Copies([build() for _ in range(layers)]).to(dtype).requires_grad_(False)
+            config = FloraConfig(r=16, target_modules=[str(place) for place in range(layers)])
+            adapted = get_peft_model(Copies([build() for _ in range(layers)]).to(dtype), config)  # type: ignore[arg-type]
+        flora.prepare(adapted)
+        adapted(x)
+        more = step(adapted, x)
+        more.subtract(step(frozen, x))
+        found.append(sum(more.values()))
+
+    assert found[0] == found[1] <= PREPARED[dtype]
 
 
 def test_torchs_hint_about_float32_products_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flora.layers.plan_report import Plan, plan
+from flora.layers.prepared import prepare
 from flora.layers.table import LAYERS
 from flora.tucker.delta import TuckerDelta
 from flora.tucker.form import Tucker
@@ -37,6 +38,7 @@ __all__ = [
     "load",
     "plan",
     "plan_model",
+    "prepare",
     "save",
     "start",
 ]

@@ -231,6 +231,39 @@ def add_update(weight: Tensor, factor: Tensor | None, rows: Tensor, scale: float
     return torch.addmm(weight, cast(factor, weight.dtype), rows.mT, alpha=scale)
 
 
+def add_updates(weights: Sequence[Tensor], factors: Tensor | None, rows: Tensor, scale: float) -> Tensor:
+    """``add_update`` for layers of one shape in a few calls.
+
+    Args:
+        weights: of each layer.
+        factors: shape (layers, I, J), None for the identity.
+        rows: shape (layers, K, J).
+        scale: of the update.
+
+    Returns:
+        The changed weights, shape (layers, *weight).
+    """
+    stacked = torch.stack(list(weights))
+    wide = stacked.float() if stacked.dtype in HALF else stacked
+
+    # shape: (layers, I, K)
+    update, total = cast(rows, wide.dtype).mT, wide.view(*rows.shape[:1], -1, rows.shape[1])
+
+    if factors is None:
+        total.add_(update, alpha=scale)
+    else:
+        total.baddbmm_(cast(factors, wide.dtype), update, alpha=scale)
+
+    if wide is stacked:
+        return stacked
+
+    # In place, because the float32 copy is the largest tensor here. The pattern is that of each weight alone.
+    dropped = _dropped(stacked.dtype)
+    wide.view(torch.int32).add_(_noise(wide[0], dropped)).bitwise_and_(-(1 << dropped))
+
+    return wide.to(stacked.dtype)
+
+
 def dither(total: Tensor, dtype: torch.dtype) -> Tensor:
     """A float32 tensor in a half precision, rounded without bias; numbers of that precision stay as they are."""
     return rounded(total, dtype).to(dtype)
@@ -241,12 +274,16 @@ def rounded(total: Tensor, dtype: torch.dtype) -> Tensor:
 
     The low bits, which the narrower format drops, get a number between zero and one step added, and are then cut off.
     """
-    if dtype == torch.bfloat16:
-        dropped = 16
-    else:
-        dropped = 13
+    dropped = _dropped(dtype)
     bits = total.contiguous().view(torch.int32) + _noise(total, dropped)
     return (bits & -(1 << dropped)).view(torch.float32)
+
+
+def _dropped(dtype: torch.dtype) -> int:
+    """How many bits a half precision has less."""
+    if dtype == torch.bfloat16:
+        return 16
+    return 13
 
 
 def _noise(like: Tensor, dropped: int) -> Tensor:
@@ -298,6 +335,14 @@ def keeps_sum(weight: Tensor, x: Tensor, rank: int) -> bool:
         return True
     hidden = rank * (x.numel() // weight.shape[1])
     return weight.numel() <= hidden + (2 * x.numel() if x.dtype in HALF else 0)
+
+
+def may_be_held(weight: Tensor, x: Tensor) -> bool:
+    """Whether a kept W + dW, its gradient and a copy of that may wait for those of other layers.
+
+    They do until the backward has been through all of these layers. By then it has freed their inputs, which took more.
+    """
+    return weight.numel() <= SMALL_WEIGHT or 4 * weight.numel() <= x.numel()
 
 
 SMALL_WEIGHT = 2**16  # entries of a weight that may always be kept once more

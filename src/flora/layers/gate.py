@@ -69,6 +69,13 @@ def casts(kind: str) -> bool:
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
+def outside_autocast(kind: str) -> AbstractContextManager[Any]:
+    """Autocast off for this type of device, so that the small matrices keep the dtype of the adapter."""
+    if not casts(kind):
+        return _AS_IT_IS
+    return torch.autocast(kind, enabled=False)
+
+
 def is_plain_eager() -> bool:
     """Whether nothing watches or rewrites the operations: no compiler, trace, functorch or forward-mode gradient."""
     return not (
@@ -76,6 +83,16 @@ def is_plain_eager() -> bool:
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def is_walled_off() -> bool:
+    """Whether what runs now may use nothing that has a graph from outside: a part that backward runs once more.
+
+    A checkpointed block has hooks on what is saved for backward, or runs within a backward.
+    """
+    return (
+        torch._C._autograd._top_saved_tensors_default_hooks(True) is not None or torch._C._current_graph_task_id() != -1
     )
 
 
@@ -111,7 +128,7 @@ def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def again(ctx: Any, plain: Any, inputs: Sequence[Any], rest: Sequence[Any], grad: Tensor) -> Any:
+def again(ctx: Any, plain: Any, inputs: Sequence[Any], rest: Sequence[Any], grad: Tensor | Sequence[Tensor]) -> Any:
     """The gradient with a graph (double backward): the same step in plain operations."""
     # autograd calls backward with grad enabled when the gradient itself is to be differentiated (create_graph=True). An
     # autograd function that calls fused kernels has no graph to offer then, so the layer is run once more in operations

@@ -13,21 +13,19 @@ is what the next step starts from.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from flora.layers import device
+from flora.layers.chain import Chain, Factors, Step, both_chains, chain_of
 from flora.layers.gate import again, as_it_is, call_of, prepare, without_autocast
+from flora.layers.prepared import changed_weight
 from flora.tucker.delta import TuckerDelta
 
-LARGEST_KERNEL = 1024  # pixels of a kernel whose factors are seen as one
-LEAST_MODES = 3  # of such a kernel, where W + dW is kept; for two, the launches take the host longer than they save
 FEW_STEPS = 3  # of a chain that autograd differentiates
-Factors = Sequence[Tensor | None]  # a matrix (I, J) for each mode, None for the identity
 
 
 class Operation(Protocol):
@@ -44,32 +42,6 @@ class Operation(Protocol):
 
     def bias_gradient(self, grad: Tensor) -> Tensor:
         """The gradient of the bias."""
-
-
-class Step(NamedTuple):
-    """One product of the chain: ``factor @ rows.T``.
-
-    Attributes:
-        mode: of the factor; of several neighbours that are kept whole, which are one step, the first.
-        rest: rows of what there is before this step, ``rows``.
-        rank: columns of it.
-    """
-
-    mode: int
-    rest: int
-    rank: int
-
-
-class Chain(NamedTuple):
-    """How dW is formed from tensors of certain shapes.
-
-    Attributes:
-        kernel: the modes whose factors are multiplied into one first, and count as mode 2 then.
-        steps: the last mode first; the first mode's is the product that is added to W.
-    """
-
-    kernel: tuple[int, ...]
-    steps: tuple[Step, ...]
 
 
 def run(operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None, delta: TuckerDelta) -> Tensor | None:
@@ -91,11 +63,16 @@ def _run_fused(operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | N
     core, factors = delta.tensors()
     keeps = device.keeps_sum(weight, x, core.shape[0])
 
+    if keeps:
+        prepared = changed_weight(x, delta, weight, core, factors)
+        if prepared is not None:
+            return operation.run(x, device.cast(prepared, x.dtype), bias)
+
     # Worked out once for each adapter, whose shapes stay.
     known = delta.__dict__
     chains: tuple[Chain, Chain] | None = known.get("chains")
     if chains is None:
-        chains = known["chains"] = _chains(core, factors)
+        chains = known["chains"] = both_chains(core, factors)
 
     chain, scale = chains[keeps], delta.scale
 
@@ -156,7 +133,7 @@ def _formed_wide(weight: Tensor, scale: float, core: Tensor, *factors: Tensor | 
     if weight.ndim == 4 and weight.shape[1] > 1 and weight[0, 0].numel() > 1:
         return _sum_wide(weight, _channels_last(weight, core, factors, scale))
 
-    rows = _rows(core, factors, _chain(core, factors).steps)
+    rows = _rows(core, factors, chain_of(core, factors).steps)
 
     # A compiler would make one product of a product and a sum of matrices, and write all of W in float32 first. A sum
     # of tensors with a mode more it leaves apart, and fuses it with the rounding.
@@ -180,7 +157,7 @@ def _channels_last(weight: Tensor, core: Tensor, factors: Factors, scale: float)
     # Where the kernel is whole, its pixels stay where they are. Otherwise the chain moves every mode to its place.
     if any(factor is not None for factor in kernel) or second is None:
         moved = (first, *kernel, second)
-        last = _rows(core, moved, _chain(core, moved).steps)[-1]
+        last = _rows(core, moved, chain_of(core, moved).steps)[-1]
     else:
         # shape: (J1 K, J2), then (J1, K I2)
         last = torch.mm(core.reshape(-1, core.shape[3]), second.t()).view(core.shape[0], -1).t()
@@ -298,72 +275,8 @@ def _differentiable(
     return run_plain(operation, x, weight, bias, core, factors, scale)
 
 
-def _kernel_modes(core: Tensor, factors: Factors, least: int = 2) -> list[int]:
-    """The modes of a convolution's kernel whose factors are seen as one: two or three, if the product is small."""
-    if len(factors) < 2 + least:
-        return []
-
-    modes = [mode for mode in range(2, len(factors)) if core.shape[mode] > 1 or factors[mode] is not None]
-    if not least <= len(modes) <= 3:
-        return []
-
-    size = 1
-    for mode in modes:
-        factor = factors[mode]
-        if factor is None:
-            return []
-
-        size *= factor.shape[0]
-
-    if size <= LARGEST_KERNEL:
-        return modes
-
-    return []
-
-
 def _of_modes(factors: Factors, modes: Sequence[int]) -> list[Tensor]:
     return [factor for mode, factor in enumerate(factors) if mode in modes and factor is not None]
-
-
-def _chains(core: Tensor, factors: Factors) -> tuple[Chain, Chain]:
-    """Where W + dW is formed once more in backward, and where it is kept."""
-    merging, keeping = _kernel_modes(core, factors), _kernel_modes(core, factors, LEAST_MODES)
-    return _chain(core, factors, merging), _chain(core, factors, keeping)
-
-
-def _chain(core: Tensor, factors: Factors, kernel: Sequence[int] = ()) -> Chain:
-    """How dW is formed; the factors of the modes ``kernel`` are one by then."""
-    # shape: of the core, mode by mode at its full size from the end
-    ranks = list(core.shape)
-    sizes = [rank if factor is None else factor.shape[0] for rank, factor in zip(ranks, factors, strict=True)]
-    whole = [factor is None for factor in factors]
-
-    if kernel:
-        ranks, sizes = [*ranks[:2], math.prod(ranks[2:])], [*sizes[:2], math.prod(sizes[2:])]
-        whole = [*whole[:2], False]
-
-    steps: list[Step] = []
-    numel, mode = math.prod(ranks), len(ranks)
-
-    while mode > 1:
-        mode -= 1
-        rank, size = ranks[mode], sizes[mode]
-
-        # Without a factor the mode is only put in front, and its neighbours that are kept whole with it.
-        if whole[mode]:
-            while mode > 1 and whole[mode - 1]:
-                mode -= 1
-                rank *= ranks[mode]
-            if rank == 1:
-                continue
-            size = rank
-
-        steps.append(Step(mode, numel // rank, rank))
-        numel = numel // rank * size
-
-    steps.append(Step(0, numel // ranks[0], ranks[0]))
-
-    return Chain(tuple(kernel), tuple(steps))
 
 
 def _form(core: Tensor, factors: Factors, chain: Chain) -> tuple[Tensor | None, list[Tensor]]:
