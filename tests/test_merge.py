@@ -6,15 +6,18 @@ import errno
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, MarianConfig, MarianMTModel
 
 from convert_cases import conv_adapter, difference, random_adapter, random_form
+from flora import FloraConfig
 from flora.convert import Adapter, Entry, Layout, load, save
 from flora.convert import streaming as module
 from flora.convert.arithmetic import add, scale
@@ -201,6 +204,48 @@ def test_tied_and_quantised_weights_are_refused(tmp_path: Path) -> None:
     save_file({"net.conv.weight": torch.ones(7, 5, 3, 2, dtype=torch.int8)}, tmp_path / "base/model.safetensors")
     with pytest.raises(ValueError, match="is stored as I8; merge into the unquantised model"):
         stream_merged(tmp_path / "base", conv_adapter((7, 5, 3, 2), (3, 2, 2, 2)), tmp_path / "out")
+
+
+def marian() -> MarianMTModel:
+    torch.manual_seed(0)
+    sizes = {"d_model": 12, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 14, "decoder_ffn_dim": 10}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 3, "max_position_embeddings": 17}
+    ids = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "forced_eos_token_id": None}
+    return MarianMTModel(MarianConfig(vocab_size=31, **sizes, **heads, **ids)).eval()
+
+
+def translated(model: Any) -> Tensor:
+    ids = torch.tensor([[4, 7, 9, 2, 5]])
+    with torch.no_grad():
+        return model.eval()(input_ids=ids, decoder_input_ids=ids[:, :3]).logits  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore:.*the weight is tied")
+def test_positions_that_a_model_computes_are_left_out_of_all(tmp_path: Path) -> None:
+    base = marian()
+    base.save_pretrained(tmp_path / "base")
+    with pytest.warns(UserWarning, match=r"leaves out .*embed_positions: the model computes the weight itself"):
+        model = get_peft_model(base, FloraConfig(r=2, target_modules="all", init_weights=False, scale=3))
+    model.save_pretrained(tmp_path / "adapter")
+    stream_merged(tmp_path / "base", load(tmp_path / "adapter"), tmp_path / "merged")
+
+    merged = MarianMTModel.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(translated(merged), translated(model), atol=1e-6)
+    assert not torch.allclose(translated(merged), translated(marian()), atol=1e-3)
+
+
+def test_positions_that_a_model_computes_are_saved_once_they_are_merged(tmp_path: Path) -> None:
+    base = marian()
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(base, FloraConfig(r=2, target_modules=["embed_positions"], init_weights=False, scale=3))
+    out = translated(model)
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"'model.decoder.embed_positions.weight'; MarianMTModel computes it"):
+        stream_merged(tmp_path / "base", load(tmp_path / "adapter"), tmp_path / "merged")
+
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    assert torch.allclose(translated(MarianMTModel.from_pretrained(tmp_path / "merged")), out, atol=1e-6)
+    assert not torch.allclose(out, translated(marian()), atol=1e-4)
 
 
 @pytest.mark.parametrize(

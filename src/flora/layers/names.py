@@ -1,4 +1,4 @@
-"""The names PEFT gives to tensors: between a key in an adapter file and a weight of the base model."""
+"""Names of tensors in files: between a key in an adapter file of PEFT and a weight of the base model."""
 
 from __future__ import annotations
 
@@ -13,8 +13,19 @@ PREFIX = "base_model.model."
 _ADAPTER_TENSOR = re.compile(
     r"(?P<module>.*?)\.?(?:tucker_[^.]+\.(?:core|factor_\d+)|lora_(?:[AB]\.weight|embedding_[AB]))"
 )
+# Where a model of transformers has the names of weights that it does not save.
+UNSAVED = "_keys_to_ignore_on_save"
 # Rows of an embedding that replace those of the base model.
 TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
+
+
+def unsaved(model: object) -> Collection[str]:
+    """The weights that a model of transformers computes itself and leaves out of its files, as Marian its positions.
+
+    Args:
+        model: any; only models of transformers have such weights.
+    """
+    return getattr(model, UNSAVED, None) or ()
 
 
 def wrapped_modules(keys: Iterable[str]) -> frozenset[str]:

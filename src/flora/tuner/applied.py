@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flora.layers.merged import MARK, fingerprint
+from flora.layers.names import UNSAVED, unsaved
 from flora.tuner.adapted import AdaptedLayer
 
 
@@ -44,6 +45,13 @@ def mark_merged(model: nn.Module, layers: Sequence[AdaptedLayer], adapters: Iter
 
     if marks:
         setattr(model.config, MARK, marks)
+
+
+def save_merged(model: nn.Module, layers: Sequence[AdaptedLayer]) -> None:
+    """Has a model of transformers save the weights that it computes itself, once something is merged into them."""
+    if unsaved(model):
+        merged = {f"{layer.place}.{weight}" for layer in layers for weight in layer.attributes}
+        setattr(model, UNSAVED, set(unsaved(model)) - merged)
 
 
 def warn_if_merged(model: nn.Module, adapter: str, state: Mapping[str, Tensor], prefix: str) -> None:

@@ -22,7 +22,7 @@ from flora.storage.tensors import check_form_tensors
 from flora.tucker.form import Tucker, concatenate
 from flora.tuner import targets as find
 from flora.tuner import whole
-from flora.tuner.applied import mark_merged, warn_if_merged, warn_of_scale
+from flora.tuner.applied import mark_merged, save_merged, warn_if_merged, warn_of_scale
 from flora.tuner.config import FloraConfig
 from flora.tuner.elsewhere import guard_optimizers, guard_saving
 from flora.tuner.layer import BASE, FloraLayer, named_layers
@@ -243,6 +243,7 @@ class FloraModel(BaseTuner):
             self._check_merge(adapter_names)
         if merge:
             mark_merged(self.model, self._layers(), self.active_adapters if adapter_names is None else adapter_names)
+            save_merged(self.model, self._layers())
 
         with hidden_from_peft(self.model, "base_layer"):
             self._places = places_of(self.model)

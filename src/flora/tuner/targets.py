@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from transformers import PreTrainedModel
 
 from flora.errors import UserError
+from flora.layers.names import unsaved
 from flora.layers.patterns import exact_pattern
 from flora.layers.table import Layer, parameter, refusal, weight_shape
 from flora.tuner.adapted import AdaptedLayer, row_for
@@ -90,6 +91,8 @@ def expand(shorthand: str, model: nn.Module) -> set[str]:
             reason = "the weight is tied to another module's"
         if reason is None:
             reason = question_about(name, module, model)
+        if reason is None and any(f"{name}.{weight}" in unsaved(model) for weight in row.weights(module)):
+            reason = "the model computes the weight itself and does not save it"
 
         if reason is None:
             names.add(name)

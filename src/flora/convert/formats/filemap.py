@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from flora.errors import UserError
+from flora.layers.names import unsaved
 from flora.storage.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -123,6 +124,11 @@ class FileMap:
         return tied.get(name)
 
     def _hint(self, name: str) -> str:
+        if name in unsaved(self.model):
+            return (
+                f"; {type(self.model).__name__} computes it and does not save it. Train an adapter without it "
+                "(exclude_modules), or merge in Python: model.merge_and_unload().save_pretrained(...)"
+            )
         if self.tied_to(name) is not None:
             return "; it is tied to another weight, and changing one alone would untie them: untie before training"
 
