@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import flora
+from flora.convert import convert
 from saved_adapters import BOTH, CASES, EXPECTED, FOLDER, SECOND, Saved, weights_of
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -70,6 +71,20 @@ def test_loads_as_it_was(name: str, place: Path) -> None:
     case = CASES[name]
     model = PeftModel.from_pretrained(case.base(), place, adapter_name="other")
     check_model(model, case, load_file(place / EXPECTED))
+
+
+# Layers whose weights are folded by default, and others that no format but ours has words for.
+THERE_AND_BACK = ["attention", "attention_kdim_vdim", "lstm", "lstm_bidirectional_projected", "gru_cell", "experts"]
+
+
+@pytest.mark.parametrize("name", THERE_AND_BACK)
+def test_what_came_back_from_another_format_is_loaded(name: str, tmp_path: Path) -> None:
+    """A form comes back without the fold that it had; its layer must not be folded for it."""
+    case = CASES[name]
+    convert(FOLDER / name, tmp_path / "dense.safetensors", to="dense")
+    convert(tmp_path / "dense.safetensors", tmp_path / "back", to="flora")
+    model = PeftModel.from_pretrained(case.base(), tmp_path / "back", adapter_name="other")
+    check_model(model, case, load_file(FOLDER / name / EXPECTED))
 
 
 def test_two_adapters_together() -> None:

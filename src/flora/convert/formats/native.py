@@ -305,7 +305,7 @@ def _config(adapter: Adapter, forms: Mapping[str, Tucker]) -> dict[str, Any]:
     layered = {name for name in forms if name in rows or not is_raw(name, layouts[name])}
     modules = sorted({_owner_module(name, layouts[name]) for name in layered})
     parameters = sorted(forms.keys() - layered)
-    folds = {exact_pattern(name): e.layout.fold for name, e in adapter.weights.items() if e.layout and e.layout.fold}
+    folds = {exact_pattern(name): fold for name, layout in layouts.items() if (fold := _stated_fold(name, layout))}
 
     return {
         "task_type": adapter.config.get("task_type"),
@@ -326,6 +326,17 @@ def _config(adapter: Adapter, forms: Mapping[str, Tucker]) -> dict[str, Any]:
         "rank_pattern": {_owner(name): list(form.ranks) for name, form in forms.items()},
         **({"fold": folds} if folds else {}),
     }
+
+
+def _stated_fold(name: str, layout: Layout | None) -> str | None:
+    """The fold that the config has to state: without a word, heads and gates are folded out."""
+    if layout is None or layout.fold is not None:
+        return layout and layout.fold
+    # One axis for each dimension is no fold; a weight has come so from a format that knows none.
+    if layout.kind in _ROWS and not name.endswith(".weight"):
+        return " ".join(layout.axes)
+
+    return None
 
 
 def _owner(name: str) -> str:
