@@ -22,6 +22,7 @@ from flora.convert import Adapter, Entry, Layout, load, save
 from flora.convert import streaming as module
 from flora.convert.arithmetic import add, scale
 from flora.convert.streaming import stream_merged
+from flora.runs.merging import merge
 from foreign_models import build, logits
 from test_extract import save_model
 
@@ -227,7 +228,8 @@ def test_positions_that_a_model_computes_are_left_out_of_all(tmp_path: Path) -> 
     with pytest.warns(UserWarning, match=r"leaves out .*embed_positions: the model computes the weight itself"):
         model = get_peft_model(base, FloraConfig(r=2, target_modules="all", init_weights=False, scale=3))
     model.save_pretrained(tmp_path / "adapter")
-    stream_merged(tmp_path / "base", load(tmp_path / "adapter"), tmp_path / "merged")
+    done = merge(tmp_path / "adapter", tmp_path / "merged", base=str(tmp_path / "base"))
+    assert done.difference is not None, done.reason
 
     merged = MarianMTModel.from_pretrained(tmp_path / "merged")
     assert torch.allclose(translated(merged), translated(model), atol=1e-6)

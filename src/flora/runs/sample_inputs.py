@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, cast
 
 import torch
@@ -26,6 +27,8 @@ def random_inputs(model: PreTrainedModel) -> dict[str, Any]:
 
     try:
         inputs = _inputs(name, config, random)
+        if inputs is not None and "decoder_input_ids" in inspect.signature(model.forward).parameters:
+            inputs["decoder_input_ids"] = torch.randint(0, _decoder_words(config), (2, 5), generator=random)
     except (AttributeError, TypeError) as error:
         # A config of another kind than those with this input usually have, or one that leaves a size open.
         raise UserError(f"the config of {type(model).__name__} does not say how large {name!r} is ({error})") from None
@@ -81,15 +84,15 @@ def _inputs(name: str | None, config: Any, random: torch.Generator) -> dict[str,
         return {name: torch.randint(0, config.get_text_config().vocab_size, (2, 16), generator=random)}
     if name == "input_values":
         return {name: torch.randn(2, 16000, generator=random)}
-
     if name == "input_features":
-        inputs = {name: torch.randn(2, *_sound_shape(config), generator=random)}
-
-        if getattr(config, "is_encoder_decoder", False):
-            inputs["decoder_input_ids"] = torch.randint(0, config.vocab_size, (2, 5), generator=random)
-        return inputs
-
+        return {name: torch.randn(2, *_sound_shape(config), generator=random)}
     return None
+
+
+def _decoder_words(config: Any) -> int:
+    """How many words the decoder of a model with an encoder knows; Marian's may know others than its encoder."""
+    words: int = getattr(config, "decoder_vocab_size", None) or config.get_text_config(decoder=True).vocab_size
+    return words
 
 
 def _image_shape(config: Any) -> tuple[int, ...]:
