@@ -244,7 +244,11 @@ BROKEN: list[tuple[Callable[[Path], object], type[Exception], str]] = [
         FileNotFoundError,
         "adapter_model.safetensors does not exist",
     ),
-    (lambda f: (f / "adapter_config.json").unlink(), FileNotFoundError, "adapter_config.json does not exist"),
+    (
+        lambda f: (f / "adapter_config.json").unlink(),
+        FileNotFoundError,
+        "it has no adapter_config.json; give",
+    ),
     (lambda f: (f / "adapter_config.json").write_text("{"), ValueError, "is not valid JSON"),
     (rewrite(lambda t: t.update({"model.x.weight": torch.ones(2)})), ValueError, "foreign keys: 'model.x.weight'"),
     (rewrite(lambda t: t[HEAD + "core"].fill_(float("nan"))), ValueError, "head.tucker_weight.core has NaN"),

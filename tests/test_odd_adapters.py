@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import flora
 from flora.convert import Adapter, Entry, Layout, convert, save
+from flora.convert.arithmetic import add
 from flora.convert.formats.adapter_config import FIELDS
 from flora.convert.streaming import stream_merged
 from flora.errors import UserError
@@ -123,6 +124,7 @@ ODD: dict[str, tuple[str, Callable[[Tensors], object], dict[str, Any], str]] = {
     "kernel rank as text": ("flora", same, {"kernel_r": "2"}, "adapter_config.json: kernel_r must be an int"),
     "rank 0": ("flora", same, {"r": 0}, "adapter_config.json: r must be at least 1"),
     "scale and alpha": ("flora", same, {"scale": 2.0, "alpha": 3.0}, "adapter_config.json: scale=2.0 and alpha=3.0"),
+    "a scale of 400 digits": ("flora", same, {"scale": 10**400}, "adapter_config.json: scale must be a finite number"),
     "a fold": ("flora", same, {"fold": {"fc": "(a b) in, a=19"}}, "has 3 dimensions, and the core has 2"),
     "half a fold": ("flora", same, {"fold": {"conv": "(a b) in kh"}}, "conv.weight: the fold|conv.weight: fold"),
     "whole numbers": ("flora", each(lambda value: value.long()), {}, "numbers of type torch.int64, expected float32"),
@@ -164,6 +166,30 @@ def test_it_is_refused_by_name(name: str, sound: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         convert(place, tmp_path / "out", to="flora")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_fold_of_no_size_is_refused() -> None:
+    with pytest.raises(UserError, match="a=0' of fc.weight is not a list of the stored dimensions and sizes"):
+        get_peft_model(net(), flora.FloraConfig(target_modules=["fc"], fold={"fc": "(a b) in, a=0"}))
+
+
+def test_a_folder_that_is_nearly_an_adapter_is_told(sound: Path, tmp_path: Path) -> None:
+    shutil.copytree(sound / "flora", tmp_path / "run" / "second")
+    with pytest.raises(FileNotFoundError, match="has no adapter_config.json; did you mean .*run/second'"):
+        flora.load(tmp_path / "run")
+
+    (tmp_path / "run" / "second" / WEIGHTS).rename(tmp_path / "run" / "second" / "adapter_model.bin")
+    with pytest.raises(FileNotFoundError, match="has adapter_model.bin, as PEFT once saved.*save it again"):
+        flora.load(tmp_path / "run" / "second")
+
+
+@pytest.mark.parametrize("weight", [float("nan"), "2", True])
+def test_adapters_are_weighted_by_numbers(weight: Any, sound: Path, tmp_path: Path) -> None:
+    adapter = flora.load(sound / "flora")
+    with pytest.raises(UserError, match="the weight of an adapter must be a"):
+        stream_merged(sound / "base", [(adapter, weight)], tmp_path / "out")
+    with pytest.raises(UserError, match="the factor of an adapter must be a"):
+        add([(adapter, weight)])
 
 
 # What PEFT would put into the model without a word.

@@ -26,11 +26,12 @@ from flora.layers.layout import Layout
 from flora.storage.atomic import check_target, staged
 from flora.storage.card import complete_card, results_in
 from flora.storage.replacing import ADAPTER, TENSORS, Kind
-from flora.storage.tensors import CONFIG, DTYPES, as_path, check_exists, read_object
+from flora.storage.tensors import CONFIG, DTYPES, WEIGHTS, as_path, check_exists, read_object
 
 FORMATS: dict[str, ModuleType] = {"flora": native, "lora": lora, "kohya": kohya, "dense": dense, "official": official}
 Target = Literal["flora", "lora", "kohya", "dense"]
 FOLDERS = ("flora", "lora")
+OLD_WEIGHTS = "adapter_model.bin"
 # Endings of the files that can be an adapter.
 READ = (".safetensors", ".pt", ".pth", ".bin")
 
@@ -77,6 +78,15 @@ def _check_kind(path: Path) -> None:
         raise UserError(
             f"{path} is the folder of a whole model, expected that of an adapter, with {CONFIG}; `flora extract` "
             "makes an adapter of a model that was fine-tuned in full"
+        )
+    elif not (path / CONFIG).is_file():
+        # PEFT keeps an adapter of another name than "default" in a folder of that name.
+        inside = sorted(each.parent for each in path.glob(f"*/{CONFIG}"))
+        hint = f"; did you mean {str(inside[0])!r}?" if inside else "; give the folder that save_pretrained wrote"
+        raise FileNotFoundError(f"{path} is no adapter's folder: it has no {CONFIG}{hint}")
+    elif not (path / WEIGHTS).is_file() and (path / OLD_WEIGHTS).is_file():
+        raise FileNotFoundError(
+            f"{path} has {OLD_WEIGHTS}, as PEFT once saved, and no {WEIGHTS}; load it with PEFT and save it again"
         )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flora.convert.adapter import Adapter, Entry
 from flora.errors import UserError
+from flora.layers.entries import check_number
 from flora.layers.layout import Layout
 from flora.storage.size import size
 from flora.tucker.form import Tucker, concatenate, mode_product
@@ -26,6 +27,8 @@ def scale(adapter: Adapter, factor: float) -> Adapter:
     Raises:
         ValueError: the adapter holds whole tensors (biases, modules_to_save), which cannot be scaled.
     """
+    check_number(factor, "the factor of an adapter")
+
     if adapter.extras and factor != 1:
         raise UserError(
             f"{next(iter(adapter.extras))} is stored in full, instead of a change, and cannot be scaled; "

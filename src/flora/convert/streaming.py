@@ -23,6 +23,7 @@ from flora.convert.base_model import Base, try_base
 from flora.convert.formats.filemap import FileMap
 from flora.convert.report import ROUNDING
 from flora.errors import REPORT, UserError
+from flora.layers.entries import check_number
 from flora.layers.names import TOKEN_ROWS
 from flora.storage.atomic import staged, write_json
 from flora.storage.checkpoint import Checkpoint
@@ -90,6 +91,8 @@ def stream_merged(
     base, out = Path(base), Path(out)
 
     pairs = [(adapters, 1.0)] if isinstance(adapters, Adapter) else list(adapters)
+    for _, weight in pairs:
+        check_number(weight, "the weight of an adapter")
 
     # A merged model may hold whatever lies beside the base's weights, since a merge copies it.
     names = [path.name for path in base.iterdir()] if base.is_dir() else []

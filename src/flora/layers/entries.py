@@ -121,7 +121,8 @@ def check_number(value: object, field: str) -> None:
     """Raises unless ``value`` is a finite number that float32 can hold."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise WrongTypeError(f"{field} must be a number, got {value!r} of type {type(value).__name__}")
-    if not math.isfinite(value) or abs(value) > LARGEST:
+    # The size first: a whole number of any length is compared, but not asked whether it is finite.
+    if abs(value) > LARGEST or not math.isfinite(value):
         raise UserError(f"{field} must be a finite number of at most {LARGEST:g}, got {value}")
 
 

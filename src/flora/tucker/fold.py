@@ -85,7 +85,8 @@ def parse_fold(pattern: str, shape: Sequence[int], name: str = "weight") -> Fold
     names = re.findall(r"\w+", left)
     example = 'write it as "(three heads dim) embed, three=3 heads=12"'
 
-    if "->" in pattern or len(set(names)) != len(names) or re.sub(r"[\w\s=,]", "", sizes):
+    odd = "->" in pattern or len(set(names)) != len(names) or re.sub(r"[\w\s=,]", "", sizes)
+    if odd or any(int(size) == 0 for _, size in given):
         raise UserError(f"fold {pattern!r} of {name} is not a list of the stored dimensions and sizes; {example}")
 
     # einops solves for the sizes that are not given and checks them. It runs on the meta device, so nothing is

@@ -17,6 +17,7 @@ from torch import Tensor
 from flora.convert.adapter import Adapter, Entry
 from flora.convert.formats.pairs import swap
 from flora.errors import UserError
+from flora.layers.entries import check_number
 from flora.layers.layout import Layout
 from flora.storage.tensors import check_form_tensors, open_tensors, read_pickled, read_tensors
 from flora.tucker.form import Tucker
@@ -59,6 +60,8 @@ def read(path: Path, layouts: Mapping[str, Layout] | None = None, *, scale: floa
             f"{path}: the authors' checkpoints do not store the scale; give it (scale=..., --scale): the constant s of "
             "the convolution code, alpha / r of the NLU and LLM code"
         )
+
+    check_number(scale, "scale")
 
     tensors = read_pickled(path) if path.suffix in PICKLED else read_tensors(path)[0]
 
