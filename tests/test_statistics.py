@@ -156,3 +156,46 @@ def test_a_later_adapter_may_train_a_norm(tmp_path: Path) -> None:
     before = model.base_model.model.norm.modules_to_save["second"].running_mean.clone()
     own_loop(model, tmp_path)
     assert not torch.equal(model.base_model.model.norm.modules_to_save["second"].running_mean, before)
+
+
+class Codebook(nn.Module):
+    """What it holds follows the data in training, as the codebooks of vector-quantize-pytorch do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("entries", torch.randn(7, 5))
+        self.register_buffer("seen", torch.zeros(7), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        nearest = torch.cdist(x.detach(), self.entries).argmin(-1)
+        if self.training:
+            self.entries.data.index_copy_(0, nearest, 0.9 * self.entries[nearest] + 0.1 * x.detach())
+            self.seen[nearest] += 1
+        return x + self.entries[nearest].sin()
+
+
+def quantised() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(13, 5), nn.Sequential(Codebook()))
+
+
+def test_buffers_that_move_in_training_are_named() -> None:
+    model = get_peft_model(quantised(), flora.FloraConfig(r=2, target_modules="all"))
+    x = torch.randn(11, 13)
+    with torch.no_grad():
+        model.train()(x)
+    model.eval()(x)
+    with pytest.warns(UserWarning, match=r"changes buffers in training, .* \(1\.0\.entries\)"):
+        model.train()(x)
+    model(x)  # warnings are errors: it is said once
+
+
+def test_buffers_of_modules_to_save_move_and_are_saved(tmp_path: Path) -> None:
+    config = flora.FloraConfig(r=2, target_modules="all", modules_to_save=["1"])
+    model = get_peft_model(quantised(), config)
+    x = torch.randn(11, 13)
+    for _ in range(2):
+        model.train()(x)
+    model.save_pretrained(tmp_path)
+    out = model.eval()(x)
+    assert torch.equal(PeftModel.from_pretrained(quantised(), tmp_path).eval()(x), out)
