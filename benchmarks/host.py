@@ -6,7 +6,8 @@ On a GPU the host only prepares and launches, and where layers are small, that i
 a CPU an operation costs little but its preparation, so the time is the host's: Python, the autograd engine and torch's
 dispatch, measured as processor time of the process. Several layers of a kind run as in a network, all forward and then
 all backward; the figure is that of one. ``gpu_branch`` says how the branch of a GPU is taken and what stands for
-kernels of Triton. Methods take turns within a repeat; figures are medians over repeats.
+kernels of Triton. Methods take turns within a repeat; figures are medians over repeats. *prepared* is FLoRA with
+``flora.prepare``, where that forms these layers together.
 """
 
 from __future__ import annotations
@@ -25,10 +26,9 @@ sys.path[:1] = [str(Path(__file__).resolve().parents[1])]  # run as a script: th
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-METHODS = ("frozen", "flora", "lora")
+METHODS = ("frozen", "flora", "prepared", "lora")
 RANK = 2
 DEFAULT_RANK = 8  # of FloraConfig and LoraConfig
-COPIES = 8  # of a layer, as a network has them: all forward, then all backward
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -47,6 +47,7 @@ class Row:
         lora_rank: instead, where LoRA needs one that the groups divide.
         lora: whether PEFT's LoRA adapts it.
         args: makes the other arguments of the forward.
+        copies: of the layer, as a network has them: all forward, then all backward.
     """
 
     build: Callable[[], nn.Module]
@@ -59,6 +60,7 @@ class Row:
     lora_rank: int | None = None
     lora: bool = True
     args: Callable[[Tensor], tuple[Any, ...]] = field(default=lambda x: ())
+    copies: int = 8
 
 
 class Copies(nn.ModuleList):
@@ -100,13 +102,15 @@ def ids(shape: tuple[int, ...], **options: Any) -> Tensor:
 
 
 LINEAR = (lambda: nn.Linear(8, 8), (4, 8))
+FLAT = (lambda: nn.Conv2d(8, 8, 3, padding=1), (1, 8, 4, 4))
+SOLID = (lambda: nn.Conv3d(8, 8, 3, padding=1), (1, 8, 3, 3, 3))
 ROWS: dict[str, Row] = {
     "linear, through the whole weight": Row(*LINEAR, ("summed", "dense")),
     "linear, summed by narrow products": Row(*LINEAR, ("summed", "narrow")),
     "linear, beside": Row(*LINEAR, ("beside", "narrow")),
     "1-D": Row(lambda: nn.Conv1d(8, 8, 3, padding=1), (1, 8, 5)),
-    "3x3": Row(lambda: nn.Conv2d(8, 8, 3, padding=1), (1, 8, 4, 4)),
-    "3x3x3": Row(lambda: nn.Conv3d(8, 8, 3, padding=1), (1, 8, 3, 3, 3)),
+    "3x3": Row(*FLAT),
+    "3x3x3": Row(*SOLID),
     "1x1": Row(lambda: nn.Conv2d(8, 8, 1), (1, 8, 4, 4)),
     "depthwise, 7x7": Row(lambda: nn.Conv2d(8, 8, 7, padding=3, groups=8), (1, 8, 4, 4), lora_rank=8),
     "transposed, 1-D": Row(lambda: nn.ConvTranspose1d(8, 8, 2, stride=2), (1, 8, 4), lora=False),
@@ -119,6 +123,10 @@ ROWS: dict[str, Row] = {
     "3x3, default rank": Row(lambda: nn.Conv2d(16, 16, 3, padding=1), (1, 16, 4, 4), rank=DEFAULT_RANK),
     "3x3x3, default rank": Row(lambda: nn.Conv3d(16, 16, 3, padding=1), (1, 16, 3, 3, 3), rank=DEFAULT_RANK),
     "1x1, default rank": Row(lambda: nn.Conv2d(16, 16, 1), (1, 16, 4, 4), rank=DEFAULT_RANK),
+    "3x3, 4 layers": Row(*FLAT, copies=4),
+    "3x3, 16 layers": Row(*FLAT, copies=16),
+    "3x3x3, 4 layers": Row(*SOLID, copies=4),
+    "3x3x3, 16 layers": Row(*SOLID, copies=16),
 }  # fmt: skip
 
 
@@ -144,23 +152,28 @@ def under(method: str, row: Row, dtype: torch.dtype) -> nn.Module:
     import flora
 
     torch.manual_seed(0)
-    base = Copies([row.build() for _ in range(COPIES)]).to(dtype).requires_grad_(False)
+    base = Copies([row.build() for _ in range(row.copies)]).to(dtype).requires_grad_(False)
     if method == "frozen":
         return base
 
     if row.targets:
         names = []
     else:
-        names = [f"{place}{row.inside}" for place in range(COPIES)]
+        names = [f"{place}{row.inside}" for place in range(row.copies)]
 
     targets: dict[str, Any] = {"target_modules": names, "target_parameters": list(row.targets) or None}
     config: Any
-    if method == "flora":
-        config = flora.FloraConfig(r=row.rank, **targets)
-    else:
+    if method == "lora":
         rank = row.lora_rank or row.rank
         config = LoraConfig(r=rank, lora_alpha=2 * rank, **targets)
-    return get_peft_model(base, config)
+    else:
+        config = flora.FloraConfig(r=row.rank, **targets)
+
+    model = get_peft_model(base, config)
+    if method == "prepared":
+        flora.prepare(model)
+
+    return model
 
 
 def training_step(model: nn.Module, row: Row, dtype: torch.dtype) -> Callable[[], None]:
@@ -187,18 +200,32 @@ def measure(name: str, dtype: str, repeats: int, seed: int = 0) -> dict[str, Any
     """One row in one dtype: microseconds of a layer's step under each method, and FLoRA relative to LoRA."""
     from benchmarks import clock, gpu_branch
 
-    row, methods = ROWS[name], [method for method in METHODS if method != "lora" or ROWS[name].lora]
+    row, kind, steps = ROWS[name], DTYPES[dtype], {}
     with gpu_branch.taken(with_stand_ins=True), decided(row.choice):
-        steps = {method: training_step(under(method, row, DTYPES[dtype]), row, DTYPES[dtype]) for method in methods}
+        for method in METHODS if row.lora else METHODS[:-1]:
+            model = under(method, row, kind)
+            step = training_step(model, row, kind)
+            if method != "prepared" or is_prepared(model):
+                steps[method] = step
+
         times = clock.interleave(steps, clock.Budget(20, repeats, repeats, 600.0), seed)
 
     busy = {method: [processor for _, processor in values] for method, values in times.items()}
-    found: dict[str, Any] = {"case": name, "dtype": dtype, "rank": row.rank, "repeats": repeats}
-    found["us"] = {method: round(1e6 * statistics.median(values) / COPIES, 1) for method, values in busy.items()}
-    if "lora" in busy:
-        pairs = zip(busy["flora"], busy["lora"], strict=True)
-        found["flora_to_lora"] = round(statistics.median(ours / theirs for ours, theirs in pairs), 3)
+    found: dict[str, Any] = {"case": name, "dtype": dtype, "rank": row.rank, "copies": row.copies, "repeats": repeats}
+    found["us"] = {method: round(1e6 * statistics.median(values) / row.copies, 1) for method, values in busy.items()}
+    for method in ("flora", "prepared"):
+        if "lora" in busy and method in busy:
+            pairs = zip(busy[method], busy["lora"], strict=True)
+            found[f"{method}_to_lora"] = round(statistics.median(ours / theirs for ours, theirs in pairs), 3)
+
     return found
+
+
+def is_prepared(model: nn.Module) -> bool:
+    """Whether the last forward has shown layers that can be formed together."""
+    import flora
+
+    return bool(flora.prepare(model).groups)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -223,10 +250,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = measure(name, dtype, 20 if asked.quick else asked.repeats, asked.seed)
             rows.append(found)
             times = "  ".join(f"{method} {value:7.1f}" for method, value in found["us"].items())
-            print(f"{name:<36}{dtype:<10}{times}  {found.get('flora_to_lora', '')}", flush=True)
+            print(
+                f"{name:<36}{dtype:<10}{times}  {found.get('flora_to_lora', '')}  {found.get('prepared_to_lora', '')}",
+                flush=True,
+            )
 
     folder = asked.out or (results.QUICK if asked.quick else results.RESULTS)
-    print(f"written {results.write('host', {'rank': RANK, 'copies': COPIES, 'rows': rows}, options, folder)}")
+    print(f"written {results.write('host', {'rank': RANK, 'rows': rows}, options, folder)}")
     return 0
 
 

@@ -149,9 +149,10 @@ def _host(result: Row) -> list[str]:
     text = (
         "Microseconds of processor time that a training step of one layer costs the host, on tensors of a few numbers "
         "of a CPU, with the decisions that the library takes on a GPU; what a kernel of Triton would cost is stood for "
-        f"by small products. Medians over {repeats} repeats, in which the methods take turns; the last column is the "
-        "median of the ratios within each repeat. Above 1, eager steps that wait for the host are slower than LoRA's. "
-        "The machine was shared."
+        f"by small products. Medians over {repeats} repeats, in which the methods take turns; the last columns are "
+        "the medians of the ratios within each repeat. Above 1, eager steps that wait for the host are slower than "
+        "LoRA's. *Prepared* is FLoRA with `flora.prepare`, where it forms layers together: of 8 layers, unless the row "
+        "says otherwise. The machine was shared."
     )
     return ["## What the host pays", text, tables.host(result["rows"])]
 

@@ -223,14 +223,17 @@ def attach(result: Row) -> str:
 
 def host(rows: Sequence[Row]) -> str:
     """Microseconds of a layer's step, and FLoRA relative to LoRA where PEFT's LoRA adapts the layer."""
-    methods = ("frozen", "flora", "lora")
+    methods = ("frozen", "flora", "prepared", "lora")
     lines = []
     for row in rows:
         times = [f"{row['us'][method]:.0f}" if method in row["us"] else DASH for method in methods]
-        ratio = f"{row['flora_to_lora']:.2f}" if "flora_to_lora" in row else DASH
-        lines.append([row["case"], row["dtype"], str(row["rank"]), *times, ratio])
+        ratios = [f"{row[key]:.2f}" if key in row else DASH for key in ("flora_to_lora", "prepared_to_lora")]
+        lines.append([row["case"], row["dtype"], str(row["rank"]), *times, *ratios])
 
-    return markdown(lines, ["layer", "dtype", "rank", *(NAMES[method] for method in methods), "FLoRA / LoRA"])
+    names = {**NAMES, "prepared": "prepared"}
+    heads = [names[method] for method in methods]
+
+    return markdown(lines, ["layer", "dtype", "rank", *heads, "FLoRA / LoRA", "prepared / LoRA"])
 
 
 def compiled(rows: Sequence[Row]) -> str:
