@@ -6,15 +6,18 @@ import copy
 import io
 import threading
 from collections.abc import Callable, Iterator
+from itertools import accumulate
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import flora
@@ -510,6 +513,54 @@ def test_a_weight_that_is_large_beside_its_input_is_formed_alone(height: int, fo
     handle = flora.prepare(model)
     model(torch.randn(1, 29, height, 100))
     assert grouped(handle) == found
+
+
+def peak(run: Callable[[], object]) -> int:
+    """The most bytes that were there at once while ``run`` ran, beyond those from before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        run()
+
+    changes: list[tuple[int, int]] = []
+    events = list(found.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
+    while events:
+        event = events.pop()
+        events += event.children
+        size = getattr(event.extra_fields, "alloc_size", None)
+        if size is not None:
+            changes.append((event.start_time_ns, size))
+
+    return max(accumulate(size for _, size in sorted(changes, key=itemgetter(0))))
+
+
+def memory(model: nn.Module, x: Tensor) -> tuple[int, int]:
+    """The peaks of a forward and of a step, once two steps have been made."""
+    for _ in range(2):
+        model(x).sum().backward()
+    model.zero_grad()
+
+    return peak(lambda: model(x)), peak(lambda: model(x).sum().backward())
+
+
+def test_memory_is_that_of_a_model_without_it() -> None:
+    """What forward leaves, and the peak of a step, in relation to each layer alone; below LoRA's."""
+    x = torch.randn(2, 32, 23, 41, requires_grad=True)
+    places = [str(place) for place in range(0, 16, 2)]
+    configs = {kind: kind(r=8, target_modules=places) for kind in (flora.FloraConfig, LoraConfig)}  # type: ignore[operator]
+
+    alone, ours, lora = (
+        get_peft_model(
+            nn.Sequential(*[layer for _ in places for layer in (nn.Conv2d(32, 32, 3, padding=1), nn.GELU())]),
+            configs[kind],
+        )
+        for kind in (flora.FloraConfig, flora.FloraConfig, LoraConfig)
+    )
+    handle = flora.prepare(ours)
+    found = [memory(model, x) for model in (alone, ours, lora)]
+
+    assert grouped(handle) == [8]
+    for by_itself, together, of_lora in zip(*found, strict=True):
+        assert together <= 1.02 * by_itself
+        assert together <= of_lora
 
 
 def test_what_cannot_be_is_said() -> None:
