@@ -150,6 +150,21 @@ def test_a_layer_whose_parent_asks_for_its_class_is_left_out() -> None:
         get_peft_model(nn.Sequential(Asking()), FloraConfig(r=2, target_modules=["steps.2"]))
 
 
+class Held(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensor = nn.Parameter(torch.randn(5, 7))
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.tensor[index]
+
+
+def test_a_parameter_whose_module_is_indexed_is_refused_by_name() -> None:
+    model = get_peft_model(nn.Sequential(Held()), FloraConfig(r=2, target_parameters=["0.tensor"]))
+    with pytest.raises(ValueError, match=r"^0\.tensor of target_parameters is held by a Held, which its owner indexes"):
+        model.base_model.model[0][1:]
+
+
 class WithSettings(Net):
     """Its state holds its settings beside the tensors, as that of neuraloperator's networks does."""
 

@@ -56,6 +56,18 @@ class ParamWrapper(FloraLayer):
             "run one batch per adapter, with set_adapter"
         )
 
+    def __getitem__(self, index: Any) -> Any:
+        """Refused: what is indexed instead of called, as the spectral weights of neuraloperator, runs no adapter.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            f"{self.place} of target_parameters is held by a {type(self.get_base_layer()).__name__}, which its owner "
+            "indexes instead of calling, so no adapter can stand in its place; leave it out, or register the tensor as "
+            "a parameter of the module that uses it"
+        )
+
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
