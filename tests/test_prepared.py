@@ -308,6 +308,10 @@ def gradient_of_a_gradient(model: PeftModel, x: Tensor) -> list[Tensor]:
     return [y, first, *of_weights]
 
 
+def channels_last(model: PeftModel, x: Tensor) -> list[Tensor]:
+    return trained_twice(model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+
+
 def dropping(model: PeftModel, x: Tensor) -> list[Tensor]:
     for layer in layers_of(model):
         layer.settings["default"] = layer.settings["default"].__class__("auto", 0.5, {"weight": 0.7})
@@ -361,6 +365,7 @@ USES: dict[str, Callable[[PeftModel, Tensor], list[Tensor]]] = {
     "another dtype": in_another_dtype,
     "autocast": under_autocast,
     "a gradient of a gradient": gradient_of_a_gradient,
+    "channels last": channels_last,
     "dropout": dropping,
     "saved tensors with hooks": hooked_saved_tensors,
     "an exception": after_an_exception,

@@ -243,7 +243,9 @@ def add_updates(weights: Sequence[Tensor], factors: Tensor | None, rows: Tensor,
     Returns:
         The changed weights, shape (layers, *weight).
     """
-    stacked = torch.stack(list(weights))
+    # In the order of the update, also where the weights lie channels last.
+    stacked = weights[0].new_empty(len(weights), *weights[0].shape)
+    torch.stack(list(weights), out=stacked)
     wide = stacked.float() if stacked.dtype in HALF else stacked
 
     # shape: (layers, I, K)
