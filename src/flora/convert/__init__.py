@@ -96,7 +96,8 @@ def load(path: str | Path, *, base: Base | nn.Module | str | Path | None = None,
     Args:
         path: a folder that PEFT saved, or a tensor file (Kohya, dense, the authors' checkpoints).
         base: the base model (a module, or a folder with its config), for formats that do not record what kind of layer
-            a weight belongs to. By default the folder that the adapter's config names, where it exists.
+            a weight belongs to. By default, of our own format, the folder that the adapter's config names, where it
+            exists.
         scale: the scale of an authors' checkpoint, which does not store it.
 
     Returns:

@@ -330,8 +330,10 @@ def _config(adapter: Adapter, forms: Mapping[str, Tucker]) -> dict[str, Any]:
 
 def _stated_fold(name: str, layout: Layout | None) -> str | None:
     """The fold that the config has to state: without a word, heads and gates are folded out."""
-    if layout is None or layout.fold is not None:
-        return layout and layout.fold
+    if layout is None:
+        return None
+    if layout.fold is not None:
+        return layout.fold
     # One axis for each dimension is no fold; a weight has come so from a format that knows none.
     if layout.kind in _ROWS and not name.endswith(".weight"):
         return " ".join(layout.axes)
