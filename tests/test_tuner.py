@@ -427,6 +427,17 @@ def test_hooks_stand_around_an_adapted_layer_under_a_compiler(kind: str) -> None
     assert torch.allclose(found.grad, wanted.grad, rtol=1e-9, atol=1e-9)
 
 
+def test_hooks_stand_around_an_adapted_layer_in_an_export() -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(7, 11)), flora.FloraConfig(r=2, target_modules="all", init_weights=False)
+    ).eval()
+    AROUND["after"](model.base_model.model[0].get_base_layer())
+    x = torch.randn(13, 7)
+    exported = torch.export.export(model.base_model.model, (x,), strict=False).module()
+    assert torch.allclose(exported(x), model(x), atol=1e-5)
+
+
 def test_hooks_stand_around_an_adapted_layer_whose_base_is_offloaded() -> None:
     torch.manual_seed(0)
     base, x = nn.Sequential(nn.Linear(7, 11)), torch.randn(13, 7)

@@ -89,10 +89,11 @@ def has_hooks(module: nn.Module) -> bool:
 
 def run_between_hooks(module: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """``run(*args, **kwargs)`` as the forward of the module: its hooks see, and may change, inputs and outputs."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         # A compiler cannot follow hooks of the backward, of any module: they break its graph.
-        breaks = module._backward_hooks or module._backward_pre_hooks
-        return (_untraced_between_hooks if breaks else _traced_between_hooks)(module, run, args, kwargs)
+        if module._backward_hooks or module._backward_pre_hooks:
+            return _untraced_between_hooks(module, run, *args, **kwargs)
+        return _traced_between_hooks(module, run, args, kwargs)
 
     # torch runs the hooks of the object that it is called on: a shell whose forward is ``run``. The hooks are given the
     # module itself, which they may know it by.
@@ -105,6 +106,9 @@ def run_between_hooks(module: nn.Module, run: Callable[..., Any], *args: Any, **
     object.__setattr__(stand_in, "__dict__", start)
 
     return stand_in(*args, **kwargs)
+
+
+_untraced_between_hooks: Callable[..., Any] = torch.compiler.disable(run_between_hooks)
 
 
 def _traced_between_hooks(
@@ -130,13 +134,6 @@ def _traced_between_hooks(
             out = changed
 
     return out
-
-
-@torch.compiler.disable
-def _untraced_between_hooks(
-    module: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    return run_between_hooks(module, run, *args, **kwargs)
 
 
 def _with(hook: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:

@@ -90,10 +90,8 @@ def _between_hooks(layer: AdaptedLayer, run: Callable[..., Any], *args: Any, **k
 
 def _is_in_parts(layer: AdaptedLayer) -> bool:
     """Whether the weight is sharded, so that it is whole only while hooks of the base layer itself have gathered it."""
-    base = layer.base_layer
-    if hasattr(base.weight, SHARDED):
-        return True
-    return not (readable(layer) or weights_are_elsewhere(base) or layer.quantization_backend is not None)
+    # DeepSpeed's mark, and that of a DTensor.
+    return any(hasattr(layer.base_layer.weight, mark) for mark in (SHARDED, "device_mesh"))
 
 
 # ---- which way -----------------------------------------------------------------------------------------------------

@@ -374,6 +374,31 @@ class FloraModel(BaseTuner):
             ValueError: an adapter does not exist, the new name is taken, they do not adapt the same weights, or they
                 hold something that has no sum: biases, other rows of an embedding, running statistics.
         """
+        self._check_terms(adapters, weights, adapter_name)
+        terms = list(zip(adapters, weights, strict=True))
+        configs = [cast(FloraConfig, self.peft_config[adapter]) for adapter in adapters]
+        held_in_full = whole.config_of_sum(configs)
+        whole.check_sum(self.model, adapters)
+        forms = self._summed_forms(terms)
+
+        config = copy.deepcopy(configs[0])
+        vars(config).update(held_in_full)
+        config.r, config.alpha, config.scale, config.scale_pattern, config.init_weights = 8, None, 1.0, {}, True
+        names = {layer: name for name, layer in named_layers(self.model)}
+        layers = self._layers_with(adapters[0])
+        config.rank_pattern = {
+            exact_pattern(f"{names[layers[path]]}.{weight}"): list(form.ranks) for (path, weight), form in forms.items()
+        }
+
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        layers = self._layers_with(adapter_name)
+        for (path, weight), form in forms.items():
+            _copy_form(layers[path].delta(adapter_name, weight).form, form)
+
+        whole.write_sum(self.model, terms, adapter_name)
+
+    def _check_terms(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
         if adapter_name in self.peft_config:
             raise UserError(f"adapter {adapter_name!r} already exists; delete it first or choose another name")
         if len(adapters) != len(weights) or not adapters:
@@ -383,38 +408,21 @@ class FloraModel(BaseTuner):
         if unknown:
             raise UserError(f"adapters {unknown} do not exist; there are {sorted(self.peft_config)}")
 
-        places = [set(self._layers_with(adapter)) for adapter in adapters]
-        if any(place != places[0] for place in places):
+        adapted = [self._layers_with(adapter).keys() for adapter in adapters]
+        if any(names != adapted[0] for names in adapted):
             raise UserError(f"the adapters {list(adapters)} do not adapt the same layers, so they have no common sum")
 
-        configs = [cast(FloraConfig, self.peft_config[adapter]) for adapter in adapters]
-        held_in_full = whole.config_of_sum(configs)
-        whole.check_sum(self.model, adapters)
-
-        forms: dict[tuple[str, str], Tucker] = {}
-        layers = self._layers_with(adapters[0])
-        for path, layer in layers.items():
+    @torch.no_grad()
+    def _summed_forms(self, terms: Sequence[tuple[str, float]]) -> dict[tuple[str, str], Tucker]:
+        """The weighted sum of adapters that adapt the same layers: (path of the layer, weight) -> its form."""
+        forms = {}
+        for path, layer in self._layers_with(terms[0][0]).items():
             for weight in layer.attributes:
-                deltas = [layer.delta(adapter, weight) for adapter in adapters]
-                scales = [factor * delta.scale for factor, delta in zip(weights, deltas, strict=True)]
+                deltas = [layer.delta(adapter, weight) for adapter, _ in terms]
+                scales = [factor * delta.scale for (_, factor), delta in zip(terms, deltas, strict=True)]
+                forms[path, weight] = concatenate([delta.form for delta in deltas], scales)
 
-                with torch.no_grad():
-                    forms[path, weight] = concatenate([delta.form for delta in deltas], scales)
-
-        config = copy.deepcopy(configs[0])
-        vars(config).update(held_in_full)
-        config.r, config.alpha, config.scale, config.scale_pattern, config.init_weights = 8, None, 1.0, {}, True
-        names = {layer: name for name, layer in named_layers(self.model)}
-        config.rank_pattern = {
-            exact_pattern(f"{names[layers[path]]}.{weight}"): list(form.ranks) for (path, weight), form in forms.items()
-        }
-        self.peft_config[adapter_name] = config
-        self.inject_adapter(self.model, adapter_name)
-        layers = self._layers_with(adapter_name)
-        for (path, weight), form in forms.items():
-            _copy_form(layers[path].delta(adapter_name, weight).form, form)
-
-        whole.write_sum(self.model, list(zip(adapters, weights, strict=True)), adapter_name)
+        return forms
 
     def swap_adapter(self, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
         """Copies the tensors of a saved adapter into a live one, in place: nothing is rebuilt or recompiled.
@@ -449,6 +457,8 @@ class FloraModel(BaseTuner):
         with torch.no_grad():
             for key, value in own.items():
                 value.copy_(given[key])
+
+    # ---- saving and loading ------------------------------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:
         """PEFT's own: what the tuner lacks is the model's.
