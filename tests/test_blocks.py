@@ -15,6 +15,7 @@ import flora
 from cases import Case
 from flora.comparison.methods import METHODS
 from flora.comparison.rivals import RefusedError, Request
+from flora.runs.settings import read
 from flora.runs.training import First
 from flora.tucker.blocks import cut
 from flora.tucker.form import count_params
@@ -148,3 +149,9 @@ def test_a_comparison_has_them_where_there_is_something_to_cut() -> None:
 
     with pytest.raises(RefusedError, match="worth cutting"):
         METHODS["flora-blocks"].build(conv1d(), request(9000))
+
+
+def test_a_config_file_may_say_it() -> None:
+    assert read("digits", ["adapter.fold=blocks"]).adapter["fold"] == "blocks"
+    with pytest.raises(ValueError, match="expected dict.* or blocks"):
+        read("digits", ["adapter.fold=block"])

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from benchmarks.quality.pairs import OURS
+from benchmarks.quality.pairs import PLAIN_OURS
 from benchmarks.quality.run import RATE, ROOT, settings_of, words
 from flora.comparison.memory import resident, watch_growth
 from flora.comparison.methods import METHODS, Request
@@ -76,8 +76,8 @@ def measured(task: str, data: str, model: str) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as scratch:
         # The first time loads code and fills caches, and is not counted.
-        costs(settings, recipe, OURS, Path(scratch))
-        start, step = costs(settings, recipe, OURS, Path(scratch))
+        costs(settings, recipe, PLAIN_OURS, Path(scratch))
+        start, step = costs(settings, recipe, PLAIN_OURS, Path(scratch))
 
     return {
         "task": task,

@@ -10,8 +10,12 @@ from typing import Any, NamedTuple
 
 from scipy.stats import t as student
 
+from flora.comparison.starts import NOT_CUT
+
 CONFIDENCE = 0.95
-OURS = "flora-gradient"
+OURS = "flora-blocks"
+# What ours is where the shapes ask for no blocks.
+PLAIN_OURS = "flora-gradient"
 SEARCH_SEEDS = 3  # that a learning rate has to have been tried with before it may be chosen
 
 Scores = dict[int, float]  # seed -> what was measured
@@ -89,7 +93,10 @@ def settings(lines: Sequence[Mapping[str, Any]]) -> list[Setting]:
 
 
 def cells(lines: Sequence[Mapping[str, Any]], setting: Setting = PLAIN) -> dict[tuple[str, str], list[Cell]]:
-    """(task, method) -> a cell for each learning rate; of equal trainings the last."""
+    """(task, method) -> a cell for each learning rate; of equal trainings the last.
+
+    Ours has the cells of the same without blocks where there is nothing to cut.
+    """
     budgets = budgets_of(lines)
     latest: dict[tuple[Any, ...], Mapping[str, Any]] = {}
     for line in lines:
@@ -105,7 +112,7 @@ def cells(lines: Sequence[Mapping[str, Any]], setting: Setting = PLAIN) -> dict[
     found: dict[tuple[str, str], dict[float, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for line in latest.values():
         found[line["task"], line["method"]][line["learning_rate"]].append(line)
-    return {
+    by_place = {
         place: [
             Cell(
                 rate,
@@ -117,6 +124,17 @@ def cells(lines: Sequence[Mapping[str, Any]], setting: Setting = PLAIN) -> dict[
         ]
         for place, by_rate in found.items()
     }
+
+    for task in tasks_not_cut(lines):
+        if (task, PLAIN_OURS) in by_place:
+            by_place[task, OURS] = by_place[task, PLAIN_OURS]
+
+    return by_place
+
+
+def tasks_not_cut(lines: Iterable[Mapping[str, Any]]) -> set[str]:
+    """Those on which ours has nothing to cut into blocks."""
+    return {line["task"] for line in lines if line["method"] == OURS and line.get("refused") == NOT_CUT}
 
 
 def at_rate(listed: Sequence[Cell], rate: float) -> Cell | None:

@@ -19,10 +19,8 @@ from flora.tucker.ranks import Role
 
 # A stored mode is cut into at most so many parts.
 MOST_PARTS = 16
-# How many times the rank has to grow before a weight is cut. Where it grew less, nothing was gained on validation.
+# How many times the rank has to grow before a weight is cut. At 2 times, images lost on validation.
 ENOUGH = 3
-
-
 # The parts of the first two modes in the fold.
 AXES = ("a", "b", "c", "d")
 
