@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -206,12 +206,12 @@ def _is_linear(module: nn.Module) -> bool:
     if "linear" not in type(module).__name__.lower() or not _holds_only_a_weight(module) or module._buffers:
         return False
 
-    weight, own = module._parameters["weight"], vars(module)
+    weight, own = cast("Tensor", module._parameters["weight"]), vars(module)
     sizes = (own.get("out_features", own.get("out_channels")), own.get("in_features", own.get("in_channels")))
 
     if is_lazy(weight):
         return True
-    return weight.is_floating_point() and tuple(weight.shape) == sizes  # type: ignore[union-attr]
+    return weight.is_floating_point() and tuple(weight.shape) == sizes
 
 
 def _holds_only_a_weight(module: nn.Module) -> bool:
@@ -242,7 +242,8 @@ def refusal(module: nn.Module) -> str | None:
         if parametrize.is_parametrized(owner, leaf):
             continue
 
-        if owner._parameters.get(leaf) is None:
+        held = owner._parameters.get(leaf)
+        if held is None:
             if leaf in owner._parameters:
                 return f"it has no {name} (affine=False)"
 
@@ -257,7 +258,7 @@ def refusal(module: nn.Module) -> str | None:
                 "torch.nn.utils.parametrizations instead, or remove the norm first"
             )
 
-        if is_lazy(owner._parameters[leaf]):
+        if is_lazy(held):
             return f"its {name} has no shape yet (lazy module); run one forward through the model first"
 
     return None

@@ -37,7 +37,7 @@ def question_about(name: str, module: nn.Module, model: nn.Module) -> str | None
     if isinstance(parent, BaseTunerLayer):
         parent = parent.get_base_layer()
 
-    for asked in _classes_asked_for(type(parent)):
+    for asked in _classes_asked_for(type(parent)):  # type: ignore[arg-type]
         if isinstance(module, asked) and not issubclass(AdaptedLayer, asked):
             return (
                 f"the forward of {type(parent).__name__} asks whether it is of the class {asked.__name__}, which an "
