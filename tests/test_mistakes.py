@@ -92,7 +92,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     f"{TRAIN} adapter.scale=0": ("must not be 0", "learn nothing; 1 is usual"),
     f"{TRAIN} adapter.dropout=1.5": ("adapter.dropout must be at least 0 and below 1, got 1.5; 0 turns it off",),
     f"{TRAIN} adapter.budget=5%": (
-        "adapter.budget is '5%', expected float or int or null (Trainable",
+        "adapter.budget is '5%', expected float or int or null (Parameters",
         "a fraction below 1",
     ),
     f"{TRAIN} adapter.budget=-1": ("a fraction below 1 or a count from 1, got -1", "0.01 is one percent"),
