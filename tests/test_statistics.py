@@ -199,3 +199,32 @@ def test_buffers_of_modules_to_save_move_and_are_saved(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     out = model.eval()(x)
     assert torch.equal(PeftModel.from_pretrained(quantised(), tmp_path).eval()(x), out)
+
+
+class Shift(nn.Module):
+    """A buffer that stays as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("shift", torch.zeros(5))
+
+    def forward(self, x: Tensor) -> Any:
+        return x + self.shift
+
+
+def test_buffers_without_values_are_not_compared() -> None:
+    config = flora.FloraConfig(r=2, target_modules="all")
+
+    # As accelerate leaves what it has offloaded, and as a model is counted.
+    with torch.device("meta"):
+        model, x = get_peft_model(quantised(), config), torch.empty(11, 13)
+    model.train()(x)
+
+    # A batched buffer has no values that could be read back.
+    model = get_peft_model(nn.Sequential(nn.Linear(13, 5), Shift()), config).train()
+    x, shifts = torch.randn(3, 11, 13), torch.randn(3, 5)
+
+    def run(each: Tensor, shift: Tensor) -> Any:
+        return torch.func.functional_call(model, {"base_model.model.1.shift": shift}, (each,))
+
+    assert torch.func.vmap(run)(x, shifts).shape == (3, 11, 5)

@@ -15,6 +15,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from flora.layers.gate import is_plain_eager
 from flora.tuner.layer import FloraLayer
 
 # Where the model keeps its buffers while it is watched.
@@ -44,7 +45,7 @@ def _take_off(model: nn.Module, *functions: Callable[..., None]) -> None:
 
 def remember_buffers(model: nn.Module, args: Any) -> None:
     """A forward pre-hook on the base model: keeps its buffers until the end of a forward that trains."""
-    if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if model.training and torch.is_grad_enabled() and is_plain_eager():
         vars(model)[BUFFERS] = {name: value.clone() for name, value in _kept_buffers(model)}
 
 
@@ -71,14 +72,20 @@ def warn_of_moved(model: nn.Module, args: Any, output: Any) -> None:
 
 
 def _kept_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The buffers that a checkpoint of the base model holds; not those that ``modules_to_save`` or norms look after."""
+    """The buffers that a checkpoint of the base model holds and that have values now.
+
+    Those that ``modules_to_save`` or norms look after are left out.
+    """
     saved = tuple(f"{name}." for name, each in model.named_modules() if isinstance(each, AuxiliaryTrainingWrapper))
     for prefix, module in model.named_modules(prefix=""):
         if isinstance(module, _NormBase) or f"{prefix}.".startswith(saved):
             continue
 
         for leaf, value in module._buffers.items():
-            if type(value) is Tensor and value.is_floating_point() and leaf not in module._non_persistent_buffers_set:
+            # An offloaded buffer is on the meta device outside its module's forward.
+            if type(value) is not Tensor or value.is_meta or leaf in module._non_persistent_buffers_set:
+                continue
+            if value.is_floating_point():
                 yield f"{prefix}.{leaf}".lstrip("."), value
 
 
