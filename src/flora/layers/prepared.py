@@ -447,7 +447,7 @@ def _saved(ctx: Any) -> tuple[Tensor, ...]:
         if "second time" not in str(error):
             raise
         raise UserError(
-            "a second backward went through one forward of a model with flora.prepare, where one graph reaches through "
-            "all layers of a shape; add up the losses before backward, give backward(retain_graph=True) to the first, "
-            "or leave flora.prepare away"
+            "a second backward went through one forward of a model with flora.prepare, whose layers of one shape share "
+            "a graph; add up the losses before backward, give retain_graph=True to the first backward, or train "
+            "without flora.prepare"
         ) from error

@@ -75,8 +75,9 @@ class FloraConfig(PeftConfig):
         scale_pattern: the same for ``scale``.
         fold: regular expression or suffix of a weight's (or module's) name -> how it is seen as an N-d tensor, in
             einops' notation: ``{"qkv": "(three heads dim) in, three=3 heads=12"}``; ranks are then those of that space.
-            Or "blocks": channels are cut into blocks that share their factors, where the update then has at least twice
-            the rank for the same parameters; the folds and ranks that this comes to are written into the config.
+            Or "blocks": the channels of convolutions are cut into blocks that share their factors, where the update
+            then has at least three times the rank for the same parameters; the folds and ranks that this comes to are
+            written into the config.
         budget: parameters to spend on the updates, a fraction of the model's below 1, a count from 1; ranks are solved
             per weight and written into ``rank_pattern``. What is trained in full comes on top: ``bias``,
             ``modules_to_save``, ``trainable_token_indices``.

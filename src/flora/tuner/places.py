@@ -193,8 +193,8 @@ def find_misfit(own: Mapping[str, Tensor], given: Mapping[str, Tensor], prefix: 
 def find_missing(own: Iterable[str], given: Iterable[str], prefix: str, adapter: str, *, zero: bool) -> str | None:
     """The first tensor of an adapter that the model has and a file lacks, or None.
 
-    PEFT leaves what it lacks as the start made it. A weight with none of its tensors in the file may stay so, where it
-    starts from no change; one with a part of them would compute with random numbers.
+    PEFT leaves what the file lacks as the start made it. A weight with none of its tensors in the file may stay so,
+    where it starts from no change; one with a part of them would compute with random numbers.
 
     Args:
         own: the keys of the model.

@@ -251,8 +251,8 @@ def _own_weights(model: nn.Module) -> str:
 
     rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return (
-        f". Weights that modules of other classes hold are named in target_parameters; here these could be meant: "
-        f"{', '.join(names[:5])}{rest}"
+        f". It has weights in modules of other classes ({', '.join(names[:5])}{rest}); name those to adapt in "
+        "target_parameters"
     )
 
 

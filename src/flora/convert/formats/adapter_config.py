@@ -32,7 +32,7 @@ CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
 }
 
 
-# Fields that every method of PEFT has, then those of ours and of LoRA, as far as this version knows them.
+# The fields that this version knows: those that both methods have, then those of ours and of LoRA.
 _OF_ALL = (
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "r", "bias", "modules_to_save", "trainable_token_indices", "rank_pattern"),

@@ -126,7 +126,7 @@ def add_once(found: dict[str, Tensor], name: str, value: Tensor, about: str) -> 
     """Raises a UserError if the file has two tensors for one name: either could be the right one."""
     # PEFT saves the bias of a module that is trained whole twice where bias="all".
     if name in found and not torch.equal(found[name], value):
-        raise UserError(f"{about} stands there twice, with other numbers; the file was edited, copy it again")
+        raise UserError(f"{about} stands there twice, with different numbers; the file was edited, copy it again")
     found[name] = value
 
 
