@@ -19,7 +19,8 @@ from benchmarks import clock
 from benchmarks.unets import Attention, DiffusionUNet, Residual, VolumeBlock, VolumeUNet
 
 MODES = ("eager", "captured", "compiled")
-METHODS = ("frozen", "full", "flora", "lora")
+METHODS = ("frozen", "full", "flora", "prepared", "lora")
+PREPARED = ("eager",)  # the modes in which ``flora.prepare`` changes something
 BUDGET = clock.Budget(3, 7, 30, 5.0)
 LORA_TAKES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 RANK = 16
@@ -188,7 +189,7 @@ def under(method: str, base: nn.Module, row: Row) -> nn.Module:
     saved = [row.head] if row.head else None
     experts = {"target_parameters": list(row.targets)} if row.targets else {}
     config: Any
-    if method == "flora":
+    if method in ("flora", "prepared"):
         excluded = [row.head] if row.head else []
         config = flora.FloraConfig(
             r=RANK,
@@ -206,6 +207,8 @@ def under(method: str, base: nn.Module, row: Row) -> nn.Module:
     for value in model.parameters():
         if value.requires_grad and not value.any():  # as after a first step: what starts at zero is zero no more
             nn.init.normal_(value, std=0.01)
+    if method == "prepared":
+        flora.prepare(model)
     return model.train()
 
 
@@ -312,6 +315,8 @@ def measure(name: str, modes: Sequence[str], asked: Any, found: dict[str, Any], 
     inputs = {key: value.to(asked.device, dtype) for key, value in row.inputs(asked.quick).items()}
     run = Run(row, asked)
     for method in METHODS:
+        if method == "prepared" and (line["group"] == "linear" or not set(PREPARED) & set(modes)):
+            continue
         model = under(method, copy.deepcopy(base), row)
         count = sum(value.numel() for value in model.parameters() if value.requires_grad)
         methods.setdefault(method, {"parameters": count, "ms": {}, "peak": {}})
@@ -347,7 +352,7 @@ def _line(name: str, found: dict[str, Any]) -> dict[str, Any]:
 def time_mode(mode: str, run: Run, methods: dict[str, Any]) -> None:
     """Fills in times, peak memory and kernels of every method in one mode."""
     asked, cuda = run.asked, run.asked.device == "cuda"
-    steps = dict(run.steps)
+    steps = {method: step for method, step in run.steps.items() if method != "prepared" or mode in PREPARED}
     if mode == "compiled":
         for model in run.models.values():
             compiled(model, run.row)
@@ -381,7 +386,7 @@ def ready(steps: Mapping[str, clock.Step], mode: str, methods: dict[str, Any]) -
 
 def summary(found: Mapping[str, Any]) -> str:
     """A short table: the frozen step, the others relative to it, and peak memory in MiB."""
-    lines = [f"{'row':<20}{'mode':<10}{'frozen ms':>10}" + "".join(f"{name:>8}" for name in METHODS[1:]) + "  peak MiB"]
+    lines = [f"{'row':<20}{'mode':<10}{'frozen ms':>10}" + "".join(f"{name:>9}" for name in METHODS[1:]) + "  peak MiB"]
     for line in [*found["models"], *found["rows"]]:
         for mode in MODES:
             ours = {name: values["ms"].get(mode) for name, values in line.get("methods", {}).items()}
@@ -389,9 +394,9 @@ def summary(found: Mapping[str, Any]) -> str:
                 continue
             frozen = statistics.median(ours["frozen"]["raw"])
             ratios = "".join(
-                f"{ours[name]['median'] / frozen:>8.3f}" if ours.get(name) else f"{'-':>8}" for name in METHODS[1:]
+                f"{ours[name]['median'] / frozen:>9.3f}" if ours.get(name) else f"{'-':>9}" for name in METHODS[1:]
             )
-            peaks = [line["methods"][name]["peak"].get(mode) or 0 for name in METHODS]
+            peaks = [line["methods"].get(name, {"peak": {}})["peak"].get(mode) or 0 for name in METHODS]
             sizes = " ".join(f"{size / 2**20:.0f}" for size in peaks)
             lines.append(f"{line['case']:<20}{mode:<10}{frozen:>10.2f}{ratios}  {sizes}")
     lines += [f"failed: {name}: {why[:200]}" for name, why in found.get("failed", {}).items()]

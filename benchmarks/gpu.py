@@ -1,5 +1,7 @@
 """What a training step takes on a CUDA device in bfloat16: frozen, FLoRA, LoRA and full fine-tuning, in three modes.
 
+Eager models are also measured with ``flora.prepare``.
+
 ``python benchmarks/gpu.py [--rows NAME,...] [--modes MODE,...] [--minutes N] [--commit HASH] [--out FOLDER]``
 writes ``gpu.json`` after every row and mode, and stops when its minutes are over. Every row is first run eager and
 captured, then, in the same order, compiled, because compilers take long; the rows that matter most come first.

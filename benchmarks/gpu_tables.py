@@ -8,7 +8,8 @@ from benchmarks.ratios import ratio
 from benchmarks.tables import DASH, MIB, NAMES, markdown
 from benchmarks.verdicts import Row
 
-SHOWN = ("frozen", "full", "flora", "lora")
+SHOWN = ("frozen", "full", "flora", "prepared", "lora")
+HEADS = {**NAMES, "prepared": "`flora.prepare`"}
 TITLES = {  # of the rows, in words
     "convnext": "ConvNeXt-V2-Large",
     "unet": "diffusion U-Net",
@@ -74,22 +75,29 @@ def losses(rows: Sequence[Row]) -> list[str]:
 
 def times(rows: Sequence[Row], mode: str) -> str:
     """The frozen step in milliseconds, the others relative to it."""
+    shown = _shown(rows)[1:]
     lines = []
     for row in rows:
         frozen = row["methods"]["frozen"]["ms"][mode]["median"]
-        others = [ratio(row, name, "frozen", mode=mode) for name in SHOWN[1:]]
+        others = [ratio(row, name, "frozen", mode=mode) for name in shown]
         cells = [f"{times:.2f}" if times else DASH for times in others]
         size = f"{row['size']}, r = {row['rank']}"
         if mode == "compiled" and "compiled_part" in row:
             size = f"{size}, {row['compiled_part']}"
         lines.append([title(row), size, f"{frozen:.2f}", *cells])
-    return markdown(lines, ["what", "input", "frozen, ms", *(NAMES[name] for name in SHOWN[1:])])
+    return markdown(lines, ["what", "input", "frozen, ms", *(HEADS[name] for name in shown)])
 
 
 def peaks(rows: Sequence[Row], mode: str) -> str:
     """Peak memory of a step."""
-    lines = [[title(row), *(_peak(row["methods"].get(name, {}), mode) for name in SHOWN)] for row in rows]
-    return markdown(lines, ["what", *(NAMES[name] for name in SHOWN)])
+    shown = _shown(rows)
+    lines = [[title(row), *(_peak(row["methods"].get(name, {}), mode) for name in shown)] for row in rows]
+    return markdown(lines, ["what", *(HEADS[name] for name in shown)])
+
+
+def _shown(rows: Sequence[Row]) -> list[str]:
+    """The methods that were measured on any of the rows."""
+    return [name for name in SHOWN if any(name in row["methods"] for row in rows)]
 
 
 def _peak(method: Row, mode: str) -> str:
