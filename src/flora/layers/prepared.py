@@ -215,7 +215,8 @@ def prepare(model: nn.Module) -> Prepared:
         model: the module that a step calls, with adapters attached.
 
     Returns:
-        A handle: ``remove()`` ends it, and so does the end of ``with flora.prepare(model):``.
+        A handle: ``remove()`` ends it, and so does the end of ``with flora.prepare(model):``. A model that is prepared
+        already gives the handle that it has.
 
     Raises:
         TypeError: it is not a module.
